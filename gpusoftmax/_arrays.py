@@ -1,0 +1,413 @@
+"""Where an array lives and how the kernels see it: the one place that knows array libraries.
+
+`wrap` turns whatever the user holds into an `Array`: pointer, dtype name, shape, strides in elements, place. `empty`
+allocates a result of the same kind, and `for_rows` cuts arrays into the (outer, inner, column) form of the kernels.
+No library is imported unless an array of it was passed.
+
+A device array of another library takes part without CuPy if it has `__cuda_array_interface__` (version 3), `dtype`,
+`__dlpack_device__()` and `__gpusoftmax_empty__(shape, dtype)`, which returns a new array of its kind on its device.
+"""
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import array_api_compat
+import ml_dtypes
+import numpy as np
+
+from gpusoftmax import _checks
+from gpusoftmax.kernels import operands
+from gpusoftmax.kernels.operands import Operand, Place, Rows
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+CPU = Place("cpu")
+
+
+class Array(NamedTuple):
+    """One array. `strides` count elements and may be 0 or negative; `pointer` is the address of element 0."""
+
+    owner: Any
+    kind: str
+    pointer: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    place: Place
+    writable: bool
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return numpy_dtype(self.dtype).itemsize
+
+    @property
+    def home(self) -> str:
+        library = _TITLES[self.kind]
+        return f"a {library} array on " + ("the CPU" if self.place.target == "cpu" else f"GPU {self.place.device}")
+
+    def address_map(self) -> np.ndarray:
+        """A NumPy array at the same addresses, for questions about overlap. Its elements are never touched."""
+
+        class Interface:
+            __array_interface__ = {
+                "version": 3,
+                "data": (self.pointer, True),
+                "shape": self.shape,
+                "strides": tuple(stride * self.itemsize for stride in self.strides),
+                "typestr": f"|V{self.itemsize}",
+            }
+
+        return np.asarray(Interface())
+
+
+_TITLES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "torch", "jax": "JAX", "device": "CUDA"}
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+# ---------------------------------------------------------------- from the user's array to an Array
+
+
+def wrap(x, name: str) -> Array:
+    """Describes an array argument. Anything that is no array becomes a NumPy array."""
+    if isinstance(x, np.ndarray | np.generic):
+        return _from_numpy(x, name)
+    if array_api_compat.is_cupy_array(x):
+        return _from_cupy(x)
+    if array_api_compat.is_torch_array(x):
+        return _from_torch(x, name)
+    if array_api_compat.is_jax_array(x):
+        return _from_jax(x, name)
+    if hasattr(x, "__cuda_array_interface__"):
+        return _from_device(x) if hasattr(x, "__gpusoftmax_empty__") else _from_cupy(_cupy(name).asarray(x))
+    if hasattr(x, "__dlpack_device__"):
+        on_cpu = int(x.__dlpack_device__()[0]) == 1
+        return _from_numpy(np.from_dlpack(x), name) if on_cpu else _from_cupy(_cupy(name).from_dlpack(x))
+    return _from_numpy(np.asarray(x), name)
+
+
+def logits(x, name: str) -> Array:
+    """An array argument that must be floating; integers and bools of NumPy and CuPy become float64, as in SciPy."""
+    array = wrap(x, name)
+    if array.dtype in (*_checks.INTEGERS, "bool") and array.kind in ("numpy", "cupy"):
+        array = wrap(array.owner.astype(np.float64), name)
+    _checks.floating(array.dtype, name)
+    return array
+
+
+def _cupy(name: str):
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise TypeError(
+            f"{name} is a GPU array of another library, which needs CuPy: pip install 'gpusoftmax[cu13]'"
+        ) from error
+
+
+def _element_strides(strides: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    return tuple(stride // itemsize for stride in strides)
+
+
+def _from_numpy(x, name: str) -> Array:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; fill the masked logits with -inf first")
+    array = np.asarray(x)
+    writable = isinstance(x, np.ndarray) and array.flags.writeable
+    if not array.dtype.isnative or not array.flags.aligned or any(s % array.itemsize for s in array.strides):
+        # The kernels read whole, native elements; such an array is copied, and so it cannot be written through.
+        array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        writable = False
+    strides = _element_strides(array.strides, array.itemsize)
+    return Array(array, "numpy", array.ctypes.data, array.dtype.name, array.shape, strides, CPU, writable)
+
+
+def _from_cupy(x) -> Array:
+    cupy = importlib.import_module("cupy")
+    device = x.device.id
+    place = Place("cuda", device, cupy.cuda.get_current_stream(device).ptr)
+    strides = _element_strides(x.strides, x.itemsize)
+    return Array(x, "cupy", x.data.ptr, x.dtype.name, x.shape, strides, place, True)
+
+
+def _from_torch(x, name: str) -> Array:
+    torch = importlib.import_module("torch")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{name} is a tensor that requires grad, and this function records no gradient: use the functions of "
+            f"gpusoftmax.torch where they exist, or pass {name}.detach()"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}, expected a dense tensor: call .to_dense()")
+    if x.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"{name} is on device {x.device}, expected cpu or cuda")
+    x = x.resolve_neg()
+    place = CPU
+    if x.device.type == "cuda":
+        place = Place("cuda", x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Array(x, "torch", x.data_ptr(), dtype, tuple(x.shape), tuple(x.stride()), place, True)
+
+
+def _from_jax(x, name: str) -> Array:
+    jax = importlib.import_module("jax")
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is traced by jax: kernels need values, so call gpusoftmax outside of jit, grad and vmap, "
+            f"or use jax.nn inside"
+        )
+    if next(iter(x.devices())).platform == "cpu":
+        array = _from_numpy(np.asarray(x), name)
+    else:
+        array = _from_cupy(_cupy(name).from_dlpack(x))
+    return array._replace(kind="jax", owner=(x, array.owner), writable=False)
+
+
+def _from_device(x) -> Array:
+    interface = x.__cuda_array_interface__
+    dtype = np.dtype(x.dtype)
+    pointer, read_only = interface["data"]
+    shape = tuple(interface["shape"])
+    strides = interface.get("strides")
+    if strides is None:
+        strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    place = Place("cuda", x.__dlpack_device__()[1], interface.get("stream") or 0)
+    strides = _element_strides(strides, dtype.itemsize)
+    return Array(x, "device", pointer, dtype.name, shape, strides, place, not read_only)
+
+
+# ---------------------------------------------------------------- results
+
+
+def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    """A new C-contiguous array of the same kind on the same device. Its contents are whatever was there."""
+    if like.kind == "torch":
+        torch = importlib.import_module("torch")
+        return _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
+    if like.kind == "device":
+        return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)))
+    if like.place.target == "cpu":
+        return _from_numpy(np.empty(shape, numpy_dtype(dtype)), "out")._replace(kind=like.kind)
+    cupy = importlib.import_module("cupy")
+    with cupy.cuda.Device(like.place.device):
+        return _from_cupy(cupy.empty(shape, numpy_dtype(dtype)))._replace(kind=like.kind)
+
+
+def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str | None = None) -> Array:
+    """The array to write: the user's `out`, checked, or a new one. `dtype` is what a new one gets."""
+    if out is None:
+        return empty(like, shape, requested or dtype)
+    if like.kind == "jax":
+        raise TypeError("out is not supported for JAX arrays, which are immutable: use the returned array")
+    array = wrap(out, "out")
+    if array.kind == "numpy" and array.owner is not out and not np.shares_memory(array.owner, out):
+        raise TypeError("out is misaligned, byte-swapped or no array at all, expected an ordinary writable NumPy array")
+    _checks.same_home(like, array, "the input", "out")
+    _checks.same_shape(array, shape, "out", "to match the result")
+    _checks.output(array, requested)
+    return array._replace(owner=out)
+
+
+def result(array: Array, given=None):
+    """What the user gets back: `out` itself where one was given; a NumPy scalar where NumPy would return one."""
+    if given is not None:
+        return given
+    if array.kind == "jax":
+        jax = importlib.import_module("jax")
+        return jax.numpy.asarray(array.owner) if array.place.target == "cpu" else jax.dlpack.from_dlpack(array.owner)
+    if array.kind == "numpy" and array.ndim == 0:
+        return array.owner[()]
+    return array.owner
+
+
+def compute_dtype(*arrays: Array | None) -> str:
+    """The format in which a call with these arrays is computed."""
+    return operands.compute_dtype(*(array.dtype for array in arrays if array is not None))
+
+
+def single(array: Array) -> Operand:
+    """A one-element array for a kernel."""
+    return Operand(array.pointer, array.dtype, 0, 0, 0)
+
+
+def element(array: Array, index: int):
+    """Element number `index` in C order as a Python number; waits for the device."""
+    owner = array.owner[1] if array.kind == "jax" else array.owner
+    return owner[np.unravel_index(index, array.shape)].item() if array.kind != "device" else None
+
+
+def to_python(array: Array):
+    """The value of a one-element array; waits for the device."""
+    return array.owner.item()
+
+
+def contiguous(array: Array, dtype: str | None = None) -> Array:
+    """The array itself if it is C-contiguous and of this dtype, or else a copy that is."""
+    dtype = dtype or array.dtype
+    row_major = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+    dense = all(
+        size <= 1 or stride == want for size, stride, want in zip(array.shape, array.strides, row_major, strict=True)
+    )
+    if dense and dtype == array.dtype:
+        return array
+    return _converted(array, tuple(range(array.ndim)), dtype)
+
+
+def _converted(array: Array, order: tuple[int, ...], dtype: str) -> Array:
+    """A C-contiguous copy with the axes in this order, made by the array's own library."""
+    if array.kind == "device":
+        raise TypeError(
+            f"this {array.home} would need a copy (to {dtype}, C-contiguous), which only its own library can make: "
+            f"pass it in that form"
+        )
+    if array.kind == "torch":
+        torch = importlib.import_module("torch")
+        return _from_torch(array.owner.permute(order).to(getattr(torch, dtype)).contiguous(), "copy")
+    owner = array.owner[1] if array.kind == "jax" else array.owner
+    owner = owner.transpose(order).astype(numpy_dtype(dtype), order="C", copy=True)
+    return wrap(owner, "copy")._replace(kind=array.kind)
+
+
+def _assign(target: Array, order: tuple[int, ...], source: Array) -> None:
+    """target.transpose(order)[...] = source, by the arrays' own library."""
+    if target.kind == "torch":
+        target.owner.permute(order).copy_(source.owner)
+    else:
+        target.owner.transpose(order)[...] = source.owner
+
+
+# ---------------------------------------------------------------- from arrays to rows
+
+
+def without_axes(array: Array, axes: tuple[int, ...], keepdims: bool = False) -> tuple[int, ...]:
+    """The shape of a result that has one number per row."""
+    if keepdims:
+        return tuple(1 if axis in axes else size for axis, size in enumerate(array.shape))
+    return tuple(size for axis, size in enumerate(array.shape) if axis not in axes)
+
+
+def per_row(array: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """An array of one number per row, stretched over the reduced axes with stride 0, to walk beside the logits."""
+    if array.ndim == ndim:
+        strides = tuple(0 if axis in axes else stride for axis, stride in enumerate(array.strides))
+    else:
+        kept = iter(array.strides)
+        strides = tuple(0 if axis in axes else next(kept) for axis in range(ndim))
+    return array._replace(strides=strides)
+
+
+class _Dim(NamedTuple):
+    size: int
+    strides: tuple[int, ...]  # one per array
+
+
+def _coalesce(dims: list[_Dim]) -> list[_Dim]:
+    """Joins neighbouring axes that every array walks with one stride; axes of size 1 vanish."""
+    joined: list[_Dim] = []
+    for dim in dims:
+        if dim.size == 1:
+            continue
+        if joined and all(
+            outer == inner * dim.size for outer, inner in zip(joined[-1].strides, dim.strides, strict=True)
+        ):
+            joined[-1] = _Dim(joined[-1].size * dim.size, dim.strides)
+        else:
+            joined.append(dim)
+    return joined
+
+
+def flat_rows(array: Array, n_cols: int) -> tuple[Rows, Operand]:
+    """An array of one number per row, by itself: all its rows in one call, in C order; copied if it takes more than
+    two strides to walk it.
+    """
+    dims = _coalesce([_Dim(size, (stride,)) for size, stride in zip(array.shape, array.strides, strict=True)])
+    if len(dims) > 2:
+        array = contiguous(array)
+        dims = [_Dim(array.size, (1,))]
+    if array.size == 0:
+        dims = [_Dim(0, (1,))]
+    outer, inner = ([_Dim(1, (0,))] * 2 + dims)[-2:]
+    return Rows(outer.size, inner.size, n_cols), Operand(
+        array.pointer, array.dtype, outer.strides[0], inner.strides[0], 0
+    )
+
+
+def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[Array], writes: Sequence[Array]) -> None:
+    """call(rows, *operands of reads, *operands of writes) until every row is done; no call for an empty batch.
+
+    The logits come first in `reads` and give the shape. Two batch axes go to the kernel, further ones that cannot be
+    joined with them are looped over here. Reduced axes that form no single stride cost one copy of each array.
+    """
+    arrays = [*reads, *writes]
+    shape = reads[0].shape
+    n_cols = math.prod(shape[axis] for axis in axes)
+    _checks.column_count(n_cols)
+    if math.prod(size for axis, size in enumerate(shape) if axis not in axes) == 0:
+        return
+    cols = _coalesce([_Dim(shape[axis], tuple(a.strides[axis] for a in arrays)) for axis in axes])
+    if len(cols) > 1 and n_cols:
+        _for_rows_of_copies(call, axes, reads, writes)
+        return
+    col_strides = cols[0].strides if cols else (1,) * len(arrays)
+    batch = [_Dim(shape[k], tuple(a.strides[k] for a in arrays)) for k in range(len(shape)) if k not in axes]
+    batch = [_Dim(1, (0,) * len(arrays))] * 2 + _coalesce(batch)
+    outer, inner = batch[-2:]
+    rows = Rows(outer.size, inner.size, n_cols)
+    looped = [dim for dim in batch[:-2] if dim.size > 1]
+    for index in itertools.product(*(range(dim.size) for dim in looped)):
+        operands = []
+        for k, array in enumerate(arrays):
+            offset = sum(i * dim.strides[k] for i, dim in zip(index, looped, strict=True))
+            pointer = array.pointer + offset * array.itemsize
+            operands.append(Operand(pointer, array.dtype, outer.strides[k], inner.strides[k], col_strides[k]))
+        call(rows, *operands)
+
+
+def _for_rows_of_copies(call, axes, reads, writes) -> None:
+    ndim = reads[0].ndim
+    order = tuple(axis for axis in range(ndim) if axis not in axes) + axes
+    n_batch = ndim - len(axes)
+    full = reads[0].shape
+
+    def is_full(array: Array) -> bool:
+        return array.shape == full
+
+    def reordered(array: Array) -> Array:
+        return array._replace(strides=tuple(array.strides[axis] for axis in order))
+
+    shape = tuple(full[axis] for axis in order)
+    copies = [_converted(a, order, a.dtype) if is_full(a) else reordered(a) for a in reads]
+    targets = [empty(a, shape, a.dtype) if is_full(a) else reordered(a) for a in writes]
+    copies[0] = copies[0]._replace(shape=shape)
+    for_rows(call, tuple(range(n_batch, ndim)), copies, targets)
+    for array, target in zip(writes, targets, strict=True):
+        if is_full(array):
+            _assign(array, order, target)
+
+
+def kernels(place: Place, op: str):
+    """The module of an operation's kernels for the place where the arrays live."""
+    return importlib.import_module(f"gpusoftmax.kernels.{place.target}.{op}")
+
+
+def array_module(device: str):
+    """The library that makes arrays on a device: NumPy for "cpu", CuPy for "cuda"."""
+    if device == "cpu":
+        return np
+    try:
+        cupy = importlib.import_module("cupy")
+        cupy.cuda.runtime.getDeviceCount()  # raises where there is no driver or no GPU
+    except Exception as error:  # whatever a broken installation raises
+        raise RuntimeError(f"CuPy cannot use a GPU ({type(error).__name__}: {error}); see gpusoftmax info") from error
+    return cupy

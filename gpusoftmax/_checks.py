@@ -1,0 +1,183 @@
+"""Every argument check and every error message. Each names the argument, what came, what was expected, and the fix."""
+
+import math
+import operator
+
+import numpy as np
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+MAX_COLS = 2**31 - 1
+
+
+def axes(axis, ndim: int) -> tuple[int, ...]:
+    """The reduced axes in ascending order; None means all of them, as in SciPy."""
+    if axis is None:
+        return tuple(range(ndim))
+    if ndim == 0 and axis in (-1, 0):
+        return ()
+    try:
+        given = (
+            tuple(operator.index(one) for one in axis) if isinstance(axis, tuple | list) else (operator.index(axis),)
+        )
+    except TypeError:
+        raise TypeError(f"axis is {axis!r}, expected an int, a tuple of ints or None") from None
+    if not given:
+        raise ValueError("axis is (), expected at least one axis: softmax over no axis has no meaning; None means all")
+    for one in given:
+        if not -ndim <= one < ndim:
+            raise np.exceptions.AxisError(one, ndim)
+    found = tuple(sorted(one % ndim for one in given))
+    if len(set(found)) != len(found):
+        raise ValueError(f"axis is {axis!r}, expected each axis once")
+    return found
+
+
+def temperature(value) -> float:
+    if isinstance(value, bool) or getattr(value, "ndim", 0) or isinstance(value, list | tuple | str | bytes):
+        raise TypeError(f"temperature is {_short(value)}, expected one number")
+    try:
+        number = float(value)
+    except TypeError:
+        raise TypeError(f"temperature is {_short(value)}, expected a number") from None
+    if not (0 < number < math.inf):
+        raise ValueError(f"temperature is {number}, expected a finite number above 0")
+    return number
+
+
+def scalar(value, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {_short(value)}, expected a number") from None
+
+
+def dtype_name(dtype) -> str:
+    """The name of a floating dtype given as a NumPy, CuPy, ml_dtypes, JAX or torch dtype, or as a string."""
+    name = dtype if isinstance(dtype, str) else None
+    if name is None:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            name = str(dtype).removeprefix("torch.")
+    name = {"half": "float16", "single": "float32", "double": "float64", "float": "float64"}.get(name, name)
+    if name not in FLOATING:
+        raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATING)}")
+    return name
+
+
+def floating(dtype: str, name: str) -> None:
+    if dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {dtype}, expected one of {', '.join(FLOATING)}; convert it first")
+
+
+def integer(dtype: str, name: str) -> None:
+    if dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {dtype}, expected an integer dtype: class indices, not probabilities")
+
+
+def same_dtype(one, two, one_name: str, two_name: str) -> None:
+    if one.dtype != two.dtype:
+        raise TypeError(f"{two_name} has dtype {two.dtype}, expected {one.dtype} to match {one_name}")
+
+
+def same_shape(array, shape: tuple[int, ...], name: str, reason: str) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape} {reason}")
+
+
+def same_home(one, two, one_name: str, two_name: str) -> None:
+    """One array library and one device for all arguments of a call: nothing is copied behind the caller's back."""
+    if one.kind != two.kind or one.place[:2] != two.place[:2]:
+        raise TypeError(
+            f"{one_name} is {one.home} and {two_name} is {two.home}; expected both from one library on one device: "
+            f"move one of them first"
+        )
+
+
+def column_count(n_cols: int) -> None:
+    if n_cols > MAX_COLS:
+        raise ValueError(f"the reduced axis has {n_cols} elements, expected at most {MAX_COLS} (2^31 - 1)")
+
+
+def output(out, dtype: str | None) -> None:
+    """What can be said of `out` on its own."""
+    if dtype is not None and dtype != out.dtype:
+        raise TypeError(f"dtype is {dtype} but out has dtype {out.dtype}; give only one of them: out decides the dtype")
+    floating(out.dtype, "out")
+    if not out.writable:
+        raise ValueError("out is read-only, expected a writable array")
+    extents = sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape, strict=True) if size > 1)
+    reached = 0
+    for stride, size in extents:
+        if stride <= reached:
+            raise ValueError(f"out has shape {out.shape} and strides {out.strides} (in elements): its elements overlap")
+        reached += stride * (size - 1)
+
+
+def no_partial_overlap(out, array, name: str) -> None:
+    """out may be exactly `array` (the call works in place) or share no byte with it."""
+    if (out.pointer, out.dtype, out.shape, out.strides) == (array.pointer, array.dtype, array.shape, array.strides):
+        return
+    if out.place[:2] != array.place[:2]:
+        return
+    try:
+        overlap = np.shares_memory(out.address_map(), array.address_map(), max_work=100_000)
+    except np.exceptions.TooHardError:
+        overlap = True
+    if overlap:
+        raise ValueError(f"out overlaps {name} in part; expected {name} itself (in place) or memory of its own")
+
+
+def reduction(value) -> None:
+    if value not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction is {value!r}, expected 'none', 'mean' or 'sum'")
+
+
+def label_smoothing(value) -> float:
+    number = scalar(value, "label_smoothing")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"label_smoothing is {number}, expected a number from 0 to 1")
+    return number
+
+
+def ignore_index(value) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"ignore_index is {_short(value)}, expected an int") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"ignore_index is {number}, expected a 64-bit integer")
+    return number
+
+
+def class_axis(axis, ndim: int) -> tuple[int]:
+    """The one axis along which the classes lie."""
+    if axis is None or isinstance(axis, tuple | list):
+        raise TypeError(f"axis is {axis!r}, expected one int: the class axis")
+    if ndim == 0:
+        raise ValueError("logits has no axis, expected at least the class axis")
+    return axes(axis, ndim)
+
+
+def class_count(n_cols: int) -> None:
+    if n_cols == 0:
+        raise ValueError("logits has 0 classes, expected at least 1")
+
+
+def no_overlap(out, array, name: str) -> None:
+    if out.place[:2] == array.place[:2] and np.may_share_memory(out.address_map(), array.address_map()):
+        raise ValueError(f"out shares memory with {name}, which is read while out is written")
+
+
+def bad_label(row: int, label: int | None, n_cols: int, ignore_index: int) -> IndexError:
+    found = "is out of range" if label is None else f"is {label}"
+    return IndexError(
+        f"target[{row}] (counted in C order) {found}, expected a class from 0 to {n_cols - 1} "
+        f"or ignore_index ({ignore_index})"
+    )
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"

@@ -1,0 +1,61 @@
+"""A line on stderr that says how far a command is."""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+
+_TERMINAL_SECONDS = 0.1
+_LOG_SECONDS = 5.0
+_BAR = 24
+
+
+class Progress:
+    """A bar redrawn in place on a terminal; elsewhere (a log file) a plain line every few seconds.
+
+    with Progress("training", total=200) as progress:
+        progress.update(1, "perplexity 31820")
+    """
+
+    def __init__(self, title: str, total: int, stream=None):
+        self._title = title
+        self._total = total
+        self._stream = sys.stderr if stream is None else stream
+        self._live = bool(self._stream) and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._start = self._shown = time.monotonic()
+        self._width = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._width:  # whatever is printed next starts on a line of its own
+            self._write("\n")
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        due = _TERMINAL_SECONDS if self._live else _LOG_SECONDS
+        first = self._live and not self._width
+        last = done >= self._total and self._live
+        if not (first or last or now - self._shown >= due):
+            return
+        self._shown = now
+        share = min(done / self._total, 1.0) if self._total else 1.0
+        left = (now - self._start) * (1 / share - 1) if share else 0.0
+        parts = [f"{share:4.0%}", note, f"{left:.0f} s left" if 0 < share < 1 else ""]
+        if self._live:
+            filled = round(share * _BAR)
+            parts.insert(0, "[" + "#" * filled + "." * (_BAR - filled) + "]")
+            line = f"{self._title} {'  '.join(part for part in parts if part)}"
+            line = line[: shutil.get_terminal_size().columns - 1]
+            self._write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._write(f"{self._title} {'  '.join(part for part in parts if part)}\n")
+
+    def _write(self, text: str) -> None:
+        # A closed or broken stderr must not end the work that it reports on.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.write(text)
+            self._stream.flush()

@@ -1,0 +1,102 @@
+"""The command line: `gpusoftmax` or `python -m gpusoftmax`. One file per command.
+
+A command's file has HELP, add_arguments(parser) and run(arguments). Errors become one line on stderr and exit code 2,
+interrupts (Ctrl-C, SIGTERM, SIGHUP) exit code 130. `python -X dev -m gpusoftmax ...` shows the traceback instead.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+import gpusoftmax
+from gpusoftmax import _demo, _info, _normalize
+
+COMMANDS = {"info": _info, "demo": _demo, "normalize": _normalize}
+FAILED = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with the error alone instead of the usage and the error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as exit:  # after --help, --version or an error
+        return exit.code or 0
+    with warnings.catch_warnings(), _interrupts():
+        warnings.showwarning = _show_warning
+        try:
+            COMMANDS[arguments.command].run(arguments)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return _fail(arguments.command, "interrupted", INTERRUPTED)
+        except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's flush at exit complains
+            return FAILED
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            return _fail(arguments.command, _describe(error), FAILED)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gpusoftmax", description=gpusoftmax.__doc__)
+    parser.add_argument("--version", action="version", version=f"gpusoftmax {gpusoftmax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.__doc__))
+    return parser
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"gpusoftmax {command}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _describe(error: Exception) -> str:
+    """The error on one line. Errors that the commands and the checks raise speak for themselves."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if text and isinstance(error, ValueError | TypeError | RuntimeError | OSError | MemoryError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    with contextlib.suppress(OSError):
+        print(f"gpusoftmax: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _interrupts():
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, by an exception: `normalize` removes its temporary file."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # Whoever set another disposition (nohup ignores SIGHUP) meant it; only the main thread may set one.
+        with contextlib.suppress(ValueError):
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                previous[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

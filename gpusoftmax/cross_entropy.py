@@ -1,0 +1,235 @@
+"""Cross-entropy: the loss, and the loss with its gradient from one kernel."""
+
+import math
+from typing import Any
+
+from gpusoftmax import _arrays, _checks
+from gpusoftmax.kernels.operands import NO_BAD_LABEL, NO_OPERAND
+
+
+def cross_entropy(
+    logits: Any,
+    target: Any,
+    weight: Any = None,
+    *,
+    axis: int = -1,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    validate: bool | None = None,
+) -> Any:
+    """Negative log-likelihood of `target` under softmax(`logits`), in nats; torch's definition and defaults.
+
+    loss = logsumexp(logits) - logits[target] for each row, where a row runs along `axis`. The default axis is the last
+    one, -1; torch's layout (N, C, d1, ...) is axis=1.
+
+    Parameters
+    ----------
+    logits : array, shape (..., n_cols, ...)
+        float16, bfloat16, float32 or float64, of NumPy, CuPy, torch or JAX, with any strides. Not modified.
+    target : array of integers, the shape of `logits` without `axis`
+        Class of each row, from 0 to n_cols - 1, or `ignore_index`.
+    weight : array, shape (n_cols,), optional
+        A factor for each class. "mean" then divides by the sum of weight[target] over the rows that count.
+    axis : int
+        The class axis.
+    ignore_index : int
+        Rows with this label are not read and have loss 0; "mean" does not count them.
+    reduction : "mean", "sum" or "none"
+        "none" gives the loss of each row. "mean" is NaN where no row counts.
+    label_smoothing : float, 0 to 1
+        Share of the probability that is spread evenly over all classes.
+    validate : bool, optional
+        Whether a label that is neither a class nor `ignore_index` raises IndexError. By default it does on the CPU;
+        on a GPU it would wait for the device, and such a row gets a NaN loss (and gradient) instead.
+
+    Returns
+    -------
+    array or NumPy scalar, float32 (float64 for float64 logits)
+        A single number for "mean" and "sum", the shape of `target` for "none".
+
+    Raises
+    ------
+    IndexError
+        A label out of range, see `validate`; nothing has been written.
+    TypeError
+        `target` not of integers; arrays of different libraries or devices; unsupported dtypes; a torch tensor that
+        requires grad.
+    ValueError
+        Shapes that do not match, no classes, or an unknown reduction.
+
+    Notes
+    -----
+    Computed as log1p(s - 1) + (max - logits[target]) from a row state that never forms s - 1 by subtraction: confident
+    rows keep their small losses. The formulas with weights and smoothing stand in kernels/cpu/cross_entropy.py. "mean"
+    and "sum" add the rows in order: they depend on the batch, the loss of one row does not.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import cross_entropy
+    >>> float(cross_entropy(np.zeros((1, 4)), np.array([2])))  # log 4
+    1.3862943611198906
+    """
+    return _cross_entropy(
+        logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate, 1.0, False, None
+    )[0]
+
+
+def cross_entropy_with_grad(
+    logits: Any,
+    target: Any,
+    weight: Any = None,
+    *,
+    axis: int = -1,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    validate: bool | None = None,
+    grad_scale: float = 1.0,
+    out: Any = None,
+) -> tuple[Any, Any]:
+    """`cross_entropy` and its gradient with respect to the logits, from one kernel.
+
+    Parameters
+    ----------
+    logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate
+        As in `cross_entropy`.
+    grad_scale : float
+        Multiplies the gradient (not the loss): the loss scale of mixed-precision training, for instance.
+    out : array, optional
+        Where to write the gradient, of the shape of `logits`; it decides the dtype. out=logits works in place and
+        needs no second array of that size.
+
+    Returns
+    -------
+    loss : array or NumPy scalar
+        As `cross_entropy` returns it.
+    dlogits : array, the shape, dtype, kind and device of `logits`
+        grad_scale times the gradient of the loss ("none": of the sum of the losses). Exactly 0 in ignored rows.
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As `cross_entropy`; also for an `out` as in `softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import cross_entropy_with_grad
+    >>> loss, dlogits = cross_entropy_with_grad(np.zeros((1, 4)), np.array([2]))
+    >>> dlogits
+    array([[ 0.25,  0.25, -0.75,  0.25]])
+    """
+    grad_scale = _checks.scalar(grad_scale, "grad_scale")
+    return _cross_entropy(
+        logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate, grad_scale, True, out
+    )
+
+
+def _cross_entropy(
+    logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate, grad_scale, with_grad, out
+):
+    x = _arrays.logits(logits, "logits")
+    labels = _arrays.wrap(target, "target")
+    axes = _checks.class_axis(axis, x.ndim)
+    n_cols = x.shape[axes[0]]
+    batch_shape = _arrays.without_axes(x, axes)
+    _checks.integer(labels.dtype, "target")
+    _checks.same_home(x, labels, "logits", "target")
+    _checks.same_shape(labels, batch_shape, "target", f"to match logits {x.shape} without axis {axis}")
+    _checks.class_count(n_cols)
+    _checks.reduction(reduction)
+    label_smoothing = _checks.label_smoothing(label_smoothing)
+    ignore_index = _checks.ignore_index(ignore_index)
+
+    gradient = None
+    if with_grad:
+        gradient = _arrays.output(out, x, x.shape, x.dtype)
+        _checks.no_partial_overlap(gradient, x, "logits")
+        _checks.no_overlap(gradient, labels, "target")
+    dtype = _arrays.compute_dtype(x, gradient)
+    loss_dtype = "float64" if x.dtype == "float64" else "float32"
+    class_weight = None
+    if weight is not None:
+        class_weight = _arrays.logits(weight, "weight")
+        _checks.same_home(x, class_weight, "logits", "weight")
+        _checks.same_shape(class_weight, (n_cols,), "weight", "one factor for each class")
+        if gradient is not None:
+            _checks.no_overlap(gradient, class_weight, "weight")
+        class_weight = _arrays.contiguous(class_weight, dtype)
+
+    kernels = _arrays.kernels(x.place, "cross_entropy")
+    label_rows, label_operand = _arrays.flat_rows(labels, n_cols)
+    if validate or (validate is None and x.place.target == "cpu"):
+        first_bad = _arrays.empty(x, (1,), "int64")
+        kernels.find_bad_label(
+            label_rows, label_operand, result=first_bad.pointer, ignore_index=ignore_index, place=x.place
+        )
+        row = _arrays.to_python(first_bad)
+        if row != NO_BAD_LABEL:
+            raise _checks.bad_label(row, _arrays.element(labels, row), n_cols, ignore_index)
+
+    losses = _arrays.empty(x, batch_shape, loss_dtype)
+    numbers = {"weight": class_weight, "normaliser": None, "weight_sum": None}
+    if reduction == "mean":
+        numbers["normaliser"] = _arrays.empty(x, (1,), dtype)
+        kernels.normalise(
+            label_rows,
+            label_operand,
+            weight=_pointer(class_weight),
+            normaliser=numbers["normaliser"].pointer,
+            ignore_index=ignore_index,
+            dtype=dtype,
+            place=x.place,
+        )
+    if class_weight is not None and label_smoothing:
+        numbers["weight_sum"] = _arrays.empty(x, (1,), dtype)
+        kernels.total(
+            n_cols,
+            class_weight.pointer,
+            _arrays.single(numbers["weight_sum"]),
+            values_dtype=dtype,
+            normaliser=0,
+            dtype=dtype,
+            place=x.place,
+        )
+
+    def rows_of_batch(rows, x_rows, label_rows, loss_rows, gradient_rows=NO_OPERAND):
+        kernels.cross_entropy(
+            rows,
+            x_rows,
+            label_rows,
+            loss_rows,
+            gradient_rows,
+            **{name: _pointer(array) for name, array in numbers.items()},
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            grad_scale=grad_scale,
+            dtype=dtype,
+            place=x.place,
+        )
+
+    _arrays.for_rows(
+        rows_of_batch,
+        axes,
+        [x, _arrays.per_row(labels, axes, x.ndim)],
+        [_arrays.per_row(losses, axes, x.ndim), *([gradient] if with_grad else [])],
+    )
+    loss = losses
+    if reduction != "none":
+        loss = _arrays.empty(x, (), loss_dtype)
+        kernels.total(
+            math.prod(batch_shape),
+            losses.pointer,
+            _arrays.single(loss),
+            values_dtype=loss_dtype,
+            normaliser=_pointer(numbers["normaliser"]),
+            dtype=dtype,
+            place=x.place,
+        )
+    return _arrays.result(loss), None if gradient is None else _arrays.result(gradient, out)
+
+
+def _pointer(array) -> int:
+    return 0 if array is None else array.pointer

@@ -1,0 +1,64 @@
+"""Log-sum-exp."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks
+
+
+def logsumexp(
+    x: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    keepdims: bool = False,
+    temperature: float = 1.0,
+    dtype: Any = None,
+    out: Any = None,
+) -> Any:
+    """log(sum(exp(x / temperature))) along `axis`, in nats, without overflow.
+
+    The default axis is the last one, -1; None means all axes, as in SciPy (whose default it is).
+
+    Parameters
+    ----------
+    x, axis, temperature
+        As in `softmax`.
+    keepdims : bool
+        Keep the reduced axes with size 1.
+    dtype : dtype, optional
+        Of the result; by default float32, float64 for float64 (half types would lose most of the digits).
+    out : array, optional
+        Where to write the result, which is then what is returned. It decides the dtype.
+
+    Returns
+    -------
+    array or NumPy scalar, the shape of `x` without the reduced axes
+        -inf for a row without columns or with nothing but -inf; +inf for a row that holds +inf; NaN for one with NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import logsumexp
+    >>> float(logsumexp(np.array([1000.0, 1000.0])) - 1000.0)
+    0.6931471805599...
+    """
+    logits = _arrays.logits(x, "x")
+    axes = _checks.axes(axis, logits.ndim)
+    temperature = _checks.temperature(temperature)
+    dtype = None if dtype is None else _checks.dtype_name(dtype)
+    row_dtype = "float64" if logits.dtype == "float64" else "float32"
+    shape = _arrays.without_axes(logits, axes, keepdims)
+    lse = _arrays.output(out, logits, shape, row_dtype, dtype)
+    _checks.no_partial_overlap(lse, logits, "x")
+    kernel = _arrays.kernels(logits.place, "logsumexp").logsumexp
+    _arrays.for_rows(
+        lambda rows, x, lse: kernel(rows, x, lse, temperature, logits.place),
+        axes,
+        [logits],
+        [_arrays.per_row(lse, axes, logits.ndim)],
+    )
+    return _arrays.result(lse, out)

@@ -1,0 +1,130 @@
+"""Softmax and its backward."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks
+
+
+def softmax(
+    x: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    temperature: float = 1.0,
+    dtype: Any = None,
+    out: Any = None,
+) -> Any:
+    """Softmax of `x` along `axis`: exp(x / temperature) divided by its sum.
+
+    The default axis is the last one, -1; None means all axes, as in SciPy (whose default it is).
+
+    Parameters
+    ----------
+    x : array, shape (..., n_cols, ...)
+        Logits: float16, bfloat16, float32 or float64, of NumPy, CuPy, torch or JAX, with any strides. Integers, bools
+        and lists become float64. Half types are computed in float32. Never modified unless it is also `out`.
+    axis : int, tuple of int or None
+        Along which the results sum to 1. A tuple of axes that no single stride walks costs one copy.
+    temperature : float
+        Divides the logits; finite and above 0.
+    dtype : dtype, optional
+        Of the result; by default that of `x`. float64 is also computed in float64.
+    out : array, optional
+        Where to write the result, which is then what is returned. It decides the dtype. It may be `x` itself.
+
+    Returns
+    -------
+    array, the shape, kind and device of `x`
+        Probabilities. A logit of -inf gives exactly 0. A row that holds NaN, +inf or nothing but -inf is NaN.
+
+    Raises
+    ------
+    TypeError
+        Unsupported dtype; `out` of another library or device than `x`; `out` and a different `dtype`; a torch tensor
+        that requires grad.
+    ValueError
+        Bad axis or temperature; `out` of the wrong shape, read-only, or overlapping `x` in part.
+
+    Notes
+    -----
+    A row has the same bits whatever the batch around it, its strides and its alignment. One pass finds maximum and sum
+    together: Milakov and Gimelshein, arXiv:1805.02867, algorithm 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import softmax
+    >>> softmax(np.array([[0.0, 0.0], [1.0, -np.inf]]))
+    array([[0.5, 0.5],
+           [1. , 0. ]])
+    """
+    logits = _arrays.logits(x, "x")
+    axes = _checks.axes(axis, logits.ndim)
+    temperature = _checks.temperature(temperature)
+    dtype = None if dtype is None else _checks.dtype_name(dtype)
+    probs = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
+    _checks.no_partial_overlap(probs, logits, "x")
+    kernel = _arrays.kernels(logits.place, "softmax").softmax
+    if logits.size:
+        _arrays.for_rows(
+            lambda rows, x, probs: kernel(rows, x, probs, temperature, logits.place), axes, [logits], [probs]
+        )
+    return _arrays.result(probs, out)
+
+
+def softmax_backward(
+    probs: Any,
+    dprobs: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    temperature: float = 1.0,
+    out: Any = None,
+) -> Any:
+    """Gradient with respect to the logits of `softmax`, from its result and the gradient with respect to that.
+
+    dlogits = probs * (dprobs - sum(probs * dprobs)) / temperature: the product with the Jacobian
+    (diag(probs) - probs probs^T) / temperature, without forming it.
+
+    Parameters
+    ----------
+    probs, dprobs : array, shape (..., n_cols, ...)
+        The softmax and the gradient with respect to it: same shape, dtype, library and device; any strides.
+    axis, temperature
+        As given to `softmax`.
+    out : array, optional
+        Where to write the result; may be `probs` or `dprobs` itself.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `probs`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softmax`; also when `probs` and `dprobs` differ in shape, dtype, library or device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import softmax_backward
+    >>> softmax_backward(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    array([ 0.25, -0.25])
+    """
+    p = _arrays.logits(probs, "probs")
+    dp = _arrays.logits(dprobs, "dprobs")
+    _checks.same_home(p, dp, "probs", "dprobs")
+    _checks.same_dtype(p, dp, "probs", "dprobs")
+    _checks.same_shape(dp, p.shape, "dprobs", "to match probs")
+    axes = _checks.axes(axis, p.ndim)
+    temperature = _checks.temperature(temperature)
+    dlogits = _arrays.output(out, p, p.shape, p.dtype)
+    _checks.no_partial_overlap(dlogits, p, "probs")
+    _checks.no_partial_overlap(dlogits, dp, "dprobs")
+    kernel = _arrays.kernels(p.place, "softmax").softmax_backward
+    if p.size:
+        _arrays.for_rows(
+            lambda rows, p_rows, dp_rows, dlogits: kernel(rows, p_rows, dp_rows, dlogits, temperature, p.place),
+            axes,
+            [p, dp],
+            [dlogits],
+        )
+    return _arrays.result(dlogits, out)

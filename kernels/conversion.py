@@ -1,0 +1,113 @@
+"""Widening and narrowing between storage and computation formats, as LLVM instructions for one value or a vector.
+
+float16 and bfloat16 travel as their bit patterns. Numba tells them apart by the sign of the integer that holds them:
+an int16 is a float16, a uint16 is a bfloat16 (its bits are the upper half of a float32).
+"""
+
+from llvmlite import ir
+
+from gpusoftmax.kernels.operands import LABELS
+
+HALF = ir.HalfType()
+FLOAT = ir.FloatType()
+DOUBLE = ir.DoubleType()
+
+
+def _shaped(element: ir.Type, like: ir.Type) -> ir.Type:
+    return ir.VectorType(element, like.count) if isinstance(like, ir.VectorType) else element
+
+
+def _constant(type: ir.Type, value):
+    if isinstance(type, ir.VectorType):
+        return ir.Constant(type, [ir.Constant(type.element, value)] * type.count)
+    return ir.Constant(type, value)
+
+
+def _is_double(type: ir.Type) -> bool:
+    return isinstance(type.element if isinstance(type, ir.VectorType) else type, ir.DoubleType)
+
+
+def widen(builder: ir.IRBuilder, value, dtype: str, compute: ir.Type):
+    """A stored value (bits for the half types) as a number of type `compute`: exact."""
+    if dtype == "bfloat16":
+        wide = builder.zext(value, _shaped(ir.IntType(32), value.type))
+        value = builder.bitcast(builder.shl(wide, _constant(wide.type, 16)), _shaped(FLOAT, value.type))
+    elif dtype == "float16":
+        value = builder.fpext(builder.bitcast(value, _shaped(HALF, value.type)), _shaped(FLOAT, value.type))
+    if _is_double(compute) and not _is_double(value.type):
+        value = builder.fpext(value, compute)
+    return value
+
+
+def narrow(builder: ir.IRBuilder, value, dtype: str):
+    """A number in storage format, rounded once to nearest even."""
+    if dtype == "float64":
+        return builder.fpext(value, _shaped(DOUBLE, value.type)) if not _is_double(value.type) else value
+    if dtype == "float32":
+        return builder.fptrunc(value, _shaped(FLOAT, value.type)) if _is_double(value.type) else value
+    if _is_double(value.type):
+        value = _to_odd_float(builder, value)
+    bits_type = _shaped(ir.IntType(16), value.type)
+    if dtype == "float16":
+        return builder.bitcast(builder.fptrunc(value, _shaped(HALF, value.type)), bits_type)
+    bits = builder.bitcast(value, _shaped(ir.IntType(32), value.type))
+    sixteen, one = _constant(bits.type, 16), _constant(bits.type, 1)
+    even = builder.and_(builder.lshr(bits, sixteen), one)
+    rounded = builder.add(bits, builder.add(even, _constant(bits.type, 0x7FFF)))
+    # Rounding could carry a NaN's payload into infinity.
+    quiet = builder.or_(bits, _constant(bits.type, 0x00400000))
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(bits, sixteen), bits_type)
+
+
+def _to_odd_float(builder: ir.IRBuilder, value):
+    """double -> float, rounded to odd: a second rounding to a half type then acts as if it were the only one."""
+    float_type = _shaped(FLOAT, value.type)
+    nearest = builder.fptrunc(value, float_type)
+    back = builder.fpext(nearest, value.type)
+    bits = builder.bitcast(nearest, _shaped(ir.IntType(32), value.type))
+    long = _shaped(ir.IntType(64), value.type)
+    positive = _constant(long, (1 << 63) - 1)
+    # Magnitudes compare as integers: one step back where rounding went away from zero.
+    too_far = builder.icmp_unsigned(
+        ">",
+        builder.and_(builder.bitcast(back, long), positive),
+        builder.and_(builder.bitcast(value, long), positive),
+    )
+    truncated = builder.select(too_far, builder.sub(bits, _constant(bits.type, 1)), bits)
+    inexact = builder.fcmp_ordered("!=", back, value)
+    odd = builder.or_(truncated, _constant(bits.type, 1))
+    return builder.bitcast(builder.select(inexact, odd, bits), float_type)
+
+
+def load_label(builder: ir.IRBuilder, address, index, code, address_space: int = 0):
+    """The label number `index` of those at `address`, as int64; a uint64 that does not fit becomes 2^63 - 1.
+
+    The integer type is chosen at run time, by `label_code`: the branch is the same for every row and saves compiling
+    each kernel eight times.
+    """
+    long = ir.IntType(64)
+    at = builder.add(address, builder.shl(index, builder.lshr(code, ir.Constant(long, 1))))
+    end = builder.append_basic_block("label.end")
+    unknown = builder.block
+    switch = builder.switch(code, end)
+    loaded = [(ir.Constant(long, -1), unknown)]
+    for number, dtype in enumerate(LABELS):
+        block = builder.append_basic_block(f"label.{dtype}")
+        switch.add_case(ir.Constant(long, number), block)
+        builder.position_at_end(block)
+        stored = ir.IntType(8 << (number // 2))
+        value = builder.load(builder.inttoptr(at, stored.as_pointer(address_space)), align=stored.width // 8)
+        unsigned = dtype.startswith("u")
+        if stored.width < 64:
+            value = builder.zext(value, long) if unsigned else builder.sext(value, long)
+        elif unsigned:
+            too_large = builder.icmp_signed("<", value, ir.Constant(long, 0))
+            value = builder.select(too_large, ir.Constant(long, (1 << 63) - 1), value)
+        loaded.append((value, builder.block))
+        builder.branch(end)
+    builder.position_at_end(end)
+    label = builder.phi(long)
+    for value, block in loaded:
+        label.add_incoming(value, block)
+    return label

@@ -1,0 +1,39 @@
+"""Runs a kernel over rows on the threads Numba is set to use.
+
+Plain threads over kernels that release the GIL, instead of Numba's parallel loops: concurrent calls from any number of
+Python threads are safe (Numba's workqueue layer would abort the process), and so is the child after a fork (OpenMP's
+would not be).
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+
+# Handing work to a thread and waiting for it costs 30-60 us, about the time one core needs for this many logits.
+LOGITS_PER_THREAD = 32768
+
+
+@functools.cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="gpusoftmax")
+
+
+# The child of a fork has the executor's books but none of its threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def for_rows(kernel: Callable, n_rows: int, n_cols: int, *arguments) -> None:
+    """kernel(first_row, last_row, *arguments) over contiguous parts of range(n_rows), one part per thread."""
+    n_parts = min(numba.get_num_threads(), n_rows, n_rows * n_cols // LOGITS_PER_THREAD)
+    if n_parts <= 1:
+        kernel(0, n_rows, *arguments)
+        return
+    bounds = [n_rows * part // n_parts for part in range(n_parts + 1)]
+    pool = _pool(n_parts - 1)
+    others = [pool.submit(kernel, first, last, *arguments) for first, last in zip(bounds[1:], bounds[2:], strict=False)]
+    kernel(bounds[0], bounds[1], *arguments)
+    for other in others:
+        other.result()

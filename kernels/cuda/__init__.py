@@ -1,0 +1,1 @@
+"""Host half of the CUDA kernels, one operation per file: signature, plan, launch. Imports no Numba."""

@@ -1,0 +1,108 @@
+"""From a kernel's name and signature to an image a device can load: PTX by Numba, cubin by nvJitLink, both cached.
+
+Numba is imported only when a PTX is not in the cache. One PTX serves several architectures: see `ptx_architecture`.
+"""
+
+import functools
+import importlib
+import json
+import re
+
+from gpusoftmax.kernels.cuda import cache
+from gpusoftmax.kernels.cuda.plan import MAX_THREADS
+from gpusoftmax.kernels.operands import STORAGE
+
+
+def ptx_architecture(arch: str) -> str:
+    """The architecture to compile for: the oldest of its group, whose PTX links for every later one."""
+    compute = int(arch.removeprefix("sm_"))
+    return "sm_75" if compute < 80 else "sm_80" if compute < 90 else "sm_90"
+
+
+class Image:
+    """One kernel for one architecture. The cubin is linked when it is first asked for."""
+
+    def __init__(self, kernel: str, signature: tuple[str, ...], arch: str):
+        self.kernel = kernel
+        self.signature = signature
+        self.arch = arch
+
+    @functools.cached_property
+    def ptx(self) -> str:
+        return _ptx(self.kernel, self.signature, ptx_architecture(self.arch))
+
+    @functools.cached_property
+    def entry(self) -> str:
+        return self._linked[0]
+
+    @functools.cached_property
+    def cubin(self) -> bytes:
+        return self._linked[1]
+
+    @functools.cached_property
+    def _linked(self) -> tuple[str, bytes]:
+        key = cache.key(self.kernel, self.signature, self.arch, "cubin")
+        stored = cache.get(key)
+        if stored is not None:
+            header, _, cubin = stored.partition(b"\n")
+            return json.loads(header)["entry"], cubin
+        entry = entry_of(self.ptx)
+        cubin, _ = link(self.ptx, self.arch)
+        cache.put(key, json.dumps({"entry": entry}).encode() + b"\n" + cubin)
+        return entry, cubin
+
+
+@functools.cache
+def image(kernel: str, signature: tuple[str, ...], arch: str) -> Image:
+    """The image of `kernel`, "<file>.<function>" under kernels/cuda/device.
+
+    `signature` holds one word per parameter: "i64", "float32", "float64", or "*" and the dtype of what a pointer points
+    to, "*bfloat16" for instance ("*void" for memory whose type the kernel learns at run time).
+    """
+    return Image(kernel, signature, arch)
+
+
+def entry_of(ptx: str) -> str:
+    """The name of the kernel in a PTX text."""
+    return re.search(r"\.entry\s+([\w$]+)", ptx)[1]
+
+
+def link(ptx: str, arch: str) -> tuple[bytes, str]:
+    """PTX -> (cubin, the assembler's report on registers and spills). Needs no GPU."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
+    cubin = bytes(linker.link("cubin").code)
+    return cubin, linker.get_info_log()
+
+
+@functools.cache
+def _ptx(kernel: str, signature: tuple[str, ...], arch: str) -> str:
+    key = cache.key(kernel, signature, arch, "ptx")
+    stored = cache.get(key)
+    if stored is not None:
+        return stored.decode()
+    from gpusoftmax.kernels.cuda.device._cuda import compile_to_ptx, types
+
+    file, name = kernel.split(".")
+    function = getattr(importlib.import_module(f"gpusoftmax.kernels.cuda.device.{file}"), name)
+    compute = int(arch.removeprefix("sm_"))
+    ptx = compile_to_ptx(
+        function,
+        tuple(_numba_type(types, word) for word in signature),
+        (compute // 10, compute % 10),
+        MAX_THREADS,
+    )
+    cache.put(key, ptx.encode())
+    return ptx
+
+
+def _numba_type(types, word: str):
+    if word == "i64":
+        return types.int64
+    if not word.startswith("*"):
+        return getattr(types, word)
+    if word == "*void":
+        return types.CPointer(types.uint8)
+    dtype = word[1:]
+    return types.CPointer(getattr(types, STORAGE[dtype].__name__ if dtype in STORAGE else dtype))

@@ -1,0 +1,39 @@
+"""The only place that imports numba.cuda: it is in maintenance, and moving to its successor must cost one file."""
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from numba import cuda, types
+from numba.cuda import dispatcher
+from numba.cuda.extending import intrinsic
+
+# Helpers become LLVM functions that are always inlined. Numba's own inlining, of its IR, gives the same machine code
+# and copies every callee at every call: softmax took 6 s to compile instead of 2.
+device = cuda.jit(device=True, forceinline=True)
+
+_compiling = threading.Lock()
+
+
+def compile_to_ptx(kernel: Callable, signature: tuple, compute_capability: tuple[int, int], max_threads: int) -> str:
+    """PTX for one architecture. Needs no driver."""
+    # A helper is compiled for the current device, which asks the driver; here it is told. The helpers are LLVM code and
+    # know no architecture, so those of an earlier kernel serve a later one of another architecture.
+    with _compiling:
+        ask_the_driver = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=compute_capability)
+        try:
+            ptx, _ = cuda.compile(
+                kernel,
+                signature,
+                device=False,
+                abi="numba",
+                cc=compute_capability,
+                launch_bounds=max_threads,
+            )
+        finally:
+            dispatcher.get_current_device = ask_the_driver
+    return ptx
+
+
+__all__ = ["compile_to_ptx", "cuda", "device", "intrinsic", "types"]

@@ -1,0 +1,72 @@
+"""The formulas of `gpusoftmax.kernels.formulas` for one number per thread, with every rounding explicit.
+
+NVVM contracts a plain product and sum into a fused multiply-add and has no switch against it, so additions and products
+are asked for by the intrinsics that name their rounding.
+"""
+
+import functools
+
+from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels.binding import bind
+from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
+
+
+class Rounded(formulas.Arithmetic):
+    def _nvvm(self, name, x, y):
+        return self.call(f"llvm.nvvm.{name}.{'d' if self.format is formulas.DOUBLE else 'f'}", x, y)
+
+    def add(self, x, y):
+        return self._nvvm("add.rn", x, y)
+
+    def sub(self, x, y):
+        return self._nvvm("add.rn", x, self.negative(y))
+
+    def mul(self, x, y):
+        return self._nvvm("mul.rn", x, y)
+
+    def div(self, x, y):
+        return self._nvvm("div.rn", x, y)
+
+    def maximum(self, x, y):
+        """The larger one; a NaN loses."""
+        return self._nvvm("fmax", x, y)
+
+
+formula = functools.partial(bind, intrinsic, types, Rounded)
+
+add = formula(Rounded.add)
+sub = formula(Rounded.sub)
+mul = formula(Rounded.mul)
+div = formula(Rounded.div)
+fma = formula(Rounded.fma)
+maximum = formula(Rounded.maximum)
+two_sum = formula(formulas.two_sum, n_results=2)
+add_pair = formula(formulas.add_pair, n_results=2)
+transform_logit = formula(formulas.transform)
+gap = formula(formulas.gap, n_results=2)
+exp = formula(formulas.exp)
+exp_gap = formula(formulas.exp_gap)
+tie = formula(formulas.tie)
+tail_term = formula(formulas.tail_term)
+reference = formula(formulas.reference)
+merge = formula(formulas.merge, n_results=4)
+inverse_sum = formula(formulas.inverse_sum)
+log_sum = formula(formulas.log_sum, n_results=2)
+logsumexp = formula(formulas.logsumexp)
+negative_log_probability = formula(formulas.negative_log_probability)
+
+
+@intrinsic
+def number(typingctx, like, value):
+    """A literal in the computation format of `like`: a bare Python float would drag the kernel into float64."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(like, value.literal_value)
+
+    if isinstance(value, types.Literal):
+        return like(like, value), codegen
+
+    def cast(context, builder, signature, args):
+        return context.cast(builder, args[1], signature.args[1], like)
+
+    return like(like, value), cast

@@ -1,0 +1,82 @@
+"""The only place where threads talk to each other.
+
+    warp     xor butterfly: after 5 exchanges every lane holds the result, and all lanes hold the same bits
+             (addition commutes bit for bit, and both partners of an exchange add the same two numbers)
+    block    one number per warp goes through `scratch`; every warp then folds the same 32 entries
+
+Every block_* function ends with all threads holding the result and with `scratch` free for the next call.
+"""
+
+from gpusoftmax.kernels.cuda.device._cuda import cuda, device
+from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE
+
+FULL_WARP = 0xFFFFFFFF
+
+
+@device
+def warp_max(value):
+    for offset in (16, 8, 4, 2, 1):
+        value = maximum(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+    return value
+
+
+@device
+def warp_sum(value):
+    for offset in (16, 8, 4, 2, 1):
+        value = add(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+    return value
+
+
+@device
+def exchange(value, scratch, identity):
+    """Hands lane k of every warp the value of warp k; `identity` where there is no such warp."""
+    warp = cuda.threadIdx.x // WARP_SIZE
+    if cuda.laneid == 0:
+        scratch[warp] = value
+    cuda.syncthreads()  # every warp's value is in scratch before any warp reads them
+    value = identity
+    if cuda.laneid < cuda.blockDim.x // WARP_SIZE:
+        value = scratch[cuda.laneid]
+    cuda.syncthreads()  # every warp has read scratch before the next reduction writes it
+    return value
+
+
+@device
+def block_max(value, scratch, identity):
+    """The largest value of the block; NaN loses against any number. `identity` is -inf."""
+    return warp_max(exchange(warp_max(value), scratch, identity))
+
+
+@device
+def block_sum(value, scratch, identity):
+    """The sum over the block, along the tree above. `identity` is 0."""
+    return warp_sum(exchange(warp_sum(value), scratch, identity))
+
+
+@device
+def block_sum_pair(total, low, scratch, identity):
+    """The sum over the block of total + low, with the rounding errors of every addition carried along."""
+    for offset in (16, 8, 4, 2, 1):
+        other = cuda.shfl_xor_sync(FULL_WARP, total, offset)
+        other_low = cuda.shfl_xor_sync(FULL_WARP, low, offset)
+        total, low = add_pair(total, low, other, other_low)
+    total, low = exchange(total, scratch, identity), exchange(low, scratch, identity)
+    for offset in (16, 8, 4, 2, 1):
+        other = cuda.shfl_xor_sync(FULL_WARP, total, offset)
+        other_low = cuda.shfl_xor_sync(FULL_WARP, low, offset)
+        total, low = add_pair(total, low, other, other_low)
+    return add(total, low)
+
+
+@device
+def warp_min(value):
+    for offset in (16, 8, 4, 2, 1):
+        value = min(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+    return value
+
+
+@device
+def first_of_block(row, scratch):
+    """The smallest of the block's row numbers (int64)."""
+    return warp_min(exchange(warp_min(row), scratch, row))

@@ -1,0 +1,353 @@
+"""The mathematics of one logit and of one row, written once for the CPU and the GPU.
+
+Every function here emits LLVM instructions through an `Arithmetic`, which stands for one number per thread (CUDA) or
+per vector lane (CPU). All operations are IEEE additions, multiplications and fused multiply-adds, rounded to nearest,
+in a fixed order: the same inputs give the same bits wherever they are evaluated, and no compiler may contract them.
+
+A name ending in `_low` holds the rounding error of its partner: `x + x_low` is the value to about twice the precision.
+
+Row state (`State`), for logits x_c and their scaled gaps g_c = (x_c - max) * scale:
+
+    max     the largest logit seen (-inf: none; a NaN never becomes the maximum)
+    ties    how many logits equal max
+    tail    sum of exp(g_c) over the others, kept as tail + tail_low; a NaN logit makes it NaN
+
+so that the softmax denominator is s = ties + tail and s - 1 = (ties - 1) + tail needs no subtraction of nearly equal
+numbers: log(s) = log1p(s - 1) stays exact for rows in which one logit leads by far. The online update is that of
+Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867, algorithm 3.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+
+
+class Format(NamedTuple):
+    """Constants of one IEEE format."""
+
+    integer: ir.IntType
+    mantissa_bits: int
+    magic: float  # 1.5 * 2^mantissa_bits: adding it leaves round(x) in the low bits
+    exp_low: float  # exp() of anything smaller rounds to 0
+    exp_high: float  # exp() of anything larger overflows
+    ln2_high: float  # leading bits of ln 2: n * ln2_high is exact for every exponent n
+    ln2_low: float
+    exp_terms: tuple[float, ...]  # q in exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2) / 2, minimax
+    atanh_terms: tuple[float, ...]  # R in 2 atanh(t) = 2 t + t^3 R(t^2), Taylor, for t^2 <= 0.0295
+    sqrt_half_bits: int
+
+
+def _taylor_of_atanh(n_terms: int) -> tuple[float, ...]:
+    return tuple(2.0 / (2 * k + 3) for k in range(n_terms))
+
+
+SINGLE = Format(
+    integer=ir.IntType(32),
+    mantissa_bits=23,
+    magic=1.5 * 2.0**23,
+    exp_low=-105.0,
+    exp_high=88.73,
+    ln2_high=0.693145751953125,
+    ln2_low=1.428606820309417e-06,
+    # Relative error of exp 3.1e-9: 0.05 ulp.
+    exp_terms=(
+        0.49999993411583143,
+        0.1666652009884532,
+        0.04166839439518766,
+        0.008368781244270684,
+        0.0013814458253665167,
+    ),
+    atanh_terms=_taylor_of_atanh(5),
+    sqrt_half_bits=0x3F3504F3,
+)
+DOUBLE = Format(
+    integer=ir.IntType(64),
+    mantissa_bits=52,
+    magic=1.5 * 2.0**52,
+    exp_low=-746.0,
+    exp_high=709.79,
+    ln2_high=6.93147180369123816490e-01,
+    ln2_low=1.90821492927058770002e-10,
+    # Relative error of exp 3.7e-18: 0.03 ulp.
+    exp_terms=(
+        0.5000000000000011,
+        0.1666666666666641,
+        0.04166666666652916,
+        0.008333333333495624,
+        0.0013888888943929063,
+        0.00019841269504790245,
+        2.4801492756586997e-05,
+        2.7557587304149152e-06,
+        2.7630380694573526e-07,
+        2.4999980969002898e-08,
+    ),
+    atanh_terms=_taylor_of_atanh(11),
+    sqrt_half_bits=0x3FE6A09E667F3BCD,
+)
+
+
+class Arithmetic:
+    """IEEE operations on values of one LLVM type: float, double, or a vector of either.
+
+    LLVM keeps plain fadd and fmul apart unless it is told otherwise, which the CPU compiler is not; a target whose
+    compiler contracts them overrides the five operations.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, type: ir.Type):
+        self.builder = builder
+        self.type = type
+        self.lanes = type.count if isinstance(type, ir.VectorType) else None
+        element = type.element if self.lanes else type
+        self.format = DOUBLE if isinstance(element, ir.DoubleType) else SINGLE
+        self.integers = ir.VectorType(self.format.integer, self.lanes) if self.lanes else self.format.integer
+
+    def add(self, x, y):
+        return self.builder.fadd(x, y)
+
+    def sub(self, x, y):
+        return self.builder.fsub(x, y)
+
+    def mul(self, x, y):
+        return self.builder.fmul(x, y)
+
+    def div(self, x, y):
+        return self.builder.fdiv(x, y)
+
+    def fma(self, x, y, z):
+        """x * y + z, rounded once."""
+        suffix = "f64" if self.format is DOUBLE else "f32"
+        return self.call(f"llvm.fma.v{self.lanes}{suffix}" if self.lanes else f"llvm.fma.{suffix}", x, y, z)
+
+    def call(self, name, *arguments):
+        function_type = ir.FunctionType(self.type, [argument.type for argument in arguments])
+        module = self.builder.module
+        function = module.globals.get(name) or ir.Function(module, function_type, name)
+        return self.builder.call(function, arguments)
+
+    def number(self, value: float):
+        return self._constant(self.type, float(np.float32(value)) if self.format is SINGLE else float(value))
+
+    def integer(self, value: int):
+        return self._constant(self.integers, value)
+
+    def _constant(self, type, value):
+        if self.lanes:
+            return ir.Constant(type, [ir.Constant(type.element, value)] * self.lanes)
+        return ir.Constant(type, value)
+
+    def negative(self, x):
+        return self.builder.fsub(self.number(-0.0), x)
+
+    def magnitude(self, x):
+        bits = self.builder.bitcast(x, self.integers)
+        sign = self.integer((1 << (self.format.integer.width - 1)) - 1)
+        return self.builder.bitcast(self.builder.and_(bits, sign), self.type)
+
+    def equal(self, x, y):
+        return self.builder.fcmp_ordered("==", x, y)
+
+    def less(self, x, y):
+        return self.builder.fcmp_ordered("<", x, y)
+
+    def is_nan(self, x):
+        return self.builder.fcmp_unordered("uno", x, x)
+
+    def is_infinite(self, x):
+        return self.equal(self.magnitude(x), self.number(math.inf))
+
+    def select(self, condition, x, y):
+        return self.builder.select(condition, x, y)
+
+    def maximum(self, x, y):
+        """The larger one; a NaN in y loses against x."""
+        return self.select(self.less(x, y), y, x)
+
+    def polynomial(self, x, coefficients):
+        """Horner's rule; the coefficient of the lowest power comes first."""
+        result = self.number(coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            result = self.fma(result, x, self.number(coefficient))
+        return result
+
+    def power_of_two(self, exponent):
+        """2^exponent as a number; `exponent` is an integer in the normal range."""
+        bias = self.integer((1 << (self.format.integer.width - self.format.mantissa_bits - 2)) - 1)
+        shift = self.integer(self.format.mantissa_bits)
+        return self.builder.bitcast(self.builder.shl(self.builder.add(exponent, bias), shift), self.type)
+
+
+# ---------------------------------------------------------------- sums without loss
+
+
+def two_sum(a: Arithmetic, x, y):
+    """(s, error) with s = x + y rounded and s + error = x + y exactly. Knuth, TAOCP vol. 2, 4.2.2, theorem B."""
+    s = a.add(x, y)
+    part = a.sub(s, x)
+    return s, a.add(a.sub(x, a.sub(s, part)), a.sub(y, part))
+
+
+def finite_or_zero(a: Arithmetic, error, of):
+    """`error`, or 0 where the number it belongs to is infinite or NaN and the error is a meaningless NaN."""
+    return a.select(a.equal(a.sub(of, of), a.number(0)), error, a.number(0))
+
+
+def add_pair(a: Arithmetic, high, low, x, x_low):
+    """(high, low) + (x, x_low) as such a pair; an infinity or NaN in the high parts survives."""
+    s, error = two_sum(a, high, x)
+    return s, finite_or_zero(a, a.add(a.add(low, x_low), error), s)
+
+
+# ---------------------------------------------------------------- one logit
+
+
+def transform(a: Arithmetic, x):
+    """A logit as the kernels hold it: halved, which is exact, so that the gap of the two largest numbers is finite."""
+    return a.mul(x, a.number(0.5))
+
+
+def gap(a: Arithmetic, x, y, scale, scale_low):
+    """(x - y) * scale as (gap, gap_low): the subtraction and the product keep their rounding errors.
+
+    `scale` is 2 / temperature (the 2 undoes the halving of `transform`). Subtracting first keeps tiny temperatures
+    finite: x / 1e-37 alone would overflow.
+    """
+    difference, error = two_sum(a, x, a.negative(y))
+    product = a.mul(difference, scale)
+    product_error = a.fma(difference, scale, a.negative(product))
+    low = a.fma(error, scale, a.fma(difference, scale_low, product_error))
+    return product, finite_or_zero(a, low, product)
+
+
+def exp(a: Arithmetic, x, x_low):
+    """exp(x + x_low) within 0.9 ulp, gradual underflow included; exp(-inf) = 0, exp(NaN) = NaN.
+
+    x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), exp(x) = 2^n (1 + r + r^2 q(r)). Half of 2^n is multiplied in
+    twice, so that neither factor leaves the normal range.
+    """
+    f = a.format
+    shifted = a.fma(x, a.number(1 / math.log(2)), a.number(f.magic))
+    n = a.sub(shifted, a.number(f.magic))
+    r = a.fma(n, a.number(-f.ln2_high), x)
+    r = a.fma(n, a.number(-f.ln2_low), r)
+    # exp(r + x_low) is exp(r) (1 + x_low) as nearly as matters, and 1 + r is near enough to exp(r) for that product.
+    correction = a.fma(a.mul(r, r), a.polynomial(r, f.exp_terms), a.fma(x_low, r, x_low))
+    result = a.add(a.number(1), a.add(r, correction))
+    magic_bits = int(np.float32(f.magic).view(np.int32)) if f is SINGLE else int(np.float64(f.magic).view(np.int64))
+    exponent = a.builder.sub(a.builder.bitcast(shifted, a.integers), a.integer(magic_bits))
+    half = a.builder.ashr(exponent, a.integer(1))
+    result = a.mul(result, a.power_of_two(half))
+    result = a.mul(result, a.power_of_two(a.builder.sub(exponent, half)))
+    result = a.select(a.less(x, a.number(f.exp_low)), a.number(0), result)
+    return a.select(a.less(a.number(f.exp_high), x), a.number(math.inf), result)
+
+
+def exp_gap(a: Arithmetic, x, max, scale, scale_low):
+    """exp((x - max) * scale)."""
+    return exp(a, *gap(a, x, max, scale, scale_low))
+
+
+def log1p(a: Arithmetic, x, x_low):
+    """log(1 + x + x_low) as (log, log_low) for x >= 0, within 0.3 ulp of max(log, 1) and 0.7 ulp of itself.
+
+    1 + x = 2^k c with c in [sqrt(1/2), sqrt(2)), f = c - 1, t = f / (2 + f): log(1 + f) = 2 atanh(t)
+    = f - (f^2/2 - t (f^2/2 + t^2 R(t^2))).
+    """
+    f, b = a.format, a.builder
+    shift, bottom = a.integer(f.mantissa_bits), a.integer(f.sqrt_half_bits)
+    u, u_low = two_sum(a, a.number(1), x)
+    u_low = a.add(u_low, x_low)
+    bits = b.bitcast(u, a.integers)
+    exponent = b.ashr(b.sub(bits, bottom), shift)
+    c = b.bitcast(b.sub(bits, b.shl(exponent, shift)), a.type)
+    c_low = a.mul(u_low, a.power_of_two(b.sub(a.integer(0), exponent)))
+    k = b.sitofp(exponent, a.type)
+    fraction, fraction_low = two_sum(a, a.sub(c, a.number(1)), c_low)
+    t = a.div(fraction, a.add(a.number(2), fraction))
+    t2 = a.mul(t, t)
+    half_square = a.mul(a.mul(fraction, fraction), a.number(0.5))
+    series = a.mul(t2, a.polynomial(t2, f.atanh_terms))
+    correction = a.sub(half_square, a.mul(t, a.add(half_square, series)))
+    low = a.sub(a.div(fraction_low, c), correction)
+    high, error = two_sum(a, a.mul(k, a.number(f.ln2_high)), fraction)
+    low = a.add(a.fma(k, a.number(f.ln2_low), low), error)
+    return two_sum(a, high, low)
+
+
+# ---------------------------------------------------------------- one row
+
+
+class State(NamedTuple):
+    """See the module's docstring."""
+
+    max: object
+    ties: object
+    tail: object
+    tail_low: object
+
+
+def tie(a: Arithmetic, x, max):
+    """1 where the logit equals the maximum, else 0."""
+    return a.select(a.equal(x, max), a.number(1), a.number(0))
+
+
+def tail_term(a: Arithmetic, x, max, scale, scale_low):
+    """What a logit adds to the tail: nothing where it equals the maximum."""
+    return a.select(a.equal(x, max), a.number(0), exp_gap(a, x, max, scale, scale_low))
+
+
+def reference(a: Arithmetic, max):
+    """What to subtract from logits whose maximum is `max`: 0 where there is none, since -inf - -inf is NaN."""
+    return a.select(a.equal(max, a.number(-math.inf)), a.number(0), max)
+
+
+def merge(a: Arithmetic, one: State, two: State, scale, scale_low) -> State:
+    """The state of two parts of a row: the part with the smaller maximum is rescaled and joins the tail."""
+    one, two = State(*one), State(*two)
+    swap = a.less(one.max, two.max)
+    big = State(*(a.select(swap, y, x) for x, y in zip(one, two, strict=True)))
+    small = State(*(a.select(swap, x, y) for x, y in zip(one, two, strict=True)))
+    same = a.equal(big.max, small.max)
+    factor = exp(a, *gap(a, small.max, big.max, scale, scale_low))
+    total, error = two_sum(a, small.ties, small.tail)
+    scaled = a.mul(total, factor)
+    scaled_low = a.add(a.fma(total, factor, a.negative(scaled)), a.mul(a.add(error, small.tail_low), factor))
+    joining = a.select(same, small.tail, scaled)
+    joining_low = a.select(same, small.tail_low, scaled_low)
+    tail, tail_low = add_pair(a, big.tail, big.tail_low, joining, joining_low)
+    ties = a.select(same, a.add(big.ties, small.ties), big.ties)
+    return State(big.max, ties, tail, tail_low)
+
+
+def inverse_sum(a: Arithmetic, state: State):
+    """1 / s, the factor that turns exp(gap) into a probability. A row that holds +inf has none: NaN."""
+    state = State(*state)
+    s = a.add(state.ties, a.add(state.tail, state.tail_low))
+    return a.select(a.equal(state.max, a.number(math.inf)), a.number(math.nan), a.div(a.number(1), s))
+
+
+def log_sum(a: Arithmetic, state: State):
+    """(log s, log_low): log-sum-exp relative to the maximum. NaN where the row holds +inf or only -inf."""
+    state = State(*state)
+    others, error = two_sum(a, a.sub(state.ties, a.number(1)), state.tail)
+    high, low = log1p(a, others, a.add(error, state.tail_low))
+    no_maximum = a.is_infinite(state.max)
+    return a.select(no_maximum, a.number(math.nan), high), a.select(no_maximum, a.number(0), low)
+
+
+def logsumexp(a: Arithmetic, state: State, scale, scale_low):
+    """max * scale + log s, rounded once; the maximum itself where it is infinite, NaN where the row holds a NaN."""
+    state = State(*state)
+    log, log_low = log_sum(a, state)
+    offset = a.mul(state.max, scale)
+    offset_low = a.fma(state.max, scale_low, a.fma(state.max, scale, a.negative(offset)))
+    high, low = add_pair(a, offset, finite_or_zero(a, offset_low, offset), log, log_low)
+    extreme = a.add(state.max, a.mul(state.tail, a.number(0)))
+    return a.select(a.is_infinite(state.max), extreme, a.add(high, low))
+
+
+def negative_log_probability(a: Arithmetic, x, max, log, log_low, scale, scale_low):
+    """log s + (max - x) * scale: two terms that are not negative, so that nothing cancels. Rounded once."""
+    high, low = add_pair(a, *gap(a, max, x, scale, scale_low), log, log_low)
+    return a.add(high, low)

@@ -1,0 +1,74 @@
+"""What the public functions hand to the kernels: geometry, operands, formats and the place of execution."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+# dtype name -> the NumPy type whose scalars and pointers stand for it in kernel signatures, see conversion.py
+STORAGE = {
+    "float16": np.int16,
+    "bfloat16": np.uint16,
+    "float32": np.float32,
+    "float64": np.float64,
+}
+LABELS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+def label_code(dtype: str) -> int:
+    """The number by which `load_label` knows an integer dtype: 2 log2(itemsize) + is_unsigned."""
+    return LABELS.index(dtype)
+
+
+def compute_dtype(*dtypes: str) -> str:
+    """The format to compute in: float64 if any of the arrays is float64, float32 otherwise."""
+    return "float64" if "float64" in dtypes else "float32"
+
+
+class Rows(NamedTuple):
+    """The rows of one call, numbered along the inner batch axis first: row = outer * n_inner + inner."""
+
+    n_outer: int
+    n_inner: int
+    n_cols: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_outer * self.n_inner
+
+
+class Operand(NamedTuple):
+    """One array as the kernels see it: element (outer, inner, col) lies at pointer + the strides' sum, in elements."""
+
+    pointer: int
+    dtype: str
+    outer_stride: int
+    inner_stride: int
+    col_stride: int
+
+    @property
+    def words(self) -> tuple[int, int, int, int]:
+        return self.pointer, self.outer_stride, self.inner_stride, self.col_stride
+
+
+NO_OPERAND = Operand(0, "float32", 0, 0, 0)
+NO_BAD_LABEL = 2**63 - 1
+"""What find_bad_label reports when every label is a class or ignore_index."""
+
+
+class Place(NamedTuple):
+    """Where the arrays are and in which order work on them runs. device and stream mean nothing on the CPU."""
+
+    target: str  # "cpu" or "cuda": the package under gpusoftmax.kernels
+    device: int = 0
+    stream: int = 0
+
+
+def split(value: float, dtype: str):
+    """A positive factor as (high, low) numbers of the computation format: to twice its precision for float32.
+
+    Neither 0 nor infinite, whatever the temperature it comes from: the product with a masked logit must stay -inf.
+    """
+    limits = np.finfo(dtype)
+    value = min(max(value, float(limits.smallest_subnormal)), float(limits.max))
+    high = limits.dtype.type(value)
+    return high, limits.dtype.type(value - float(high))

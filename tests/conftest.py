@@ -1,0 +1,61 @@
+"""One test body, three places to run: the `target` fixture is the CPU, an emulated GPU, or (with -m gpu) a real one."""
+
+import os
+import tempfile
+
+# Before any import of the library: tests neither read nor fill the user's cache. A directory that is given is kept and
+# spares the compilations of the next run.
+os.environ.setdefault("GPUSOFTMAX_CACHE_DIR", tempfile.mkdtemp(prefix="gpusoftmax-tests-"))
+
+import numpy as np
+import pytest
+
+
+class Cpu:
+    name = "cpu"
+
+    def array(self, a):
+        return a
+
+    def get(self, result):
+        return result
+
+
+class Emulated:
+    name = "emulated"
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.array = gpu.array
+        self.get = gpu.get
+
+
+class Gpu:
+    name = "gpu"
+
+    def array(self, a):
+        import cupy
+
+        return cupy.asarray(a)
+
+    def get(self, result):
+        if isinstance(result, tuple):
+            return tuple(self.get(part) for part in result)
+        return result.get() if hasattr(result, "get") else np.asarray(result)
+
+
+TARGETS = ["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    """Where to run: target.array(numpy_array) gives an array of the place, target.get(result) brings it back."""
+    if request.param == "cpu":
+        yield Cpu()
+    elif request.param == "gpu":
+        yield Gpu()
+    else:
+        from tests.emulator import emulated_gpu
+
+        with emulated_gpu("sm_90", approx="adversarial", track=False) as gpu:
+            yield Emulated(gpu)

@@ -1,0 +1,246 @@
+"""The softmax family by its textbook definitions, in np.longdouble. Shares no code with the library.
+
+Each row of logits x, divided by a temperature T, with m = max x:
+
+    s - 1   = (ties - 1) + sum over x_c < m of exp((x_c - m) / T)      ties = how many elements equal m
+    lse     = m / T + log1p(s - 1)
+    logp_c  = (x_c - m) / T - log1p(s - 1)                             two terms of one sign: nothing cancels
+    p_c     = exp((x_c - m) / T) / s
+    loss    = (1 - eps) w_y (-logp_y) + (eps / V) sum_c w_c (-logp_c)  torch's label smoothing, class weights w
+
+s - 1 is never formed by subtraction, so a row whose target leads by 80 has its loss (exp(-80)) to full precision.
+
+Arrays may have any dtype NumPy knows, ml_dtypes.bfloat16 included; widening to longdouble is exact. Where longdouble
+is no wider than float64 (some platforms other than x86-64 and aarch64 Linux), results for float64 inputs carry errors
+of a few units of 2^-53 themselves; the bounds in tolerances.py leave room for that, its 4-ulp goal does not.
+
+Edge cases (all -inf rows, +inf, NaN, V = 0, ignored and out-of-range labels) follow the table in the design and are
+spelled out one by one in test_oracle.py.
+"""
+
+import numpy as np
+from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
+
+NAN = np.longdouble("nan")
+_quiet = np.errstate(all="ignore")  # NaN and infinities are answers here, not accidents
+
+
+def softmax(x, axis=-1, *, temperature=1.0):
+    """Probabilities; NaN for a whole row that has no finite maximum."""
+    return from_rows(softmax_rows(to_rows(x, axis), row_temperature(temperature)), x, axis)
+
+
+def log_softmax(x, axis=-1, *, temperature=1.0):
+    """Log-probabilities in nats; NaN for a whole row that has no finite maximum."""
+    return from_rows(log_softmax_rows(to_rows(x, axis), row_temperature(temperature)), x, axis)
+
+
+def logsumexp(x, axis=-1, *, keepdims=False, temperature=1.0):
+    """log(sum(exp(x / temperature))); -inf for a row that is empty or all -inf, +inf for one that holds +inf."""
+    lse = logsumexp_rows(to_rows(x, axis), row_temperature(temperature))
+    return lse.reshape(_row_shape(x, axis, keepdims))
+
+
+@_quiet
+def softmax_backward(probs, dprobs, axis=-1, *, temperature=1.0):
+    """Gradient with respect to the logits: p (g - sum p g) / T."""
+    p, g = to_rows(probs, axis), to_rows(dprobs, axis)
+    dlogits = p * (g - (p * g).sum(axis=1, keepdims=True)) / row_temperature(temperature)
+    return from_rows(dlogits, probs, axis)
+
+
+@_quiet
+def log_softmax_backward(log_probs, dlog_probs, axis=-1, *, temperature=1.0):
+    """Gradient with respect to the logits: (g - exp(y) sum g) / T."""
+    y, g = to_rows(log_probs, axis), to_rows(dlog_probs, axis)
+    dlogits = (g - np.exp(y) * g.sum(axis=1, keepdims=True)) / row_temperature(temperature)
+    return from_rows(dlogits, log_probs, axis)
+
+
+@_quiet
+def cross_entropy(
+    logits,
+    target,
+    weight=None,
+    *,
+    axis=-1,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    temperature=1.0,
+):
+    """Cross-entropy in nats with torch's weights, smoothing and denominators.
+
+    An ignored row gives 0, a label out of range NaN. `mean` divides by the summed weights of the labels of valid
+    rows (their number without weights) and is NaN when that is 0.
+    """
+    rows, labels = _checked_rows(logits, target, axis)
+    n_rows, n_cols = rows.shape
+    weights = class_weights(weight, n_cols)
+    eps = np.longdouble(label_smoothing)
+    ignored, valid, safe = read_labels(labels, n_cols, ignore_index)
+
+    nlogp = -log_softmax_rows(rows, row_temperature(temperature))
+    loss = (1 - eps) * weights[safe] * nlogp[np.arange(n_rows), safe]
+    if label_smoothing != 0:  # a -inf logit must not make 0 * inf here
+        loss = loss + eps / n_cols * (weights * nlogp).sum(axis=1)
+    loss = np.where(ignored, 0, np.where(valid, loss, NAN))
+
+    if reduction == "none":
+        return loss.reshape(np.shape(target))
+    if reduction == "sum":
+        return loss.sum()
+    total = mean_denominator(labels, weight, n_cols, ignore_index)
+    return loss.sum() / total if total != 0 else NAN
+
+
+@_quiet
+def cross_entropy_grad(
+    logits,
+    target,
+    weight=None,
+    *,
+    axis=-1,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    temperature=1.0,
+    grad_scale=1.0,
+):
+    """Gradient of `grad_scale * cross_entropy(...)` with respect to the logits.
+
+    `grad_scale` is a scalar or one value per row. Ignored rows are exactly 0 whatever they hold; rows with a label
+    out of range are NaN.
+    """
+    rows, labels = _checked_rows(logits, target, axis)
+    n_cols = rows.shape[1]
+    weights = class_weights(weight, n_cols)
+    eps, scaled_by = np.longdouble(label_smoothing), row_temperature(temperature)
+    ignored, valid, safe = read_labels(labels, n_cols, ignore_index)
+    at_target = np.arange(n_cols) == safe[:, None]
+
+    logp = log_softmax_rows(rows, scaled_by)
+    probs_minus_one_hot = np.where(at_target, np.expm1(logp), np.exp(logp))
+    dlogits = (1 - eps) * weights[safe][:, None] * probs_minus_one_hot
+    if label_smoothing != 0:
+        dlogits = dlogits + eps / n_cols * (np.exp(logp) * weights.sum() - weights)
+    factor = row_factor(labels, weight, n_cols, ignore_index, reduction, grad_scale)
+    dlogits = dlogits * factor[:, None] / scaled_by
+    dlogits = np.where(ignored[:, None], 0, np.where(valid[:, None], dlogits, NAN))
+    return from_rows(dlogits, logits, axis)
+
+
+# Rows: everything below works on (n_rows, n_cols) longdouble, with temperature a scalar or (n_rows, 1).
+
+
+@_quiet
+def softmax_rows(rows, temperature):
+    row_max = _row_max(rows)
+    probs = np.exp((rows - row_max) / temperature) / (1 + _sum_minus_one(rows, row_max, temperature))
+    return np.where(np.isfinite(row_max), probs, NAN)
+
+
+@_quiet
+def log_softmax_rows(rows, temperature):
+    row_max = _row_max(rows)
+    logp = (rows - row_max) / temperature - np.log1p(_sum_minus_one(rows, row_max, temperature))
+    return np.where(np.isfinite(row_max), logp, NAN)
+
+
+@_quiet
+def logsumexp_rows(rows, temperature):
+    row_max = _row_max(rows)
+    lse = row_max / temperature + np.log1p(_sum_minus_one(rows, row_max, temperature))
+    return np.where(np.isfinite(row_max), lse, row_max)[:, 0]
+
+
+def _row_max(rows):
+    return rows.max(axis=1, keepdims=True, initial=-np.inf)  # NaN wins over everything, +inf included
+
+
+def _sum_minus_one(rows, row_max, temperature):
+    """sum(exp((x - max) / T)) - 1, from the ties and the tail below them; meaningless where max is not finite."""
+    ties = (rows == row_max).sum(axis=1, keepdims=True)
+    below = np.where(rows == row_max, -np.inf, rows - row_max)
+    return (ties - 1) + np.exp(below / temperature).sum(axis=1, keepdims=True)
+
+
+def to_rows(x, axis):
+    """The array as (n_rows, n_cols) longdouble, rows in the order of the axes that are kept."""
+    x = np.atleast_1d(np.asarray(x))  # a 0-d array is one row of one column
+    kept, reduced = _split_axes(x.ndim, axis)
+    n_cols = int(np.prod([x.shape[a] for a in reduced], dtype=np.int64))
+    n_rows = int(np.prod([x.shape[a] for a in kept], dtype=np.int64))
+    return np.ascontiguousarray(x.transpose(kept + reduced).reshape(n_rows, n_cols).astype(np.longdouble))
+
+
+def from_rows(rows, like, axis):
+    """Undo to_rows for a result with as many columns as the input `like`."""
+    shape = np.atleast_1d(np.asarray(like)).shape
+    kept, reduced = _split_axes(len(shape), axis)
+    order = kept + reduced
+    moved = rows.reshape([shape[a] for a in order])
+    return moved.transpose(np.argsort(order)).reshape(np.shape(like))
+
+
+def _split_axes(ndim, axis):
+    if axis is None:
+        return (), tuple(range(ndim))
+    if axis == ():
+        raise ValueError("axis is an empty tuple: no axis to reduce over")
+    reduced = tuple(sorted(normalize_axis_tuple(axis, ndim)))
+    return tuple(a for a in range(ndim) if a not in reduced), reduced
+
+
+def _row_shape(x, axis, keepdims):
+    shape = np.atleast_1d(np.asarray(x)).shape
+    kept, _ = _split_axes(len(shape), axis)
+    if keepdims:
+        return () if np.ndim(x) == 0 else tuple(n if a in kept else 1 for a, n in enumerate(shape))
+    return tuple(shape[a] for a in kept)
+
+
+def row_temperature(temperature):
+    """Scalar, or one value per row as a column."""
+    temperature = np.asarray(temperature, dtype=np.longdouble)
+    return temperature if temperature.ndim == 0 else temperature.reshape(-1, 1)
+
+
+# Labels and weights
+
+
+def _checked_rows(logits, target, axis):
+    """Logits as rows and one label for each; target has the shape of logits without the class axis."""
+    shape = list(np.shape(logits))
+    n_cols = shape.pop(normalize_axis_index(axis, len(shape)))
+    if n_cols == 0:
+        raise ValueError("cross-entropy of rows without columns")
+    if np.shape(target) != tuple(shape):
+        raise ValueError(f"target has shape {np.shape(target)}, expected {tuple(shape)}")
+    return to_rows(logits, axis), np.ravel(target)
+
+
+def read_labels(labels, n_cols, ignore_index):
+    """(ignored, valid, safe): masks of the rows, and a label that may be indexed with whatever the row holds."""
+    ignored = labels == ignore_index
+    valid = ~ignored & (labels >= 0) & (labels < n_cols)
+    return ignored, valid, np.where(valid, labels, 0).astype(np.int64)
+
+
+def class_weights(weight, n_cols):
+    return np.ones(n_cols, np.longdouble) if weight is None else np.asarray(weight).astype(np.longdouble)
+
+
+def mean_denominator(labels, weight, n_cols, ignore_index):
+    """Summed weight of the labels of valid rows. A label out of range has no weight and adds nothing."""
+    _, valid, safe = read_labels(labels, n_cols, ignore_index)
+    return class_weights(weight, n_cols)[safe[valid]].sum()
+
+
+def row_factor(labels, weight, n_cols, ignore_index, reduction, grad_scale):
+    """What each row's own gradient is multiplied by: the upstream gradient over the denominator of `mean`."""
+    factor = np.broadcast_to(np.asarray(grad_scale, dtype=np.longdouble).ravel(), labels.shape)
+    if reduction != "mean":
+        return factor
+    total = mean_denominator(labels, weight, n_cols, ignore_index)
+    return factor / total if total != 0 else np.full(labels.shape, NAN)

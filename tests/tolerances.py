@@ -1,0 +1,372 @@
+"""The one comparison rule for each quantity: how far a result may be from the exact value.
+
+With u = 2^-24 (2^-53 for float64), `ulp` the spacing of the result's type at the exact value, d = (max - x) / T and
+gap = (max - second maximum) / T (0 for ties), a result may be off by
+
+    softmax         (24 + d) ulp                       and a row sum by 4e-6 (float64: 4e-6 * 2^-29)
+    log_softmax     24 ulp where |y| >= 0.5            below that (24 + gap) u |y|, as the loss
+    logsumexp       2 ulp of max(|lse|, 1)             with T != 1: of max(|lse|, |max| / T, 1)
+    loss, one row   (24 + gap) u S                     S: see check_loss; without smoothing it is the loss
+    loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
+    dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
+    backwards       32 u times the magnitudes of the terms that are added: see each check
+
+Why these terms: max - x is rounded once and exp turns that into a relative error of its size (hence d and gap); 24
+covers exp, the sum and the division. 1/T is rounded too, which moves lse by |max| / T u whatever is done afterwards.
+
+Half types compute in float32 and round once more. softmax and log_softmax must be within 0.52 ulp of the exact value:
+0.5 for the rounding, 0.02 for everything before it, so that rounding twice or truncating is seen. Elsewhere 0.52 ulp is
+added to the float32 bound. Results below 2^-126 (float64: 2^-1022) may have been flushed to zero, so there the bound is
+that, absolute. What is 0 by definition (masked columns, ignored rows) must be exactly 0. NaN and infinities must be
+where the oracle has them; only a finite value next to the type's limit may round to infinity.
+
+Every check takes the library's result with its NumPy dtype, raises AssertionError naming the worst element, and returns
+the worst error in ulp of the result's type: at the exact value, for logsumexp at max(|lse|, 1), for gradients at the
+magnitude to which their bound is relative. Rows are counted with the reduced axes moved last.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests import oracle
+
+HALF_ULP = 0.52
+ROW_SUM = 4e-6  # for float32
+_quiet = np.errstate(all="ignore")  # bounds of elements that are NaN or infinite are not used
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point type: significant bits, and exponents of its smallest normal and largest numbers."""
+
+    digits: int
+    min_exponent: int
+    max_exponent: int
+
+    @property
+    def unit(self):
+        return _power_of_two(-self.digits)
+
+    @property
+    def tiny(self):
+        return _power_of_two(self.min_exponent)
+
+    @property
+    def limit(self):
+        """The first power of two that overflows."""
+        return _power_of_two(self.max_exponent + 1)
+
+    def ulp(self, value):
+        """Spacing of the type at a finite value."""
+        _, exponent = np.frexp(value)  # value = f 2^exponent with f in [1/2, 1)
+        exponent = np.where(value == 0, self.min_exponent, exponent - 1)
+        return _power_of_two(np.clip(exponent, self.min_exponent, self.max_exponent) - (self.digits - 1))
+
+
+def _power_of_two(exponent):
+    return np.ldexp(np.longdouble(1), exponent)
+
+
+FORMATS = {
+    "float16": Format(11, -14, 15),
+    "bfloat16": Format(8, -126, 127),
+    "float32": Format(24, -126, 127),
+    "float64": Format(53, -1022, 1023),
+}
+
+
+# The checks
+
+
+@_quiet
+def check_softmax(got, logits, axis=-1, temperature=1.0, *, ulp=None):
+    """`ulp` replaces the element bound (24 + d, for half types 0.52) by a flat one, such as the goal of 4."""
+    got, want = _as_rows("softmax", got, oracle.softmax(logits, axis, temperature=temperature), axis)
+    result, computed, half = _formats(got)
+    distance, _ = _distance_and_gap(logits, axis, temperature)
+    if ulp is None:
+        ulp = HALF_ULP if half else 24 + distance
+    tolerance = _or_flushed(ulp * result.ulp(want), want, computed)
+    worst = _compare("softmax", got, want, np.where(np.isinf(distance), 0, tolerance))
+    if not half:  # for half types the rounding of each element says more
+        _compare_row_sums("softmax", got, want, ROW_SUM * computed.unit / FORMATS["float32"].unit)
+    return worst
+
+
+@_quiet
+def check_log_softmax(got, logits, axis=-1, temperature=1.0):
+    got, want = _as_rows("log_softmax", got, oracle.log_softmax(logits, axis, temperature=temperature), axis)
+    result, computed, half = _formats(got)
+    distance, gap = _distance_and_gap(logits, axis, temperature)
+    overflowed = distance * oracle.row_temperature(temperature) >= computed.limit  # max - x, before T divides it
+    want = np.where(overflowed & (_widened(got) == -np.inf), -np.inf, want)
+    if half:
+        tolerance = HALF_ULP * result.ulp(want)
+    else:
+        near_zero = _loss_units(gap, computed) * computed.unit * np.abs(want)
+        tolerance = np.where(np.abs(want) >= 0.5, 24 * result.ulp(want), near_zero)
+    return _compare("log_softmax", got, want, _or_flushed(tolerance, want, computed))
+
+
+@_quiet
+def check_logsumexp(got, logits, axis=-1, temperature=1.0, *, keepdims=False):
+    expected = oracle.logsumexp(logits, axis, keepdims=keepdims, temperature=temperature)
+    got, want = _as_column("logsumexp", got, expected)
+    _, computed, _ = _formats(got)
+    scale = np.maximum(np.abs(want), 1)
+    if np.any(np.asarray(temperature) != 1):
+        row_max = oracle.to_rows(logits, axis).max(axis=1, keepdims=True, initial=-np.inf)
+        scale = np.maximum(scale, np.abs(row_max) / oracle.row_temperature(temperature))
+    return _compare("logsumexp", got, want, _and_rounding(2 * computed.ulp(_finite(scale)), want, got), scale)
+
+
+@_quiet
+def check_loss(got, logits, target, weight=None, **options):
+    """Cross-entropy, with the keyword options of oracle.cross_entropy, `axis` and `reduction` ("mean") among them.
+
+    The bound of a row is relative to the magnitudes of the terms that make it up,
+
+        S = |(1 - eps) w_y nll| + eps/V sum_c |w_c| (lse - x_c) + 2 eps/V sum|w| nll          nll = lse - x_y
+
+    The first two are the loss itself as long as no weight is negative. The third is there because the library forms
+    sum_c w_c (lse - x_c) as W nll - sum_c w_c (x_c - x_y), whose terms can exceed their difference by W nll each, since
+    |x_c - x_y| <= (lse - x_c) + nll. It exceeds the first only where eps is above 1/3 or w_y far below the average.
+    """
+    reduction, ignore_index = options.get("reduction", "mean"), options.get("ignore_index", -100)
+    name = f"loss ({reduction})"
+    got, want = _as_column(name, got, oracle.cross_entropy(logits, target, weight, **options))
+    _, computed, _ = _formats(got)
+    terms, tolerance = _row_loss_bounds(logits, target, weight, computed, **options)
+    if reduction != "none":
+        tolerance = tolerance.sum() + 24 * computed.unit * terms.sum()
+    if reduction == "mean":
+        n_cols = np.shape(logits)[options.get("axis", -1)]
+        tolerance = tolerance / np.abs(oracle.mean_denominator(np.ravel(target), weight, n_cols, ignore_index))
+        if np.isposinf(_widened(got)).all() and terms.sum() >= computed.limit:
+            return 0.0  # the rows add up to more than the type holds before the division, as in torch
+    tolerance = _and_rounding(_or_flushed(tolerance, want, computed), want, got)
+    if reduction == "none":
+        tolerance = np.where(np.reshape(target, (-1, 1)) == ignore_index, 0, tolerance)
+    return _compare(name, got, want, tolerance)
+
+
+@_quiet
+def check_dlogits(got, logits, target, weight=None, *, grad_scale=1.0, **options):
+    """Gradient of cross-entropy, with the keyword options of oracle.cross_entropy_grad.
+
+    upstream = |grad_scale / denominator| ((1 - eps) |w_y| + eps/V sum|w|) / T is what a row's probabilities and its
+    one-hot label are multiplied by. The row sum (0 in truth) is bounded too: with enough columns the other entries of a
+    gradient written at the target alone are all within the element bound.
+    """
+    axis = options.get("axis", -1)
+    expected = oracle.cross_entropy_grad(logits, target, weight, grad_scale=grad_scale, **options)
+    got, want = _as_rows("dlogits", got, expected, axis)
+    _, computed, _ = _formats(got)
+    upstream, exactly_zero = _upstream_and_zeros(logits, target, weight, grad_scale, **options)
+    rounding = _and_rounding(np.zeros_like(want), want, got)
+    tolerance = _or_flushed(32 * computed.unit * upstream + rounding, want, computed)
+    worst = _compare("dlogits", got, want, np.where(exactly_zero, 0, tolerance), upstream)
+    row_sum = (ROW_SUM / FORMATS["float32"].unit + 16) * computed.unit
+    _compare_row_sums("dlogits", got, want, row_sum * upstream[:, 0] + rounding.sum(axis=1))
+    return worst
+
+
+@_quiet
+def check_softmax_backward(got, probs, dprobs, axis=-1, temperature=1.0):
+    """p (g - sum p g) / T may be off by 32 u p (|g| + sum p |g|) / T."""
+    expected = oracle.softmax_backward(probs, dprobs, axis, temperature=temperature)
+    got, want = _as_rows("softmax_backward", got, expected, axis)
+    _, computed, _ = _formats(got)
+    p, g = (np.abs(oracle.to_rows(x, axis)) for x in (probs, dprobs))
+    terms = p * (g + (p * g).sum(axis=1, keepdims=True)) / oracle.row_temperature(temperature)
+    tolerance = _or_flushed(32 * computed.unit * terms, want, computed)
+    return _compare("softmax_backward", got, want, _and_rounding(tolerance, want, got), terms)
+
+
+@_quiet
+def check_log_softmax_backward(got, log_probs, dlog_probs, axis=-1, temperature=1.0):
+    """(g - exp(y) sum g) / T may be off by u (32 |g| + (32 + |y|) exp(y) sum |g|) / T; |y| is exp's own share."""
+    expected = oracle.log_softmax_backward(log_probs, dlog_probs, axis, temperature=temperature)
+    got, want = _as_rows("log_softmax_backward", got, expected, axis)
+    _, computed, _ = _formats(got)
+    y, g = oracle.to_rows(log_probs, axis), np.abs(oracle.to_rows(dlog_probs, axis))
+    probs = (1 + np.abs(_finite(y)) / 32) * np.exp(y)
+    terms = (g + probs * g.sum(axis=1, keepdims=True)) / oracle.row_temperature(temperature)
+    tolerance = _or_flushed(32 * computed.unit * terms, want, computed)
+    return _compare("log_softmax_backward", got, want, _and_rounding(tolerance, want, got), terms)
+
+
+@_quiet
+def worst_ulp(got, expected):
+    """Largest |got - expected| in ulp of got's dtype at the expected value; infinite where NaN or infinities differ.
+
+    Elements that may have been flushed to zero (below 2^-126; float64: 2^-1022) count only beyond that absolute error.
+    """
+    got, expected = np.asarray(got), np.asarray(expected, np.longdouble)
+    error, _ = _errors(got, expected)
+    return _largest(error, _formats(got)[0].ulp(_finite(expected)), got, expected)
+
+
+# Bounds
+
+
+def _distance_and_gap(logits, axis, temperature):
+    """(max - x) / T as (n_rows, n_cols), and (max - second maximum) / T as (n_rows, 1), 0 where there is no second."""
+    rows, temperature = oracle.to_rows(logits, axis), oracle.row_temperature(temperature)
+    row_max = rows.max(axis=1, keepdims=True, initial=-np.inf)
+    below = np.where(rows < row_max, rows, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+    tied = (rows == row_max).sum(axis=1, keepdims=True) > 1
+    gap = np.where(tied, 0, _finite(row_max - below))
+    return (row_max - rows) / temperature, gap / temperature
+
+
+def _row_loss_bounds(logits, target, weight, computed, **options):
+    """Magnitude S of each row's terms, and the bound that follows; each (n_rows, 1)."""
+    magnitudes = None if weight is None else np.abs(oracle.class_weights(weight, len(weight)))
+    options = {**options, "reduction": "none"}
+    terms = oracle.cross_entropy(logits, target, magnitudes, **options)
+    eps = np.longdouble(options.pop("label_smoothing", 0))
+    if eps != 0:
+        mean_weight = 1 if weight is None else magnitudes.mean()
+        terms = terms + 2 * eps * mean_weight * oracle.cross_entropy(logits, target, **options)
+    terms = terms.reshape(-1, 1)
+    _, gap = _distance_and_gap(logits, options.get("axis", -1), options.get("temperature", 1.0))
+    return terms, _loss_units(gap, computed) * computed.unit * terms
+
+
+def _loss_units(gap, computed):
+    """24 + gap; a gap counts until all but the maximum are flushed to zero, or huge logits would excuse anything."""
+    return 24 + np.minimum(gap, -np.log(computed.tiny))
+
+
+def _upstream_and_zeros(
+    logits,
+    target,
+    weight,
+    grad_scale,
+    *,
+    axis=-1,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    temperature=1.0,
+):
+    """What each row's gradient is multiplied by, (n_rows, 1), and which elements are 0 by definition."""
+    labels, n_cols = np.ravel(target), np.shape(logits)[axis]
+    magnitudes = np.abs(oracle.class_weights(weight, n_cols))
+    ignored, _, safe = oracle.read_labels(labels, n_cols, ignore_index)
+    factor = np.abs(oracle.row_factor(labels, weight, n_cols, ignore_index, reduction, grad_scale))
+    own = (1 - label_smoothing) * magnitudes[safe] + label_smoothing * magnitudes.mean()
+    upstream = (factor * own)[:, None] / oracle.row_temperature(temperature)
+
+    distance, _ = _distance_and_gap(logits, axis, temperature)
+    masked = np.isinf(distance) & (np.arange(n_cols) != safe[:, None]) & (label_smoothing == 0)
+    return upstream, ignored[:, None] | masked
+
+
+def _or_flushed(tolerance, want, computed):
+    """A result that may lie below the smallest normal number may also be 0."""
+    return np.where(np.abs(want) - tolerance < computed.tiny, tolerance + computed.tiny, tolerance)
+
+
+def _and_rounding(tolerance, want, got):
+    result, _, half = _formats(got)
+    return tolerance + HALF_ULP * result.ulp(_finite(want)) if half else tolerance
+
+
+# Comparing
+
+
+def _compare(name, got, want, tolerance, scale=None):
+    """Both (n_rows, n_cols); tolerance absolute. Errors are counted in ulp at `scale`, which is `want` by default."""
+    error, differs = _errors(got, want)
+    tolerance = np.broadcast_to(tolerance, want.shape)
+    spacing = _formats(got)[0].ulp(np.broadcast_to(_finite(want if scale is None else scale), want.shape))
+    within = np.isfinite(tolerance) & (error <= tolerance)  # a bound gone wrong must not pass for a wide one
+    outside = differs | (np.isfinite(want) & ~within)
+    if outside.any():
+        excess = np.where(outside, error / tolerance, -1)
+        row, col = np.unravel_index(np.argmax(excess), excess.shape)
+        off_by, bound = (float(part[row, col] / spacing[row, col]) for part in (error, tolerance))
+        raise AssertionError(
+            f"{name}: row {row}, column {col}: got {_digits(got[row, col])}, expected {_digits(want[row, col])}, "
+            f"off by {off_by:.4g} ulp, bound {bound:.4g} ulp; {outside.sum()} of {outside.size} elements outside"
+        )
+    return _largest(error, spacing, got, want)
+
+
+def _errors(got, want):
+    """|got - want|, and where they differ in being NaN or infinite (there the error is infinite).
+
+    An infinity got for a finite value counts as the first power of two that overflows, as it does when rounding.
+    """
+    limit = _formats(got)[0].limit
+    got = _widened(got)
+    error = np.abs(np.clip(got, -limit, limit) - np.clip(want, -limit, limit))
+    special = ~np.isfinite(want)
+    differs = (np.isnan(got) != np.isnan(want)) | (special & (got != want) & ~np.isnan(want))
+    error[special] = 0
+    error[differs] = np.inf
+    return error, differs
+
+
+def _largest(error, spacing, got, want):
+    _, computed, _ = _formats(got)
+    counted = (error > computed.tiny) | (np.abs(want) >= computed.tiny)  # the others may have been flushed to zero
+    return float((error / spacing).max(initial=0, where=counted))
+
+
+def _compare_row_sums(name, got, want, tolerance):
+    """Rows with NaN or infinities have been judged by element."""
+    usable = np.isfinite(want).all(axis=1) & np.isfinite(_widened(got)).all(axis=1)
+    error = np.abs(_widened(got).sum(axis=1) - want.sum(axis=1))
+    outside = usable & (error > tolerance)
+    if outside.any():
+        row = np.argmax(np.where(outside, error, -1))
+        raise AssertionError(
+            f"{name}: sum of row {row}: got {_digits(_widened(got[row]).sum())}, expected "
+            f"{_digits(want[row].sum())}, bound {np.broadcast_to(tolerance, error.shape)[row]:.4g}; "
+            f"{outside.sum()} of {outside.size} rows outside"
+        )
+
+
+def _as_rows(name, got, expected, axis):
+    """Result and exact value as (n_rows, n_cols), the result still in its dtype."""
+    got = _checked(name, got, expected)
+    rows = oracle.to_rows(got, axis)
+    return rows.astype(got.dtype), oracle.to_rows(expected, axis)
+
+
+def _as_column(name, got, expected):
+    return _checked(name, got, expected).reshape(-1, 1), np.asarray(expected).reshape(-1, 1)
+
+
+def _checked(name, got, expected):
+    if not hasattr(got, "dtype"):
+        raise TypeError(f"{name}: got a {type(got).__name__}; its dtype is needed to know the bound")
+    got = np.asarray(got)
+    if got.shape != np.shape(expected):
+        raise AssertionError(f"{name}: got shape {got.shape}, expected {np.shape(expected)}")
+    if got.dtype.name not in FORMATS:
+        raise AssertionError(f"{name}: got dtype {got.dtype}, expected one of {', '.join(FORMATS)}")
+    return got
+
+
+def _formats(got):
+    """(format of the result, format it is computed in, whether they differ)."""
+    half = got.dtype.name in ("float16", "bfloat16")
+    return FORMATS[got.dtype.name], FORMATS["float32" if half else got.dtype.name], half
+
+
+def _widened(got):
+    return got.astype(np.longdouble)
+
+
+def _finite(value):
+    """Zero in place of NaN and infinities, where only finite elements are going to be used."""
+    return np.where(np.isfinite(value), value, 0)
+
+
+def _digits(value):
+    return np.format_float_scientific(np.longdouble(value), precision=20, trim="-")
