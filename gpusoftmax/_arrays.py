@@ -12,6 +12,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -57,17 +58,23 @@ class Array(NamedTuple):
 
     def address_map(self) -> np.ndarray:
         """A NumPy array at the same addresses, for questions about overlap. Its elements are never touched."""
+        interface = {
+            "version": 3,
+            "data": (self.pointer, True),
+            "shape": self.shape,
+            "strides": tuple(stride * self.itemsize for stride in self.strides),
+            "typestr": f"|V{self.itemsize}",
+        }
+        return np.asarray(SimpleNamespace(__array_interface__=interface))
 
-        class Interface:
-            __array_interface__ = {
-                "version": 3,
-                "data": (self.pointer, True),
-                "shape": self.shape,
-                "strides": tuple(stride * self.itemsize for stride in self.strides),
-                "typestr": f"|V{self.itemsize}",
-            }
-
-        return np.asarray(Interface())
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first address of the array and the one behind its last."""
+        if not self.size:
+            return self.pointer, self.pointer
+        reach = [stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)]
+        low, high = sum(step for step in reach if step < 0), sum(step for step in reach if step > 0)
+        return self.pointer + low * self.itemsize, self.pointer + (high + 1) * self.itemsize
 
 
 _TITLES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "torch", "jax": "JAX", "device": "CUDA"}
@@ -241,50 +248,26 @@ def single(array: Array) -> Operand:
     return Operand(array.pointer, array.dtype, 0, 0, 0)
 
 
-def element(array: Array, index: int):
-    """Element number `index` in C order as a Python number; waits for the device."""
-    owner = array.owner[1] if array.kind == "jax" else array.owner
-    return owner[np.unravel_index(index, array.shape)].item() if array.kind != "device" else None
-
-
 def to_python(array: Array):
     """The value of a one-element array; waits for the device."""
     return array.owner.item()
 
 
-def contiguous(array: Array, dtype: str | None = None) -> Array:
-    """The array itself if it is C-contiguous and of this dtype, or else a copy that is."""
-    dtype = dtype or array.dtype
+def contiguous(array: Array, dtype: str) -> Array:
+    """The array itself if it is C-contiguous and of this floating dtype, or else a copy that is."""
     row_major = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
-    dense = all(
-        size <= 1 or stride == want for size, stride, want in zip(array.shape, array.strides, row_major, strict=True)
-    )
-    if dense and dtype == array.dtype:
+    walks = zip(array.shape, array.strides, row_major, strict=True)
+    if dtype == array.dtype and all(size <= 1 or stride == dense for size, stride, dense in walks):
         return array
-    return _converted(array, tuple(range(array.ndim)), dtype)
+    copied = empty(array, array.shape, dtype)
+    _copy(array, copied)
+    return copied
 
 
-def _converted(array: Array, order: tuple[int, ...], dtype: str) -> Array:
-    """A C-contiguous copy with the axes in this order, made by the array's own library."""
-    if array.kind == "device":
-        raise TypeError(
-            f"this {array.home} would need a copy (to {dtype}, C-contiguous), which only its own library can make: "
-            f"pass it in that form"
-        )
-    if array.kind == "torch":
-        torch = importlib.import_module("torch")
-        return _from_torch(array.owner.permute(order).to(getattr(torch, dtype)).contiguous(), "copy")
-    owner = array.owner[1] if array.kind == "jax" else array.owner
-    owner = owner.transpose(order).astype(numpy_dtype(dtype), order="C", copy=True)
-    return wrap(owner, "copy")._replace(kind=array.kind)
-
-
-def _assign(target: Array, order: tuple[int, ...], source: Array) -> None:
-    """target.transpose(order)[...] = source, by the arrays' own library."""
-    if target.kind == "torch":
-        target.owner.permute(order).copy_(source.owner)
-    else:
-        target.owner.transpose(order)[...] = source.owner
+def _copy(source: Array, target: Array) -> None:
+    """target[...] = source, by a kernel, so that every kind of array can be copied alike."""
+    copy = kernels(source.place, "copy").copy
+    for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), [source], [target])
 
 
 # ---------------------------------------------------------------- from arrays to rows
@@ -328,13 +311,15 @@ def _coalesce(dims: list[_Dim]) -> list[_Dim]:
 
 
 def flat_rows(array: Array, n_cols: int) -> tuple[Rows, Operand]:
-    """An array of one number per row, by itself: all its rows in one call, in C order; copied if it takes more than
-    two strides to walk it.
+    """An array of one label per row, by itself: all its rows in one call, in C order. One that takes more than two
+    strides to walk is flattened by its own library.
     """
     dims = _coalesce([_Dim(size, (stride,)) for size, stride in zip(array.shape, array.strides, strict=True)])
     if len(dims) > 2:
-        array = contiguous(array)
-        dims = [_Dim(array.size, (1,))]
+        if array.kind == "device":
+            raise TypeError(f"this {array.home} takes more than two strides to walk: pass a contiguous copy")
+        array = wrap((array.owner[1] if array.kind == "jax" else array.owner).reshape(-1), "copy")
+        dims = [_Dim(array.size, array.strides)]
     if array.size == 0:
         dims = [_Dim(0, (1,))]
     outer, inner = ([_Dim(1, (0,))] * 2 + dims)[-2:]
@@ -375,25 +360,29 @@ def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[A
 
 
 def _for_rows_of_copies(call, axes, reads, writes) -> None:
-    ndim = reads[0].ndim
-    order = tuple(axis for axis in range(ndim) if axis not in axes) + axes
-    n_batch = ndim - len(axes)
+    """for_rows on copies that have the reduced axes last and contiguous; what was written is copied back."""
     full = reads[0].shape
-
-    def is_full(array: Array) -> bool:
-        return array.shape == full
+    order = tuple(axis for axis in range(len(full)) if axis not in axes) + axes
+    last = tuple(range(len(full) - len(axes), len(full)))
 
     def reordered(array: Array) -> Array:
-        return array._replace(strides=tuple(array.strides[axis] for axis in order))
+        """The axes in the new order. One number per row comes with as many strides, see per_row."""
+        shape = tuple(full[axis] for axis in order)
+        return array._replace(shape=shape, strides=tuple(array.strides[axis] for axis in order))
 
-    shape = tuple(full[axis] for axis in order)
-    copies = [_converted(a, order, a.dtype) if is_full(a) else reordered(a) for a in reads]
-    targets = [empty(a, shape, a.dtype) if is_full(a) else reordered(a) for a in writes]
-    copies[0] = copies[0]._replace(shape=shape)
-    for_rows(call, tuple(range(n_batch, ndim)), copies, targets)
+    def copied(array: Array, filled: bool) -> Array:
+        if array.shape != full:
+            return reordered(array)
+        copy = empty(array, reordered(array).shape, array.dtype)
+        if filled:
+            _copy(reordered(array), copy)
+        return copy
+
+    targets = [copied(array, filled=False) for array in writes]
+    for_rows(call, last, [copied(array, filled=True) for array in reads], targets)
     for array, target in zip(writes, targets, strict=True):
-        if is_full(array):
-            _assign(array, order, target)
+        if array.shape == full:
+            _copy(target, reordered(array))
 
 
 def kernels(place: Place, op: str):

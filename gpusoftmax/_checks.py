@@ -119,7 +119,7 @@ def no_partial_overlap(out, array, name: str) -> None:
     """out may be exactly `array` (the call works in place) or share no byte with it."""
     if (out.pointer, out.dtype, out.shape, out.strides) == (array.pointer, array.dtype, array.shape, array.strides):
         return
-    if out.place[:2] != array.place[:2]:
+    if not _spans_meet(out, array):
         return
     try:
         overlap = np.shares_memory(out.address_map(), array.address_map(), max_work=100_000)
@@ -127,6 +127,16 @@ def no_partial_overlap(out, array, name: str) -> None:
         overlap = True
     if overlap:
         raise ValueError(f"out overlaps {name} in part; expected {name} itself (in place) or memory of its own")
+
+
+def no_overlap(out, array, name: str) -> None:
+    if _spans_meet(out, array):
+        raise ValueError(f"out shares memory with {name}, which is read while out is written")
+
+
+def _spans_meet(one, two) -> bool:
+    (one_start, one_stop), (two_start, two_stop) = one.span, two.span
+    return one.place[:2] == two.place[:2] and one_start < two_stop and two_start < one_stop
 
 
 def reduction(value) -> None:
@@ -165,15 +175,9 @@ def class_count(n_cols: int) -> None:
         raise ValueError("logits has 0 classes, expected at least 1")
 
 
-def no_overlap(out, array, name: str) -> None:
-    if out.place[:2] == array.place[:2] and np.may_share_memory(out.address_map(), array.address_map()):
-        raise ValueError(f"out shares memory with {name}, which is read while out is written")
-
-
-def bad_label(row: int, label: int | None, n_cols: int, ignore_index: int) -> IndexError:
-    found = "is out of range" if label is None else f"is {label}"
+def bad_label(row: int, label: int, n_cols: int, ignore_index: int) -> IndexError:
     return IndexError(
-        f"target[{row}] (counted in C order) {found}, expected a class from 0 to {n_cols - 1} "
+        f"target[{row}] (counted in C order) is {label}, expected a class from 0 to {n_cols - 1} "
         f"or ignore_index ({ignore_index})"
     )
 

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as exit:  # after --help, --version or an error
         return exit.code or 0
+    with contextlib.suppress(AttributeError):  # a file name or a token may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings(), _interrupts():
         warnings.showwarning = _show_warning
         try:
@@ -68,9 +70,10 @@ def _fail(command: str, message: str, code: int) -> int:
 
 def _describe(error: Exception) -> str:
     """The error on one line. Errors that the commands and the checks raise speak for themselves."""
-    text = " ".join(str(error).split())
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(text.split())
     if text and isinstance(error, ValueError | TypeError | RuntimeError | OSError | MemoryError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -162,13 +162,18 @@ def _cross_entropy(
     kernels = _arrays.kernels(x.place, "cross_entropy")
     label_rows, label_operand = _arrays.flat_rows(labels, n_cols)
     if validate or (validate is None and x.place.target == "cpu"):
-        first_bad = _arrays.empty(x, (1,), "int64")
+        bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
         kernels.find_bad_label(
-            label_rows, label_operand, result=first_bad.pointer, ignore_index=ignore_index, place=x.place
+            label_rows,
+            label_operand,
+            bad_row=bad_row.pointer,
+            bad_label=bad_label.pointer,
+            ignore_index=ignore_index,
+            place=x.place,
         )
-        row = _arrays.to_python(first_bad)
+        row = _arrays.to_python(bad_row)
         if row != NO_BAD_LABEL:
-            raise _checks.bad_label(row, _arrays.element(labels, row), n_cols, ignore_index)
+            raise _checks.bad_label(row, _arrays.to_python(bad_label), n_cols, ignore_index)
 
     losses = _arrays.empty(x, batch_shape, loss_dtype)
     numbers = {"weight": class_weight, "normaliser": None, "weight_sum": None}

@@ -128,10 +128,21 @@ def total(
     )
 
 
-def find_bad_label(rows: Rows, labels: Operand, *, result: int, ignore_index: int, place: Place) -> None:
-    """result[0] (int64) = the first row whose label is neither a class nor ignore_index, or NO_BAD_LABEL."""
+def find_bad_label(
+    rows: Rows, labels: Operand, *, bad_row: int, bad_label: int, ignore_index: int, place: Place
+) -> None:
+    """bad_row[0] and bad_label[0] (int64) = the first row whose label is neither a class nor ignore_index, and that label;
+    NO_BAD_LABEL for both if there is none.
+    """
     find_bad_label_rows(
-        rows.n_rows, rows.n_inner, rows.n_cols, *labels.words[:3], label_code(labels.dtype), result, ignore_index
+        rows.n_rows,
+        rows.n_inner,
+        rows.n_cols,
+        *labels.words[:3],
+        label_code(labels.dtype),
+        bad_row,
+        bad_label,
+        ignore_index,
     )
 
 
@@ -293,10 +304,14 @@ def total_rows(n, values_address, values_tag, normaliser, result_address, result
 
 
 @kernel
-def find_bad_label_rows(n_rows, n_inner, n_cols, labels, labels_outer, labels_inner, labels_code, result, ignore_index):
-    bad = NO_BAD_LABEL
-    for row in range(n_rows - 1, -1, -1):
+def find_bad_label_rows(
+    n_rows, n_inner, n_cols, labels, labels_outer, labels_inner, labels_code, bad_row, bad_label, ignore_index
+):
+    first, found = NO_BAD_LABEL, NO_BAD_LABEL
+    for row in range(n_rows):
         label = load_label(labels, row_offset(row, n_inner, labels_outer, labels_inner), labels_code)
         if label != ignore_index and (label < 0 or label >= n_cols):
-            bad = row
-    pointer_to(result, n_rows)[0] = bad
+            first, found = row, label
+            break
+    pointer_to(bad_row, n_rows)[0] = first
+    pointer_to(bad_label, n_rows)[0] = found

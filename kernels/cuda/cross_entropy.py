@@ -90,16 +90,18 @@ def total(
     )
 
 
-def find_bad_label(rows: Rows, labels: Operand, *, result: int, ignore_index: int, place: Place) -> None:
+def find_bad_label(
+    rows: Rows, labels: Operand, *, bad_row: int, bad_label: int, ignore_index: int, place: Place
+) -> None:
     launch(
         "cross_entropy.find_bad_label_rows",
-        (COUNT, COUNT, COUNT, *LABELS, "*int64", "i64"),
+        (COUNT, COUNT, COUNT, *LABELS, "*int64", "*int64", "i64"),
         SINGLE_BLOCK,
         (
             *(rows.n_rows, rows.n_inner, rows.n_cols),
             *labels.words[:3],
             label_code(labels.dtype),
-            result,
+            *(bad_row, bad_label),
             ignore_index,
         ),
         place,

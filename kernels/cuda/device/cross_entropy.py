@@ -199,13 +199,18 @@ def total_rows(n, values, normaliser, result, zero):
         store(result, 0, total if is_null(normaliser) else div(total, load(normaliser, 0, zero)))
 
 
-def find_bad_label_rows(n_rows, n_inner, n_cols, labels, labels_outer, labels_inner, labels_code, result, ignore_index):
+def find_bad_label_rows(
+    n_rows, n_inner, n_cols, labels, labels_outer, labels_inner, labels_code, bad_row, bad_label, ignore_index
+):
     scratch = block_numbers(n_rows)
-    bad = NO_BAD_LABEL
+    first = NO_BAD_LABEL
     for row in range(cuda.threadIdx.x, n_rows, cuda.blockDim.x):
         label = load_label(labels, label_index(row, n_inner, labels_outer, labels_inner), labels_code)
         if label != ignore_index and (label < 0 or label >= n_cols):
-            bad = min(bad, row)
-    bad = first_of_block(bad, scratch)
+            first = min(first, row)
+    first = first_of_block(first, scratch)
     if cuda.threadIdx.x == 0:
-        result[0] = bad
+        bad_row[0] = first
+        bad_label[0] = NO_BAD_LABEL
+        if first != NO_BAD_LABEL:
+            bad_label[0] = load_label(labels, label_index(first, n_inner, labels_outer, labels_inner), labels_code)
