@@ -131,19 +131,13 @@ def total(
 def find_bad_label(
     rows: Rows, labels: Operand, *, bad_row: int, bad_label: int, ignore_index: int, place: Place
 ) -> None:
-    """bad_row[0] and bad_label[0] (int64) = the first row whose label is neither a class nor ignore_index, and that label;
+    """bad_row[0], bad_label[0] (int64) = the first row whose label is neither a class nor ignore_index, and its label.
+
     NO_BAD_LABEL for both if there is none.
     """
-    find_bad_label_rows(
-        rows.n_rows,
-        rows.n_inner,
-        rows.n_cols,
-        *labels.words[:3],
-        label_code(labels.dtype),
-        bad_row,
-        bad_label,
-        ignore_index,
-    )
+    size = (rows.n_rows, rows.n_inner, rows.n_cols)
+    code = label_code(labels.dtype)
+    find_bad_label_rows(*size, *labels.words[:3], code, bad_row, bad_label, ignore_index)
 
 
 @device
