@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.emulator.ptx_types import f32, f64, i32, i64, u32, u64
 
-# ulp; the PTX manual's bound or worse
+# ulp: what the CUDA programming guide documents, or worse
 BOUND = {"ex2": 2, "rcp": 1, "sqrt": 1, "rsqrt": 2, "div": 2, "lg2": 2, "sin": 2, "cos": 2, "tanh": 4096}
 MULTIPLIER = u32(0x9E3779B1)
 

@@ -9,7 +9,9 @@ __gpusoftmax_empty__, compiles its kernels to PTX and launches them as on a devi
 """
 
 import contextlib
+import ctypes
 import re
+import threading
 import weakref
 from dataclasses import dataclass
 from unittest import mock
@@ -22,6 +24,7 @@ from tests.emulator.errors import (
     ForeignMemory,
     ForeignStream,
     FreedMemory,
+    OutsideChanged,
     UninitialisedRead,
     WrongArchitecture,
 )
@@ -31,32 +34,49 @@ from tests.emulator.parser import parse
 from tests.emulator.ptx_types import FRESH, READY
 
 DEFAULT_STREAM = 7
+KEPT_LOGS = 8  # launches whose accesses are kept one by one; of older ones the counts
+_one_launch_at_a_time = threading.Lock()  # machines are shared by all devices
 
 
-def emulated_gpu(arch="sm_90", devices=1, seed=None, approx="exact", **options):
+def emulated_gpu(
+    arch="sm_90",
+    devices=1,
+    seed=None,
+    approx="exact",
+    approx_seed=0,
+    check_race=True,
+    track=True,
+    multiprocessors=132,
+    max_lanes=MAX_LANES,
+    max_steps=MAX_STEPS,
+):
     """A context in which the library runs on emulated devices; gives an EmulatedGPU.
 
     arch              of every device, such as "sm_90"
     seed              a random schedule of warps and blocks, and order of atomics: results must not depend on it
     approx            "exact": approximate instructions are correctly rounded; "adversarial": each is off by an error
                       within its bound that approx_seed picks
-    approx_seed=0     see approx
-    check_race=True   look for races on shared memory
-    track=True        count reads and writes of every byte
-    multiprocessors=132, max_lanes, max_steps
+    approx_seed       see approx
+    check_race        look for races on shared memory
+    track             note every access to global memory, for stats and reads()
+    multiprocessors   of every device
+    max_lanes         threads that are run together, which is a matter of speed alone
+    max_steps         instructions after which a launch is taken to be endless
     """
-    return EmulatedGPU(arch, devices, seed=seed, approx=approx, **options)
+    if approx not in ("exact", "adversarial"):
+        raise ValueError(f"approx must be 'exact' or 'adversarial', got {approx!r}")
+    options = Options(seed, approx_seed if approx == "adversarial" else None, check_race, track, max_lanes, max_steps)
+    return EmulatedGPU(arch, devices, multiprocessors, options)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    seed: int | None = None
-    approx: str = "exact"
-    approx_seed: int = 0
-    check_race: bool = True
-    track: bool = True
-    max_lanes: int = MAX_LANES
-    max_steps: int = MAX_STEPS
+    seed: int | None
+    adversary: int | None  # seed of the errors of approximate instructions, if there are to be any
+    check_race: bool
+    track: bool
+    max_lanes: int
+    max_steps: int
 
 
 class EmulatedArray:
@@ -67,7 +87,7 @@ class EmulatedArray:
         self.shape, self.strides, self.dtype, self._readonly = shape, strides, np.dtype(dtype), readonly
         allocation.owners += 1
         allocation.streams.add(stream)
-        weakref.finalize(self, _release, allocation)
+        weakref.finalize(self, _release, allocation, gpu._found).atexit = False
 
     @property
     def __cuda_array_interface__(self):
@@ -115,11 +135,14 @@ class EmulatedArray:
         return self._allocation
 
 
-def _release(allocation):
-    """An array object is gone; with the last one its memory is, too."""
+def _release(allocation, found):
+    """An array object is gone; with the last one its memory is, too. What is found wrong is raised at the end."""
     allocation.owners -= 1
     if allocation.owners == 0 and not allocation.freed:
-        allocation.check_outside()
+        try:
+            allocation.check_outside()
+        except OutsideChanged as error:
+            found.append(error)
         allocation.free()
 
 
@@ -134,15 +157,12 @@ class _Loaded:
 class EmulatedGPU:
     """The devices of one emulated_gpu context. stats holds one Stats per launch."""
 
-    def __init__(self, arch, devices, multiprocessors=132, **options):
-        self.arch, self.arch_number = arch, _arch_number(arch)
-        self.options = Options(**options)
-        if self.options.approx not in ("exact", "adversarial"):
-            raise ValueError(f"approx must be 'exact' or 'adversarial', got {self.options.approx!r}")
+    def __init__(self, arch, devices, multiprocessors, options):
+        self.arch, self.arch_number, self.options = arch, _arch_number(arch), options
         self.memories = [DeviceMemory(number) for number in range(devices)]
         self.devices = [driver.Device(number, arch, multiprocessors) for number in range(devices)]
         self.current_stream, self.stats = DEFAULT_STREAM, []
-        self._roots, self._loaded, self._stack = {}, set(), contextlib.ExitStack()
+        self._roots, self._loaded, self._found, self._stack = {}, set(), [], contextlib.ExitStack()
 
     def __enter__(self):
         for name, function in (("device", self._device), ("load", self._load), ("launch", self._launch)):
@@ -189,8 +209,11 @@ class EmulatedGPU:
         def foreign(address, who):
             self.check_foreign(address, device, who)
 
-        kernel.run(plan, memory, words, stats, self.options, foreign)
+        with _one_launch_at_a_time:
+            kernel.run(plan, memory, words, stats, self.options, foreign)
         self.stats.append(stats)
+        if len(self.stats) > KEPT_LOGS:
+            self.stats[-KEPT_LOGS - 1].settle()
 
     def check_foreign(self, address, device, who):
         """Addresses of another device may not be used on this one."""
@@ -278,6 +301,8 @@ class EmulatedGPU:
 
     def check_outside(self):
         """No byte of a base array outside its views has changed. Also checked by get(), free() and at the end."""
+        if self._found:
+            raise self._found[0]
         for memory in self.memories:
             for allocation in memory.allocations:
                 allocation.check_outside()
@@ -316,8 +341,6 @@ def _address(a):
 
 
 def _raw_bytes(start, size):
-    import ctypes
-
     return (ctypes.c_ubyte * size).from_address(start)
 
 

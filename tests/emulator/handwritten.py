@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 
 from gpusoftmax.kernels.cuda import driver
-from gpusoftmax.kernels.cuda.compile import link
+from gpusoftmax.kernels.cuda.compile import link, ptx_architecture
 from gpusoftmax.kernels.cuda.plan import Plan
 from tests.emulator.gpu import emulated_gpu
 
@@ -42,13 +42,13 @@ class HandwrittenImage:
 def image(body, top="", more_params="", arch="sm_90"):
     """A kernel around a body. %rd0 is the pointer x, %rd1 the pointer y, %r0 the number of the thread."""
     params = ".param .u64 x, .param .u64 y" + more_params
-    header = HEADER.format(target=arch)
+    header = HEADER.format(target=ptx_architecture(arch))
     return HandwrittenImage(ENTRY.format(header=header, top=top, name="kernel", params=params, body=body), arch=arch)
 
 
-def element_image(body, count, in_size, out_size):
+def element_image(body, count, in_size, out_size, arch="sm_90"):
     """A kernel that turns element [%rd2] of x into element [%rd3] of y."""
-    return image(ELEMENT.format(count=count, in_size=in_size, out_size=out_size, body=body))
+    return image(ELEMENT.format(count=count, in_size=in_size, out_size=out_size, body=body), arch=arch)
 
 
 def pointer(array):
@@ -81,7 +81,7 @@ def _record_size(columns):
     return -(-size // 16) * 16
 
 
-def instruction_image(text, inputs, output, count):
+def instruction_image(text, inputs, output, count, arch="sm_90"):
     """A kernel that applies PTX to columns of the given dtypes, as packed() lays them out.
 
     In the text, {a}, {b}, {c} are the registers of the inputs, {d} that of the result. Wider inputs come first.
@@ -93,7 +93,7 @@ def instruction_image(text, inputs, output, count):
         at += np.dtype(dtype).itemsize
     names["d"], suffix = _register(output, 50)
     body += f"  {text.format(**names)}\n  st.global.{suffix} [%rd3], {names['d']};"
-    return element_image(body, count, _record_size(inputs), np.dtype(output).itemsize)
+    return element_image(body, count, _record_size(inputs), np.dtype(output).itemsize, arch)
 
 
 def _register(dtype, number):
@@ -105,11 +105,11 @@ def _register(dtype, number):
     return f"{prefix}{number}", suffix
 
 
-def emulate(text, columns, output, **options):
+def emulate(text, columns, output, arch="sm_90", **options):
     """The results of an instruction, one per element of the columns, on the emulator."""
     count, output = len(columns[0]), np.dtype(output)
-    with emulated_gpu(**options) as gpu:
+    kernel_image = instruction_image(text, [column.dtype for column in columns], output, count, arch)
+    with emulated_gpu(arch, **options) as gpu:
         x, y = gpu.array(packed(*columns)), gpu.empty(count * output.itemsize, np.uint8)
-        kernel_image = instruction_image(text, [column.dtype for column in columns], output, count)
         launch(kernel_image, x, y, threads=64, blocks=-(-count // 64))
         return gpu.get(y).view(output)

@@ -120,10 +120,15 @@ class Stats:
     def buffers(self):
         return {traffic.name: traffic for traffic in self.traffic.values()}
 
-    def _sum(self, name):
-        total = collections.Counter()
+    def settle(self):
+        """Count what has only been noted."""
         for traffic in self.traffic.values():
             traffic.settle()
+
+    def _sum(self, name):
+        self.settle()
+        total = collections.Counter()
+        for traffic in self.traffic.values():
             total.update(getattr(traffic, name))
         return total
 
@@ -173,8 +178,8 @@ class Launch:
         self.track, self.max_steps = options.track, options.max_steps
         self.random = np.random.default_rng(options.seed) if options.seed is not None else None
         self.fairness = np.random.default_rng(0)
-        self.adversary = options.approx_seed if options.approx == "adversarial" else None
-        self.foreign, self.traffic, self.marked = foreign, stats.traffic, []
+        self.adversary, self.foreign = options.adversary, foreign
+        self.traffic, self.marked = stats.traffic, []
 
 
 class Kernel:

@@ -170,7 +170,7 @@ class Traffic:
     """
 
     def __init__(self, allocation):
-        self.allocation, self.name, self.size = allocation, allocation.name, allocation.size
+        self.name, self.size = allocation.name, allocation.size
         self.read = self.written = 0
         self.sectors, self.lines, self.requests = ({"ld": 0, "st": 0, "atom": 0} for _ in range(3))
         self.log, self.pending = [], 0
@@ -197,7 +197,7 @@ class Traffic:
             for direction in ("read",) * (kind != "st") + ("write",) * (kind != "ld"):
                 key = (direction, size)
                 if key not in self._counts:
-                    self._counts[key] = np.zeros(-(-self.size // size), np.uint16)
+                    self._counts[key] = np.zeros(-(-self.size // size), np.uint32)
                 if isinstance(at, slice):
                     self._counts[key][at] += 1
                 else:

@@ -119,9 +119,7 @@ def test_the_race_is_described():
 
 def test_shared_memory_is_checked():
     two = ".shared .align 4 .b8 s[64]; .shared .align 4 .b8 u[64];"
-    fill = (
-        "mov.u32 %r1, s; and.b32 %r8, %r0, 15; mad.lo.u32 %r2, %r8, 4, %r1; st.shared.u32 [%r2], %r8; bar.warp.sync -1;"
-    )
+    fill = "mov.u32 %r1, s; and.b32 %r8, %r0, 15; mad.lo.u32 %r2, %r8, 4, %r1; st.shared.u32 [%r2], %r8;"
     keep = "mov.u32 %r7, u; st.shared.u32 [%r7], 0;"
     with pytest.raises(errors.OutOfBounds, match="between shared variables .*offset 64 of 64 bytes"):
         run(fill + keep + f"ld.shared.u32 %r3, [%r2+4]; {STORE_R3}", count=32, top=two)
@@ -241,7 +239,8 @@ def test_atomics(schedule):
   red.global.add.s32 [%rd1], %r4; red.global.max.s32 [%rd1+4], %r4; red.global.min.s32 [%rd1+8], %r4;
   red.global.and.b32 [%rd1+12], %r4; red.global.or.b32 [%rd1+16], %r4; red.global.xor.b32 [%rd1+20], %r4;
   atom.global.exch.b32 %r5, [%rd1+24], %r0; atom.global.cas.b32 %r5, [%rd1+28], -5, 77;
-  red.global.add.f32 [%rd1+32], %f0; atom.global.inc.u32 %r5, [%rd1+36], 99; mov.u32 %r6, s; and.b32 %r7, %r4, 7; mad.lo.u32 %r6, %r7, 4, %r6;
+  red.global.add.f32 [%rd1+32], %f0; atom.global.inc.u32 %r5, [%rd1+36], 99;
+  mov.u32 %r6, s; and.b32 %r7, %r4, 7; mad.lo.u32 %r6, %r7, 4, %r6;
   setp.lt.u32 %p1, %r9, 8; mov.u32 %r8, s; mad.lo.u32 %r8, %r9, 4, %r8; @%p1 st.shared.u32 [%r8], 0; bar.sync 0;
   atom.shared.add.u32 %r5, [%r6], 1; bar.sync 0;
   mad.wide.u32 %rd3, %r9, 4, %rd1; @%p1 ld.shared.u32 %r5, [%r8]; @%p1 red.global.add.u32 [%rd3+40], %r5;"""
