@@ -57,22 +57,16 @@ def choose_device(requested: str | None) -> tuple[str, str]:
 
 def gather(for_path_only: bool = False) -> dict[str, Any]:
     """Everything there is to report, ready for JSON. `for_path_only` leaves out what does not decide the path."""
-    probes = {"driver": ("driver",), "numba": ("import", "numba")}
     packages = _packages()
-    if for_path_only and "error" in (driver := _probe({"driver": ("driver",)})["driver"]) and driver["error"]:
-        answers = {"driver": driver, "numba": {"error": None}}
-    else:
-        if "numba-cuda" in packages:
-            probes["numba-cuda"] = ("import", "numba.cuda")
-        if "cuda-core" in packages:
-            probes["cuda-core"] = ("import", "cuda.core")
-            probes["compiler"] = ("compiler",)
-        if _cupys(packages):
-            probes["cupy"] = ("arrays",)
-        answers = _probe(probes)
+    answers = _probe({"driver": ("driver",)})
+    if not for_path_only or not answers["driver"]["error"]:
+        answers |= _probe(_imports_to_try(packages))
+    driver = answers.pop("driver")
+    if "loaded" not in driver:  # no answer: there is something that crashes or hangs
+        driver = {"loaded": True, "error": f"asking the NVIDIA driver {driver['error']}"}
     facts: dict[str, Any] = {
         "packages": packages,
-        "driver": {"loaded": False, "cuda": None, "release": None, "devices": [], **answers.pop("driver")},
+        "driver": {"cuda": None, "release": None, "devices": [], **driver},
         "broken": {name: answer["error"] for name, answer in answers.items() if answer["error"]},
     }
     facts["path"] = _path(facts)
@@ -109,6 +103,18 @@ def _packages() -> dict[str, str]:
     except Exception:
         pass
     return found
+
+
+def _imports_to_try(packages: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    probes: dict[str, tuple[str, ...]] = {"numba": ("import", "numba")}
+    if "numba-cuda" in packages:
+        probes["numba-cuda"] = ("import", "numba.cuda")
+    if "cuda-core" in packages:
+        probes["cuda-core"] = ("import", "cuda.core")
+        probes["compiler"] = ("compiler",)
+    if _cupys(packages):
+        probes["cupy"] = ("arrays",)
+    return probes
 
 
 def _cupys(packages: dict[str, str]) -> list[str]:
@@ -175,7 +181,7 @@ def _answer(child, deadline: float) -> dict:
     except ValueError:
         pass
     if child.returncode < 0:
-        return {"error": f"crashed Python ({signal.Signals(-child.returncode).name})"}
+        return {"error": f"crashed Python ({signal.strsignal(-child.returncode)})"}
     return {"error": f"ended Python (exit code {child.returncode})"}
 
 
@@ -187,7 +193,7 @@ def _path(facts: dict) -> dict[str, str | None]:
     packages, broken = facts["packages"], facts["broken"]
     if "numba" not in packages or "numba" in broken:
         why = f"numba {'does not import: ' + broken['numba'] if 'numba' in broken else 'is not installed'}"
-        return {"device": None, "why": why, "fix": "pip install --force-reinstall numba llvmlite 'numpy<2.5'"}
+        return {"device": None, "why": why, "fix": "pip install --force-reinstall numba"}
     for why, fix in _obstacles(facts["driver"], packages, broken):
         return {"device": "cpu", "why": why, "fix": fix}
     return {"device": "cuda", "why": None, "fix": None}
@@ -248,7 +254,10 @@ def _obstacles(driver: dict, packages: dict, broken: dict) -> Iterator[tuple[str
     for name, oldest in _OLDEST.items():
         version = packages[cupys[0] if name == "cupy" else name]
         if _numbers(version) < oldest or (name == "cupy" and _numbers(version) == (14, 1, 0)):
-            yield f"{name} {version} does not work here, expected {_dotted(oldest)} or later", f"pip install -U '{extra}'"
+            yield (
+                f"{name} {version} does not work here, expected {_dotted(oldest)} or later",
+                f"pip install -U '{extra}'",
+            )
     if _numbers(packages.get("numpy", "0")) >= (2, 5):
         yield (
             f"numba-cuda {packages['numba-cuda']} does not work with NumPy {packages['numpy']}",
@@ -272,7 +281,7 @@ def _dotted(numbers) -> str:
 def _text(facts: dict) -> str:
     path, packages, driver = facts["path"], facts["packages"], facts["driver"]
     lines = [f"gpusoftmax {facts['version']}", ""]
-    where = {"cpu": "the CPU", "cuda": "the GPU, for CuPy arrays; the CPU, for NumPy arrays", None: "nothing"}
+    where = {"cpu": "the CPU", "cuda": "the GPU for arrays that are there, on the CPU for others", None: "nothing"}
     lines.append(f"Runs on {where[path['device']]}.")
     if path["why"]:
         lines += [f"  why   {path['why']}", f"  help  {path['fix']}"]

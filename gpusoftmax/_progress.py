@@ -23,7 +23,8 @@ class Progress:
         self._total = total
         self._stream = sys.stderr if stream is None else stream
         self._live = bool(self._stream) and self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._start = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._began: tuple[float, int] | None = None
         self._width = 0
 
     def __enter__(self) -> "Progress":
@@ -35,6 +36,8 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()
+        if done and self._began is None:  # the first piece of work, which may include compiling, tells no rate
+            self._began = now, done
         due = _TERMINAL_SECONDS if self._live else _LOG_SECONDS
         first = self._live and not self._width
         last = done >= self._total and self._live
@@ -42,8 +45,7 @@ class Progress:
             return
         self._shown = now
         share = min(done / self._total, 1.0) if self._total else 1.0
-        left = (now - self._start) * (1 / share - 1) if share else 0.0
-        parts = [f"{share:4.0%}", note, f"{left:.0f} s left" if 0 < share < 1 else ""]
+        parts = [f"{share:4.0%}", note, self._left(now, done)]
         if self._live:
             filled = round(share * _BAR)
             parts.insert(0, "[" + "#" * filled + "." * (_BAR - filled) + "]")
@@ -53,6 +55,11 @@ class Progress:
             self._width = len(line)
         else:
             self._write(f"{self._title} {'  '.join(part for part in parts if part)}\n")
+
+    def _left(self, now: float, done: int) -> str:
+        if self._began is None or not self._began[1] < done < self._total:
+            return ""
+        return f"{(now - self._began[0]) / (done - self._began[1]) * (self._total - done):.0f} s left"
 
     def _write(self, text: str) -> None:
         # A closed or broken stderr must not end the work that it reports on.

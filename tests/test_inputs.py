@@ -26,6 +26,12 @@ def test_any_shape(family):
         assert inputs.make(family, shape, np.float32).shape == shape
 
 
+def test_every_family():
+    logits = inputs.every_family(2, 50, np.float16, seed=3, without=["spread"])
+    assert logits.shape == (2 * (len(inputs.FAMILIES) - 1), 50) and logits.dtype == np.float16
+    assert logits[-2:].tobytes() == inputs.make("sorted", (2, 50), np.float16, seed=3).tobytes()
+
+
 def test_confident_gaps():
     logits = np.sort(inputs.make("confident", SHAPE, np.float64), axis=1)
     gaps = logits[:, -1] - logits[:, -2]

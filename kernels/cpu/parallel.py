@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
+from numba.np.ufunc import parallel
 
 # Handing work to a thread and waiting for it costs 30-60 us, about the time one core needs for this many logits.
 LOGITS_PER_THREAD = 32768
@@ -25,9 +26,15 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def _thread_count() -> int:
+    """What numba.set_num_threads asked for, else what Numba would use."""
+    # get_num_threads starts Numba's own threads, which nothing here needs and a fork would not survive.
+    return numba.get_num_threads() if parallel._is_initialized else numba.config.NUMBA_NUM_THREADS
+
+
 def for_rows(kernel: Callable, n_rows: int, n_cols: int, *arguments) -> None:
     """kernel(first_row, last_row, *arguments) over contiguous parts of range(n_rows), one part per thread."""
-    n_parts = min(numba.get_num_threads(), n_rows, n_rows * n_cols // LOGITS_PER_THREAD)
+    n_parts = min(_thread_count(), n_rows, n_rows * n_cols // LOGITS_PER_THREAD)
     if n_parts <= 1:
         kernel(0, n_rows, *arguments)
         return
