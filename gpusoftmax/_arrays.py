@@ -21,7 +21,7 @@ import numpy as np
 
 from gpusoftmax import _checks
 from gpusoftmax.kernels import operands
-from gpusoftmax.kernels.operands import Operand, Place, Rows
+from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CPU = Place("cpu")
@@ -243,9 +243,9 @@ def compute_dtype(*arrays: Array | None) -> str:
     return operands.compute_dtype(*(array.dtype for array in arrays if array is not None))
 
 
-def single(array: Array) -> Operand:
-    """A one-element array for a kernel."""
-    return Operand(array.pointer, array.dtype, 0, 0, 0)
+def numbers(array: Array) -> Numbers:
+    """A contiguous array for a kernel."""
+    return Numbers(array.pointer, array.dtype)
 
 
 def to_python(array: Array):
@@ -310,7 +310,7 @@ def _coalesce(dims: list[_Dim]) -> list[_Dim]:
     return joined
 
 
-def flat_rows(array: Array, n_cols: int) -> tuple[Rows, Operand]:
+def all_labels(array: Array, n_cols: int) -> tuple[Rows, Labels]:
     """An array of one label per row, by itself: all its rows in one call, in C order. One that takes more than two
     strides to walk is flattened by its own library.
     """
@@ -320,12 +320,9 @@ def flat_rows(array: Array, n_cols: int) -> tuple[Rows, Operand]:
             raise TypeError(f"this {array.home} takes more than two strides to walk: pass a contiguous copy")
         array = wrap((array.owner[1] if array.kind == "jax" else array.owner).reshape(-1), "copy")
         dims = [_Dim(array.size, array.strides)]
-    if array.size == 0:
-        dims = [_Dim(0, (1,))]
     outer, inner = ([_Dim(1, (0,))] * 2 + dims)[-2:]
-    return Rows(outer.size, inner.size, n_cols), Operand(
-        array.pointer, array.dtype, outer.strides[0], inner.strides[0], 0
-    )
+    rows = Rows(array.size, max(inner.size, 1), n_cols)
+    return rows, Labels(array.pointer, outer.strides[0], inner.strides[0], operands.label_code(array.dtype))
 
 
 def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[Array], writes: Sequence[Array]) -> None:
@@ -348,15 +345,18 @@ def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[A
     batch = [_Dim(shape[k], tuple(a.strides[k] for a in arrays)) for k in range(len(shape)) if k not in axes]
     batch = [_Dim(1, (0,) * len(arrays))] * 2 + _coalesce(batch)
     outer, inner = batch[-2:]
-    rows = Rows(outer.size, inner.size, n_cols)
+    rows = Rows(outer.size * inner.size, inner.size, n_cols)
     looped = [dim for dim in batch[:-2] if dim.size > 1]
     for index in itertools.product(*(range(dim.size) for dim in looped)):
-        operands = []
+        here = []
         for k, array in enumerate(arrays):
             offset = sum(i * dim.strides[k] for i, dim in zip(index, looped, strict=True))
-            pointer = array.pointer + offset * array.itemsize
-            operands.append(Operand(pointer, array.dtype, outer.strides[k], inner.strides[k], col_strides[k]))
-        call(rows, *operands)
+            walk = array.pointer + offset * array.itemsize, outer.strides[k], inner.strides[k]
+            if array.dtype in operands.LABELS:
+                here.append(Labels(*walk, operands.label_code(array.dtype)))
+            else:
+                here.append(Operand(*walk, col_strides[k], array.dtype))
+        call(rows, *here)
 
 
 def _for_rows_of_copies(call, axes, reads, writes) -> None:

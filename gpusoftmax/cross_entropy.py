@@ -1,10 +1,9 @@
 """Cross-entropy: the loss, and the loss with its gradient from one kernel."""
 
-import math
 from typing import Any
 
 from gpusoftmax import _arrays, _checks
-from gpusoftmax.kernels.operands import NO_BAD_LABEL, NO_OPERAND
+from gpusoftmax.kernels.operands import NO_BAD_LABEL, NO_OPERAND, Numbers
 
 
 def cross_entropy(
@@ -155,66 +154,36 @@ def _cross_entropy(
         class_weight = _arrays.logits(weight, "weight")
         _checks.same_home(x, class_weight, "logits", "weight")
         _checks.same_shape(class_weight, (n_cols,), "weight", "one factor for each class")
-        if gradient is not None:
+        if with_grad:
             _checks.no_overlap(gradient, class_weight, "weight")
         class_weight = _arrays.contiguous(class_weight, dtype)
 
     kernels = _arrays.kernels(x.place, "cross_entropy")
-    label_rows, label_operand = _arrays.flat_rows(labels, n_cols)
+    all_rows, all_labels = _arrays.all_labels(labels, n_cols)
     if validate or (validate is None and x.place.target == "cpu"):
         bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
-        kernels.find_bad_label(
-            label_rows,
-            label_operand,
-            bad_row=bad_row.pointer,
-            bad_label=bad_label.pointer,
-            ignore_index=ignore_index,
-            place=x.place,
-        )
-        row = _arrays.to_python(bad_row)
-        if row != NO_BAD_LABEL:
-            raise _checks.bad_label(row, _arrays.to_python(bad_label), n_cols, ignore_index)
+        found = _arrays.numbers(bad_row), _arrays.numbers(bad_label)
+        kernels.find_bad_label(all_rows, all_labels, *found, ignore_index, x.place)
+        if _arrays.to_python(bad_row) != NO_BAD_LABEL:
+            row, label = _arrays.to_python(bad_row), _arrays.to_python(bad_label)
+            raise _checks.bad_label(row, label, n_cols, ignore_index)
 
-    losses = _arrays.empty(x, batch_shape, loss_dtype)
-    numbers = {"weight": class_weight, "normaliser": None, "weight_sum": None}
-    if reduction == "mean":
-        numbers["normaliser"] = _arrays.empty(x, (1,), dtype)
-        kernels.normalise(
-            label_rows,
-            label_operand,
-            weight=_pointer(class_weight),
-            normaliser=numbers["normaliser"].pointer,
-            ignore_index=ignore_index,
-            dtype=dtype,
-            place=x.place,
-        )
-    if class_weight is not None and label_smoothing:
-        numbers["weight_sum"] = _arrays.empty(x, (1,), dtype)
-        kernels.total(
-            n_cols,
-            class_weight.pointer,
-            _arrays.single(numbers["weight_sum"]),
-            values_dtype=dtype,
-            normaliser=0,
-            dtype=dtype,
-            place=x.place,
-        )
+    nothing = Numbers(0, dtype)
+    weights = nothing if class_weight is None else _arrays.numbers(class_weight)
+    # The small results that later kernels read stay referenced until those have been started.
+    weight_sum = _arrays.empty(x, (1,), dtype) if class_weight is not None and label_smoothing else None
+    if weight_sum is not None:
+        kernels.total(n_cols, weights, nothing, _arrays.numbers(weight_sum), x.place)
+    normaliser = _arrays.empty(x, (1,), dtype) if reduction == "mean" else None
+    if normaliser is not None:
+        kernels.normalise(all_rows, all_labels, weights, _arrays.numbers(normaliser), ignore_index, x.place)
+    sums = [nothing if array is None else _arrays.numbers(array) for array in (weight_sum, normaliser)]
 
     def rows_of_batch(rows, x_rows, label_rows, loss_rows, gradient_rows=NO_OPERAND):
-        kernels.cross_entropy(
-            rows,
-            x_rows,
-            label_rows,
-            loss_rows,
-            gradient_rows,
-            **{name: _pointer(array) for name, array in numbers.items()},
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            grad_scale=grad_scale,
-            dtype=dtype,
-            place=x.place,
-        )
+        options = ignore_index, label_smoothing, grad_scale
+        kernels.cross_entropy(rows, x_rows, label_rows, loss_rows, gradient_rows, weights, *sums, *options, x.place)
 
+    losses = _arrays.empty(x, batch_shape, loss_dtype)
     _arrays.for_rows(
         rows_of_batch,
         axes,
@@ -224,17 +193,5 @@ def _cross_entropy(
     loss = losses
     if reduction != "none":
         loss = _arrays.empty(x, (), loss_dtype)
-        kernels.total(
-            math.prod(batch_shape),
-            losses.pointer,
-            _arrays.single(loss),
-            values_dtype=loss_dtype,
-            normaliser=_pointer(numbers["normaliser"]),
-            dtype=dtype,
-            place=x.place,
-        )
+        kernels.total(losses.size, _arrays.numbers(losses), sums[1], _arrays.numbers(loss), x.place)
     return _arrays.result(loss), None if gradient is None else _arrays.result(gradient, out)
-
-
-def _pointer(array) -> int:
-    return 0 if array is None else array.pointer

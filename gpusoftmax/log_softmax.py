@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _rowwise
 
 
 def log_softmax(
@@ -45,21 +45,7 @@ def log_softmax(
     >>> log_softmax(np.array([40.0, 0.0]))
     array([-4.24835426e-18, -4.00000000e+01])
     """
-    logits = _arrays.logits(x, "x")
-    axes = _checks.axes(axis, logits.ndim)
-    temperature = _checks.temperature(temperature)
-    dtype = None if dtype is None else _checks.dtype_name(dtype)
-    log_probs = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
-    _checks.no_partial_overlap(log_probs, logits, "x")
-    kernel = _arrays.kernels(logits.place, "log_softmax").log_softmax
-    if logits.size:
-        _arrays.for_rows(
-            lambda rows, x, log_probs: kernel(rows, x, log_probs, temperature, logits.place),
-            axes,
-            [logits],
-            [log_probs],
-        )
-    return _arrays.result(log_probs, out)
+    return _rowwise.forward("log_softmax", x, axis, temperature, dtype, out)
 
 
 def log_softmax_backward(
@@ -99,22 +85,4 @@ def log_softmax_backward(
     >>> log_softmax_backward(np.log([0.25, 0.75]), np.array([1.0, 0.0]))
     array([ 0.75, -0.75])
     """
-    log_p = _arrays.logits(log_probs, "log_probs")
-    dlog_p = _arrays.logits(dlog_probs, "dlog_probs")
-    _checks.same_home(log_p, dlog_p, "log_probs", "dlog_probs")
-    _checks.same_dtype(log_p, dlog_p, "log_probs", "dlog_probs")
-    _checks.same_shape(dlog_p, log_p.shape, "dlog_probs", "to match log_probs")
-    axes = _checks.axes(axis, log_p.ndim)
-    temperature = _checks.temperature(temperature)
-    dlogits = _arrays.output(out, log_p, log_p.shape, log_p.dtype)
-    _checks.no_partial_overlap(dlogits, log_p, "log_probs")
-    _checks.no_partial_overlap(dlogits, dlog_p, "dlog_probs")
-    kernel = _arrays.kernels(log_p.place, "log_softmax").log_softmax_backward
-    if log_p.size:
-        _arrays.for_rows(
-            lambda rows, p_rows, dp_rows, dlogits: kernel(rows, p_rows, dp_rows, dlogits, temperature, log_p.place),
-            axes,
-            [log_p, dlog_p],
-            [dlogits],
-        )
-    return _arrays.result(dlogits, out)
+    return _rowwise.backward("log_softmax", log_probs, dlog_probs, "log_probs", axis, temperature, out)

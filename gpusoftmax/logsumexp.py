@@ -55,10 +55,6 @@ def logsumexp(
     lse = _arrays.output(out, logits, shape, row_dtype, dtype)
     _checks.no_partial_overlap(lse, logits, "x")
     kernel = _arrays.kernels(logits.place, "logsumexp").logsumexp
-    _arrays.for_rows(
-        lambda rows, x, lse: kernel(rows, x, lse, temperature, logits.place),
-        axes,
-        [logits],
-        [_arrays.per_row(lse, axes, logits.ndim)],
-    )
+    per_row = _arrays.per_row(lse, axes, logits.ndim)
+    _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [per_row])
     return _arrays.result(lse, out)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _rowwise
 
 
 def softmax(
@@ -57,18 +57,7 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
-    logits = _arrays.logits(x, "x")
-    axes = _checks.axes(axis, logits.ndim)
-    temperature = _checks.temperature(temperature)
-    dtype = None if dtype is None else _checks.dtype_name(dtype)
-    probs = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
-    _checks.no_partial_overlap(probs, logits, "x")
-    kernel = _arrays.kernels(logits.place, "softmax").softmax
-    if logits.size:
-        _arrays.for_rows(
-            lambda rows, x, probs: kernel(rows, x, probs, temperature, logits.place), axes, [logits], [probs]
-        )
-    return _arrays.result(probs, out)
+    return _rowwise.forward("softmax", x, axis, temperature, dtype, out)
 
 
 def softmax_backward(
@@ -109,22 +98,4 @@ def softmax_backward(
     >>> softmax_backward(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
     """
-    p = _arrays.logits(probs, "probs")
-    dp = _arrays.logits(dprobs, "dprobs")
-    _checks.same_home(p, dp, "probs", "dprobs")
-    _checks.same_dtype(p, dp, "probs", "dprobs")
-    _checks.same_shape(dp, p.shape, "dprobs", "to match probs")
-    axes = _checks.axes(axis, p.ndim)
-    temperature = _checks.temperature(temperature)
-    dlogits = _arrays.output(out, p, p.shape, p.dtype)
-    _checks.no_partial_overlap(dlogits, p, "probs")
-    _checks.no_partial_overlap(dlogits, dp, "dprobs")
-    kernel = _arrays.kernels(p.place, "softmax").softmax_backward
-    if p.size:
-        _arrays.for_rows(
-            lambda rows, p_rows, dp_rows, dlogits: kernel(rows, p_rows, dp_rows, dlogits, temperature, p.place),
-            axes,
-            [p, dp],
-            [dlogits],
-        )
-    return _arrays.result(dlogits, out)
+    return _rowwise.backward("softmax", probs, dprobs, "probs", axis, temperature, out)

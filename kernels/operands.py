@@ -1,4 +1,4 @@
-"""What the public functions hand to the kernels: geometry, operands, formats and the place of execution."""
+"""What the public functions hand to the kernels: geometry, arrays and the place of execution."""
 
 from typing import NamedTuple
 
@@ -12,6 +12,53 @@ STORAGE = {
     "float64": np.float64,
 }
 LABELS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+NO_BAD_LABEL = 2**63 - 1
+"""What find_bad_label reports when every label is a class or ignore_index."""
+
+
+class Rows(NamedTuple):
+    """The rows of one call, numbered along the inner batch axis first: row = outer * n_inner + inner."""
+
+    n_rows: int
+    n_inner: int
+    n_cols: int
+
+
+class Operand(NamedTuple):
+    """An array: element (outer, inner, col) lies at the pointer plus index times stride of each, in elements."""
+
+    pointer: int
+    outer_stride: int
+    inner_stride: int
+    col_stride: int
+    dtype: str
+
+
+class Labels(NamedTuple):
+    """An array of one integer per row. `code` tells its dtype, see `label_code`."""
+
+    pointer: int
+    outer_stride: int
+    inner_stride: int
+    code: int
+
+
+class Numbers(NamedTuple):
+    """Contiguous numbers: class weights, or a result that a later kernel reads. Pointer 0: there are none."""
+
+    pointer: int
+    dtype: str
+
+
+class Place(NamedTuple):
+    """Where the arrays are and in which order work on them runs. device and stream mean nothing on the CPU."""
+
+    target: str  # "cpu" or "cuda": the package under gpusoftmax.kernels
+    device: int = 0
+    stream: int = 0
+
+
+NO_OPERAND = Operand(0, 0, 0, 0, "float32")
 
 
 def label_code(dtype: str) -> int:
@@ -22,45 +69,6 @@ def label_code(dtype: str) -> int:
 def compute_dtype(*dtypes: str) -> str:
     """The format to compute in: float64 if any of the arrays is float64, float32 otherwise."""
     return "float64" if "float64" in dtypes else "float32"
-
-
-class Rows(NamedTuple):
-    """The rows of one call, numbered along the inner batch axis first: row = outer * n_inner + inner."""
-
-    n_outer: int
-    n_inner: int
-    n_cols: int
-
-    @property
-    def n_rows(self) -> int:
-        return self.n_outer * self.n_inner
-
-
-class Operand(NamedTuple):
-    """One array as the kernels see it: element (outer, inner, col) lies at pointer + the strides' sum, in elements."""
-
-    pointer: int
-    dtype: str
-    outer_stride: int
-    inner_stride: int
-    col_stride: int
-
-    @property
-    def words(self) -> tuple[int, int, int, int]:
-        return self.pointer, self.outer_stride, self.inner_stride, self.col_stride
-
-
-NO_OPERAND = Operand(0, "float32", 0, 0, 0)
-NO_BAD_LABEL = 2**63 - 1
-"""What find_bad_label reports when every label is a class or ignore_index."""
-
-
-class Place(NamedTuple):
-    """Where the arrays are and in which order work on them runs. device and stream mean nothing on the CPU."""
-
-    target: str  # "cpu" or "cuda": the package under gpusoftmax.kernels
-    device: int = 0
-    stream: int = 0
 
 
 def split(value: float, dtype: str):

@@ -25,6 +25,7 @@ from gpusoftmax.kernels.cpu.rows import (
     new_buffer,
     padded,
     read_logits,
+    row_of,
     row_offset,
     sum_chunk,
     write_chunk,
@@ -52,92 +53,79 @@ from gpusoftmax.kernels.cpu.vector import (
     store_one,
     sub,
 )
-from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Operand, Place, Rows, label_code, split
+from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Operand, Place, Rows, split
 
 
 def cross_entropy(
     rows: Rows,
     logits: Operand,
-    labels: Operand,
+    labels: Labels,
     losses: Operand,
     dlogits: Operand,
-    *,
-    weight: int,
-    normaliser: int,
-    weight_sum: int,
+    weight: Numbers,
+    weight_sum: Numbers,
+    normaliser: Numbers,
     ignore_index: int,
     label_smoothing: float,
     grad_scale: float,
-    dtype: str,
     place: Place,
 ) -> None:
     """The loss of each row and, unless dlogits.pointer is 0, the gradient; dlogits may be the logits themselves.
 
-    weight (n_cols,), normaliser (1,) and weight_sum (1,) are addresses of contiguous numbers of `dtype`, the
-    computation format; 0 stands for ones, for 1 and for n_cols.
+    weight (n_cols), weight_sum (1) and normaliser (1) are in the computation format; where there are none they stand
+    for ones, n_cols and 1.
     """
-    number_of = STORAGE[dtype]
+    number_of = STORAGE[weight.dtype]
     for_rows(
         cross_entropy_rows,
-        rows.n_rows,
-        rows.n_cols,
-        rows.n_inner,
-        rows.n_cols,
-        *logits.words,
-        STORAGE[logits.dtype](0),
-        *labels.words[:3],
-        label_code(labels.dtype),
-        *losses.words[:3],
-        STORAGE[losses.dtype](0),
-        *dlogits.words,
-        STORAGE[dlogits.dtype](0),
+        rows,
+        logits,
+        labels,
+        losses,
+        dlogits,
         weight,
-        normaliser,
         weight_sum,
+        normaliser,
         ignore_index,
         number_of(1.0 - label_smoothing),
         number_of(label_smoothing / rows.n_cols),
         number_of(grad_scale),
-        *split(2.0, dtype),
+        *split(2.0, weight.dtype),
     )
 
 
 def normalise(
-    rows: Rows, labels: Operand, *, weight: int, normaliser: int, ignore_index: int, dtype: str, place: Place
+    rows: Rows, labels: Labels, weight: Numbers, normaliser: Numbers, ignore_index: int, place: Place
 ) -> None:
-    """normaliser[0] = the sum of weight[label] over the rows that count; their number if weight is 0."""
-    normalise_rows(
-        rows.n_rows,
-        rows.n_inner,
-        rows.n_cols,
-        *labels.words[:3],
-        label_code(labels.dtype),
-        weight,
-        normaliser,
-        ignore_index,
-        STORAGE[dtype](0),
-    )
+    """normaliser[0] = the sum of weight[label] over the rows that count; their number where there are no weights."""
+    normalise_rows(rows, labels, weight.pointer, normaliser.pointer, ignore_index, STORAGE[weight.dtype](0))
 
 
-def total(
-    n: int, values: int, result: Operand, *, values_dtype: str, normaliser: int, dtype: str, place: Place
-) -> None:
-    """result = sum(values) / normaliser[0], in the order of the values; normaliser 0 stands for 1."""
-    total_rows(
-        n, values, STORAGE[values_dtype](0), normaliser, result.pointer, STORAGE[result.dtype](0), STORAGE[dtype](0)
-    )
+def total(n: int, values: Numbers, normaliser: Numbers, result: Numbers, place: Place) -> None:
+    """result[0] = sum(values) / normaliser[0], in the order of the values."""
+    tags = STORAGE[values.dtype](0), STORAGE[result.dtype](0), STORAGE[normaliser.dtype](0)
+    total_rows(n, values.pointer, normaliser.pointer, result.pointer, *tags)
 
 
 def find_bad_label(
-    rows: Rows, labels: Operand, *, bad_row: int, bad_label: int, ignore_index: int, place: Place
+    rows: Rows, labels: Labels, bad_row: Numbers, bad_label: Numbers, ignore_index: int, place: Place
 ) -> None:
     """bad_row[0], bad_label[0] (int64) = the first row whose label is neither a class nor ignore_index, and its label.
 
     NO_BAD_LABEL for both if there is none.
     """
-    size = (rows.n_rows, rows.n_inner, rows.n_cols)
-    code = label_code(labels.dtype)
-    find_bad_label_rows(*size, *labels.words[:3], code, bad_row, bad_label, ignore_index)
+    find_bad_label_rows(rows, labels, bad_row.pointer, bad_label.pointer, ignore_index)
+
+
+@device
+def label_of(labels, row, rows):
+    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
+
+
+@device
+def number_at(numbers, index, default):
+    """numbers[index], or the default where the caller gave no numbers."""
+    return default if numbers == 0 else load_one(pointer_to(numbers, default), index, default)
 
 
 @device
@@ -147,13 +135,11 @@ def smoothing_chunk(buffer, other, weight, x_label, first, count, factor):
     The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow.
     """
     zero = number(factor, 0.0)
-    lanes = lanes_of(factor)
-    for k in range(0, padded(count, factor), lanes):
+    for k in range(0, padded(count, factor), lanes_of(factor)):
         store(other, k, mul(sub(load(buffer, k, factor), splat(x_label)), splat(factor)))
     if weight != 0:
         for k in range(count):
-            w = load_one(pointer_to(weight, factor), first + k, factor)
-            store_one(other, k, mul(w, load_one(other, k, factor)))
+            store_one(other, k, mul(number_at(weight, first + k, factor), load_one(other, k, factor)))
     for k in range(count, padded(count, factor)):
         store_one(other, k, zero)
     return sum_chunk(other, padded(count, factor), factor)
@@ -163,29 +149,14 @@ def smoothing_chunk(buffer, other, weight, x_label, first, count, factor):
 def cross_entropy_rows(
     first_row,
     last_row,
-    n_inner,
-    n_cols,
-    logits_address,
-    logits_outer,
-    logits_inner,
-    logits_col,
-    logits_tag,
+    rows,
+    logits,
     labels,
-    labels_outer,
-    labels_inner,
-    labels_code,
-    losses_address,
-    losses_outer,
-    losses_inner,
-    losses_tag,
-    dlogits_address,
-    dlogits_outer,
-    dlogits_inner,
-    dlogits_col,
-    dlogits_tag,
+    losses,
+    dlogits,
     weight,
-    normaliser,
     weight_sum,
+    normaliser,
     ignore_index,
     confidence,
     share,
@@ -193,45 +164,37 @@ def cross_entropy_rows(
     scale,
     scale_low,
 ):
+    n_cols = rows.n_cols
     params = (scale, scale_low)
     zero = number(scale, 0.0)
     one = number(scale, 1.0)
-    lanes = lanes_of(scale)
-    logits = pointer_to(logits_address, logits_tag)
-    losses = pointer_to(losses_address, losses_tag)
-    dlogits = pointer_to(dlogits_address, dlogits_tag)
     array = new_buffer(scale)
-    buffer = buffer_pointer(array, scale)
     other_array = new_buffer(scale)
+    buffer = buffer_pointer(array, scale)
     other = buffer_pointer(other_array, scale)
-    upstream = grad_scale
-    if normaliser != 0:
-        upstream = div(grad_scale, load_one(pointer_to(normaliser, scale), 0, scale))
-    total_weight = number(scale, float(n_cols))
-    if weight_sum != 0:
-        total_weight = load_one(pointer_to(weight_sum, scale), 0, scale)
+    with_gradient = dlogits.address != 0
+    upstream = div(grad_scale, number_at(normaliser, 0, one))
+    total_weight = number_at(weight_sum, 0, number(scale, float(n_cols)))
     for row in range(first_row, last_row):
-        start = row_offset(row, n_inner, logits_outer, logits_inner)
-        target = row_offset(row, n_inner, dlogits_outer, dlogits_inner)
-        loss_at = row_offset(row, n_inner, losses_outer, losses_inner)
-        label = load_label(labels, row_offset(row, n_inner, labels_outer, labels_inner), labels_code)
+        source = row_of(logits, row, rows)
+        target = row_of(dlogits, row, rows)
+        loss_at = row_of(losses, row, rows).pointer
+        label = label_of(labels, row, rows)
         if label == ignore_index or label < 0 or label >= n_cols:
             fill = zero if label == ignore_index else number(scale, math.nan)
-            store_one(losses, loss_at, fill)
-            if dlogits_address != 0:
+            store_one(loss_at, 0, fill)
+            if with_gradient:
                 for col in range(n_cols):
-                    store_one(dlogits, target + col * dlogits_col, fill)
+                    store_one(target.pointer, col * target.stride, fill)
             continue
-        x_label = transform(load_one(logits, start + label * logits_col, scale), label, row, params)
-        w_label = one
-        if weight != 0:
-            w_label = load_one(pointer_to(weight, scale), label, scale)
+        x_label = transform(load_one(source.pointer, label * source.stride, scale), label, row, params)
+        w_label = number_at(weight, label, one)
         # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (x_c - x_label)
         state = (number(scale, -math.inf), zero, zero, zero)
         d, d_low = zero, zero
         for first in range(0, n_cols, CHUNK_COLS):
             count = min(CHUNK_COLS, n_cols - first)
-            read_logits(buffer, logits, start, logits_col, first, count, row, params)
+            read_logits(buffer, source, first, count, row, params)
             state = merge(state, chunk_state(buffer, padded(count, scale), scale, scale_low), scale, scale_low)
             if share != zero:
                 part, part_low = smoothing_chunk(buffer, other, weight, x_label, first, count, mul(share, scale))
@@ -242,70 +205,55 @@ def cross_entropy_rows(
         loss = mul(confident, nll)
         if share != zero and nll != number(scale, math.inf):  # a masked label: inf already, and d would make it NaN
             loss = add(loss, sub(mul(mul(share, total_weight), nll), add(d, d_low)))
-        store_one(losses, loss_at, loss)
+        store_one(loss_at, 0, loss)
         # 2. the gradient
-        if dlogits_address != 0:
+        if with_gradient:
             on_label = mul(upstream, confident)
             per_weight = mul(upstream, share)
             on_probs = splat(mul(inverse_sum(state), fma(per_weight, total_weight, on_label)))
             for first in range(0, n_cols, CHUNK_COLS):
                 count = min(CHUNK_COLS, n_cols - first)
-                logits_again(buffer, logits, start, logits_col, first, count, n_cols, row, params)
-                for k in range(0, padded(count, scale), lanes):
+                logits_again(buffer, source, first, count, n_cols, row, params)
+                for k in range(0, padded(count, scale), lanes_of(scale)):
                     e = exp_gap(load(buffer, k, scale), splat(state[0]), splat(scale), splat(scale_low))
                     store(buffer, k, mul(e, on_probs))
                 if share != zero:
                     for k in range(count):
-                        w = one
-                        if weight != 0:
-                            w = load_one(pointer_to(weight, scale), first + k, scale)
+                        w = number_at(weight, first + k, one)
                         store_one(buffer, k, sub(load_one(buffer, k, scale), mul(per_weight, w)))
                 if first <= label and label < first + count:
                     store_one(buffer, label - first, sub(load_one(buffer, label - first, scale), on_label))
-                write_chunk(dlogits, target + first * dlogits_col, dlogits_col, buffer, count, scale)
+                write_chunk(target, first, buffer, count, scale)
     array[0] = 0.0  # the buffers must outlive the last access through their addresses
     other_array[0] = 0.0
 
 
 @kernel
-def normalise_rows(
-    n_rows, n_inner, n_cols, labels, labels_outer, labels_inner, labels_code, weight, normaliser, ignore_index, zero
-):
-    count = 0
-    sum_, low = zero, zero
-    for row in range(n_rows):
-        label = load_label(labels, row_offset(row, n_inner, labels_outer, labels_inner), labels_code)
-        if label != ignore_index and label >= 0 and label < n_cols:
-            count += 1
-            if weight != 0:
-                sum_, low = add_pair(sum_, low, load_one(pointer_to(weight, zero), label, zero), zero)
-    result = add(sum_, low)
-    if weight == 0:
-        result = number(zero, float(count))
-    store_one(pointer_to(normaliser, zero), 0, result)
+def normalise_rows(rows, labels, weight, normaliser, ignore_index, zero):
+    total_weight, low = zero, zero
+    for row in range(rows.n_rows):
+        label = label_of(labels, row, rows)
+        if label != ignore_index and label >= 0 and label < rows.n_cols:
+            total_weight, low = add_pair(total_weight, low, number_at(weight, label, number(zero, 1.0)), zero)
+    store_one(pointer_to(normaliser, zero), 0, add(total_weight, low))
 
 
 @kernel
-def total_rows(n, values_address, values_tag, normaliser, result_address, result_tag, zero):
-    values = pointer_to(values_address, values_tag)
-    sum_, low = zero, zero
+def total_rows(n, values, normaliser, result, values_tag, result_tag, zero):
+    total_value, low = zero, zero
     for k in range(n):
-        sum_, low = add_pair(sum_, low, load_one(values, k, zero), zero)
-    result = add(sum_, low)
-    if normaliser != 0:
-        result = div(result, load_one(pointer_to(normaliser, zero), 0, zero))
-    store_one(pointer_to(result_address, result_tag), 0, result)
+        total_value, low = add_pair(total_value, low, load_one(pointer_to(values, values_tag), k, zero), zero)
+    divided = div(add(total_value, low), number_at(normaliser, 0, number(zero, 1.0)))
+    store_one(pointer_to(result, result_tag), 0, divided)
 
 
 @kernel
-def find_bad_label_rows(
-    n_rows, n_inner, n_cols, labels, labels_outer, labels_inner, labels_code, bad_row, bad_label, ignore_index
-):
+def find_bad_label_rows(rows, labels, bad_row, bad_label, ignore_index):
     first, found = NO_BAD_LABEL, NO_BAD_LABEL
-    for row in range(n_rows):
-        label = load_label(labels, row_offset(row, n_inner, labels_outer, labels_inner), labels_code)
-        if label != ignore_index and (label < 0 or label >= n_cols):
+    for row in range(rows.n_rows):
+        label = label_of(labels, row, rows)
+        if label != ignore_index and (label < 0 or label >= rows.n_cols):
             first, found = row, label
             break
-    pointer_to(bad_row, n_rows)[0] = first
-    pointer_to(bad_label, n_rows)[0] = found
+    pointer_to(bad_row, rows.n_rows)[0] = first
+    pointer_to(bad_label, rows.n_rows)[0] = found

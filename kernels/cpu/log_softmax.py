@@ -16,7 +16,7 @@ from gpusoftmax.kernels.cpu.rows import (
     new_buffer,
     padded,
     read_chunk,
-    row_offset,
+    row_of,
     row_state,
     sum_chunk,
     write_chunk,
@@ -33,139 +33,75 @@ from gpusoftmax.kernels.cpu.vector import (
     negative,
     negative_log_probability,
     number,
-    pointer_to,
     splat,
     store,
 )
-from gpusoftmax.kernels.operands import STORAGE, Operand, Place, Rows, compute_dtype, split
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, split
 
 
 def log_softmax(rows: Rows, logits: Operand, log_probs: Operand, temperature: float, place: Place) -> None:
-    dtype = compute_dtype(logits.dtype, log_probs.dtype)
-    for_rows(
-        log_softmax_rows,
-        rows.n_rows,
-        rows.n_cols,
-        rows.n_inner,
-        rows.n_cols,
-        *logits.words,
-        STORAGE[logits.dtype](0),
-        *log_probs.words,
-        STORAGE[log_probs.dtype](0),
-        *split(2.0 / temperature, dtype),
-    )
+    scale = split(2.0 / temperature, compute_dtype(logits.dtype, log_probs.dtype))
+    for_rows(log_softmax_rows, rows, logits, log_probs, *scale)
 
 
 def log_softmax_backward(
     rows: Rows, log_probs: Operand, dlog_probs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
-    dtype = compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype)
-    for_rows(
-        log_softmax_backward_rows,
-        rows.n_rows,
-        rows.n_cols,
-        rows.n_inner,
-        rows.n_cols,
-        *log_probs.words,
-        STORAGE[log_probs.dtype](0),
-        *dlog_probs.words,
-        STORAGE[dlog_probs.dtype](0),
-        *dlogits.words,
-        STORAGE[dlogits.dtype](0),
-        split(1.0 / temperature, dtype)[0],
-    )
+    scale, _ = split(1.0 / temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
+    for_rows(log_softmax_backward_rows, rows, log_probs, dlog_probs, dlogits, scale)
 
 
 @kernel
-def log_softmax_rows(
-    first_row,
-    last_row,
-    n_inner,
-    n_cols,
-    logits_address,
-    logits_outer,
-    logits_inner,
-    logits_col,
-    logits_tag,
-    log_probs_address,
-    log_probs_outer,
-    log_probs_inner,
-    log_probs_col,
-    log_probs_tag,
-    scale,
-    scale_low,
-):
-    logits = pointer_to(logits_address, logits_tag)
-    log_probs = pointer_to(log_probs_address, log_probs_tag)
+def log_softmax_rows(first_row, last_row, rows, logits, log_probs, scale, scale_low):
+    n_cols = rows.n_cols
     params = (scale, scale_low)
     array = new_buffer(scale)
     buffer = buffer_pointer(array, scale)
     for row in range(first_row, last_row):
-        start = row_offset(row, n_inner, logits_outer, logits_inner)
-        target = row_offset(row, n_inner, log_probs_outer, log_probs_inner)
-        state = row_state(buffer, logits, start, logits_col, n_cols, row, params)
+        source = row_of(logits, row, rows)
+        target = row_of(log_probs, row, rows)
+        state = row_state(buffer, source, n_cols, row, params)
         log, log_low = log_sum(state)
-        for col in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - col)
-            logits_again(buffer, logits, start, logits_col, col, count, n_cols, row, params)
+        for first in range(0, n_cols, CHUNK_COLS):
+            count = min(CHUNK_COLS, n_cols - first)
+            logits_again(buffer, source, first, count, n_cols, row, params)
             for k in range(0, padded(count, scale), lanes_of(scale)):
                 nll = negative_log_probability(
                     load(buffer, k, scale), splat(state[0]), splat(log), splat(log_low), splat(scale), splat(scale_low)
                 )
                 store(buffer, k, negative(nll))
-            write_chunk(log_probs, target + col * log_probs_col, log_probs_col, buffer, count, scale)
+            write_chunk(target, first, buffer, count, scale)
     array[0] = 0.0  # the buffer must outlive the last access through its address
 
 
 @kernel
-def log_softmax_backward_rows(
-    first_row,
-    last_row,
-    n_inner,
-    n_cols,
-    log_probs_address,
-    log_probs_outer,
-    log_probs_inner,
-    log_probs_col,
-    log_probs_tag,
-    dlog_probs_address,
-    dlog_probs_outer,
-    dlog_probs_inner,
-    dlog_probs_col,
-    dlog_probs_tag,
-    dlogits_address,
-    dlogits_outer,
-    dlogits_inner,
-    dlogits_col,
-    dlogits_tag,
-    inverse_temperature,
-):
-    zero = number(inverse_temperature, 0.0)
-    lanes = lanes_of(zero)
-    log_probs = pointer_to(log_probs_address, log_probs_tag)
-    dlog_probs = pointer_to(dlog_probs_address, dlog_probs_tag)
-    dlogits = pointer_to(dlogits_address, dlogits_tag)
+def log_softmax_backward_rows(first_row, last_row, rows, log_probs, dlog_probs, dlogits, scale):
+    n_cols = rows.n_cols
+    zero = number(scale, 0.0)
     log_p_array = new_buffer(zero)
     dlog_p_array = new_buffer(zero)
     log_p = buffer_pointer(log_p_array, zero)
     dlog_p = buffer_pointer(dlog_p_array, zero)
     for row in range(first_row, last_row):
-        log_probs_start = row_offset(row, n_inner, log_probs_outer, log_probs_inner)
-        dlog_probs_start = row_offset(row, n_inner, dlog_probs_outer, dlog_probs_inner)
-        dlogits_start = row_offset(row, n_inner, dlogits_outer, dlogits_inner)
-        total = (zero, zero)
-        for col in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - col)
-            read_chunk(dlog_p, dlog_probs, dlog_probs_start + col * dlog_probs_col, dlog_probs_col, count, zero)
-            total = add_pair(total[0], total[1], *sum_chunk(dlog_p, padded(count, zero), zero))
-        minus_total = splat(-add(total[0], total[1]))
-        for col in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - col)
-            read_chunk(log_p, log_probs, log_probs_start + col * log_probs_col, log_probs_col, count, zero)
-            read_chunk(dlog_p, dlog_probs, dlog_probs_start + col * dlog_probs_col, dlog_probs_col, count, zero)
-            for k in range(0, padded(count, zero), lanes):
+        log_p_row = row_of(log_probs, row, rows)
+        dlog_p_row = row_of(dlog_probs, row, rows)
+        target = row_of(dlogits, row, rows)
+        # 1. total = sum_k dlog_probs_k
+        total, total_low = zero, zero
+        for first in range(0, n_cols, CHUNK_COLS):
+            count = min(CHUNK_COLS, n_cols - first)
+            read_chunk(dlog_p, dlog_p_row, first, count, zero)
+            part, part_low = sum_chunk(dlog_p, padded(count, zero), zero)
+            total, total_low = add_pair(total, total_low, part, part_low)
+        minus_total = splat(-add(total, total_low))
+        # 2. dlogits = (dlog_probs - exp(log_probs) total) / T
+        for first in range(0, n_cols, CHUNK_COLS):
+            count = min(CHUNK_COLS, n_cols - first)
+            read_chunk(log_p, log_p_row, first, count, zero)
+            read_chunk(dlog_p, dlog_p_row, first, count, zero)
+            for k in range(0, padded(count, zero), lanes_of(zero)):
                 gradient = fma(exp(load(log_p, k, zero), splat(zero)), minus_total, load(dlog_p, k, zero))
-                store(log_p, k, mul(gradient, splat(inverse_temperature)))
-            write_chunk(dlogits, dlogits_start + col * dlogits_col, dlogits_col, log_p, count, zero)
+                store(log_p, k, mul(gradient, splat(scale)))
+            write_chunk(target, first, log_p, count, zero)
     log_p_array[0] = 0.0  # the buffers must outlive the last access through their addresses
     dlog_p_array[0] = 0.0

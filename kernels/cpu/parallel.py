@@ -13,6 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 from numba.np.ufunc import parallel
 
+from gpusoftmax.kernels.cpu.rows import Strided
+from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Rows
+
 # Handing work to a thread and waiting for it costs 30-60 us, about the time one core needs for this many logits.
 LOGITS_PER_THREAD = 32768
 
@@ -32,15 +35,24 @@ def _thread_count() -> int:
     return numba.get_num_threads() if parallel._is_initialized else numba.config.NUMBA_NUM_THREADS
 
 
-def for_rows(kernel: Callable, n_rows: int, n_cols: int, *arguments) -> None:
-    """kernel(first_row, last_row, *arguments) over contiguous parts of range(n_rows), one part per thread."""
-    n_parts = min(_thread_count(), n_rows, n_rows * n_cols // LOGITS_PER_THREAD)
+def for_rows(kernel: Callable, rows: Rows, *arguments) -> None:
+    """kernel(first_row, last_row, rows, *arguments) over contiguous parts of the rows, one part per thread."""
+    arguments = (rows, *map(_for_kernel, arguments))
+    n_parts = min(_thread_count(), rows.n_rows, rows.n_rows * rows.n_cols // LOGITS_PER_THREAD)
     if n_parts <= 1:
-        kernel(0, n_rows, *arguments)
+        kernel(0, rows.n_rows, *arguments)
         return
-    bounds = [n_rows * part // n_parts for part in range(n_parts + 1)]
+    bounds = [rows.n_rows * part // n_parts for part in range(n_parts + 1)]
     pool = _pool(n_parts - 1)
     others = [pool.submit(kernel, first, last, *arguments) for first, last in zip(bounds[1:], bounds[2:], strict=False)]
     kernel(bounds[0], bounds[1], *arguments)
     for other in others:
         other.result()
+
+
+def _for_kernel(argument):
+    """An argument in the form that compiled code takes: no strings."""
+    if isinstance(argument, Operand):
+        *numbers, dtype = argument
+        return Strided(*numbers, STORAGE[dtype](0))
+    return argument.pointer if isinstance(argument, Numbers) else argument

@@ -8,6 +8,7 @@ format alone, so a row has the same bits in any batch, on any thread, at any ali
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from gpusoftmax.kernels.cpu.transform import transform
 from gpusoftmax.kernels.cpu.vector import (
     add,
     address_of,
+    advance,
     horizontal_max,
     horizontal_sum,
     lanes_of,
@@ -51,10 +53,32 @@ def buffer_pointer(buffer, like):
     return pointer_to(address_of(buffer), like)
 
 
+class Strided(NamedTuple):
+    """An Operand as a kernel gets it. The type of `tag`, a scalar, names the storage format."""
+
+    address: int
+    outer_stride: int
+    inner_stride: int
+    col_stride: int
+    tag: np.generic
+
+
+class Row(NamedTuple):
+    """One row of an array: column c lies at pointer[c * stride]."""
+
+    pointer: object
+    stride: int
+
+
 @device
-def row_offset(row, n_inner, outer_stride, inner_stride):
-    """Where a row starts, in elements: rows are numbered along the inner batch axis first."""
-    return (row // n_inner) * outer_stride + (row % n_inner) * inner_stride
+def row_offset(array, row, rows):
+    """Where a row starts, in elements. `array` has the strides of an Operand or of Labels."""
+    return (row // rows.n_inner) * array.outer_stride + (row % rows.n_inner) * array.inner_stride
+
+
+@device
+def row_of(array, row, rows):
+    return Row(advance(pointer_to(array.address, array.tag), row_offset(array, row, rows)), array.col_stride)
 
 
 @device
@@ -65,16 +89,16 @@ def padded(count, like):
 
 
 @device
-def read_chunk(buffer, pointer, start, stride, count, padding):
-    """buffer[:count] = the numbers at pointer[start::stride]; the rest of the last strip is `padding`."""
+def read_chunk(buffer, row, first, count, padding):
+    """buffer[:count] = the numbers of columns first..first + count; the rest of the last strip is `padding`."""
     lanes = lanes_of(padding)
     col = 0
-    if stride == 1:
+    if row.stride == 1:
         while col + lanes <= count:
-            store(buffer, col, load(pointer, start + col, padding))
+            store(buffer, col, load(row.pointer, first + col, padding))
             col += lanes
     while col < count:
-        store_one(buffer, col, load_one(pointer, start + col * stride, padding))
+        store_one(buffer, col, load_one(row.pointer, (first + col) * row.stride, padding))
         col += 1
     while col < padded(count, padding):
         store_one(buffer, col, padding)
@@ -82,24 +106,24 @@ def read_chunk(buffer, pointer, start, stride, count, padding):
 
 
 @device
-def write_chunk(pointer, start, stride, buffer, count, like):
-    """pointer[start::stride] = buffer[:count], rounded to the storage format."""
+def write_chunk(row, first, buffer, count, like):
+    """Columns first..first + count of the row = buffer[:count], rounded to the storage format."""
     lanes = lanes_of(like)
     col = 0
-    if stride == 1:
+    if row.stride == 1:
         while col + lanes <= count:
-            store(pointer, start + col, load(buffer, col, like))
+            store(row.pointer, first + col, load(buffer, col, like))
             col += lanes
     while col < count:
-        store_one(pointer, start + col * stride, load_one(buffer, col, like))
+        store_one(row.pointer, (first + col) * row.stride, load_one(buffer, col, like))
         col += 1
 
 
 @device
-def read_logits(buffer, pointer, start, stride, first, count, row, params):
-    """The logits of columns first..first + count through `transform`. The padding adds nothing to a maximum or sum."""
+def read_logits(buffer, logits, first, count, row, params):
+    """read_chunk through `transform`. The padding adds nothing to a maximum or a sum."""
     like = params[0]
-    read_chunk(buffer, pointer, start + first * stride, stride, count, number(like, -math.inf))
+    read_chunk(buffer, logits, first, count, number(like, -math.inf))
     col = 0
     while col < padded(count, like):
         store(buffer, col, transform(load(buffer, col, like), first + col, row, params))
@@ -163,20 +187,20 @@ def chunk_state(buffer, count, scale, scale_low):
 
 
 @device
-def row_state(buffer, pointer, start, stride, n_cols, row, params):
+def row_state(buffer, logits, n_cols, row, params):
     """The state of a whole row, chunks merged in order. A row of one chunk stays in the buffer."""
     scale, scale_low = params
     zero = number(scale, 0.0)
     state = (number(scale, -math.inf), zero, zero, zero)
     for first in range(0, n_cols, CHUNK_COLS):
         count = min(CHUNK_COLS, n_cols - first)
-        read_logits(buffer, pointer, start, stride, first, count, row, params)
+        read_logits(buffer, logits, first, count, row, params)
         state = merge(state, chunk_state(buffer, padded(count, scale), scale, scale_low), scale, scale_low)
     return state
 
 
 @device
-def logits_again(buffer, pointer, start, stride, first, count, n_cols, row, params):
+def logits_again(buffer, logits, first, count, n_cols, row, params):
     """Fills the buffer with a chunk for the second pass, unless row_state has left it there."""
     if n_cols > CHUNK_COLS:
-        read_logits(buffer, pointer, start, stride, first, count, row, params)
+        read_logits(buffer, logits, first, count, row, params)

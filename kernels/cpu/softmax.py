@@ -15,7 +15,7 @@ from gpusoftmax.kernels.cpu.rows import (
     new_buffer,
     padded,
     read_chunk,
-    row_offset,
+    row_of,
     row_state,
     sum_chunk,
     write_chunk,
@@ -29,143 +29,79 @@ from gpusoftmax.kernels.cpu.vector import (
     load,
     mul,
     number,
-    pointer_to,
     splat,
     store,
     sub,
 )
-from gpusoftmax.kernels.operands import STORAGE, Operand, Place, Rows, compute_dtype, split
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, split
 
 
 def softmax(rows: Rows, logits: Operand, probs: Operand, temperature: float, place: Place) -> None:
-    dtype = compute_dtype(logits.dtype, probs.dtype)
-    scale = split(2.0 / temperature, dtype)
-    for_rows(
-        softmax_rows,
-        rows.n_rows,
-        rows.n_cols,
-        rows.n_inner,
-        rows.n_cols,
-        *logits.words,
-        STORAGE[logits.dtype](0),
-        *probs.words,
-        STORAGE[probs.dtype](0),
-        *scale,
-    )
+    scale = split(2.0 / temperature, compute_dtype(logits.dtype, probs.dtype))
+    for_rows(softmax_rows, rows, logits, probs, *scale)
 
 
 def softmax_backward(
     rows: Rows, probs: Operand, dprobs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
-    dtype = compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype)
-    for_rows(
-        softmax_backward_rows,
-        rows.n_rows,
-        rows.n_cols,
-        rows.n_inner,
-        rows.n_cols,
-        *probs.words,
-        STORAGE[probs.dtype](0),
-        *dprobs.words,
-        STORAGE[dprobs.dtype](0),
-        *dlogits.words,
-        STORAGE[dlogits.dtype](0),
-        split(1.0 / temperature, dtype)[0],
-    )
+    scale, _ = split(1.0 / temperature, compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype))
+    for_rows(softmax_backward_rows, rows, probs, dprobs, dlogits, scale)
 
 
 @kernel
-def softmax_rows(
-    first_row,
-    last_row,
-    n_inner,
-    n_cols,
-    logits_address,
-    logits_outer,
-    logits_inner,
-    logits_col,
-    logits_tag,
-    probs_address,
-    probs_outer,
-    probs_inner,
-    probs_col,
-    probs_tag,
-    scale,
-    scale_low,
-):
-    logits = pointer_to(logits_address, logits_tag)
-    probs = pointer_to(probs_address, probs_tag)
+def softmax_rows(first_row, last_row, rows, logits, probs, scale, scale_low):
+    n_cols = rows.n_cols
     params = (scale, scale_low)
     array = new_buffer(scale)
     buffer = buffer_pointer(array, scale)
     for row in range(first_row, last_row):
-        start = row_offset(row, n_inner, logits_outer, logits_inner)
-        target = row_offset(row, n_inner, probs_outer, probs_inner)
-        state = row_state(buffer, logits, start, logits_col, n_cols, row, params)
+        source = row_of(logits, row, rows)
+        target = row_of(probs, row, rows)
+        state = row_state(buffer, source, n_cols, row, params)
         row_max = splat(state[0])
         factor = splat(inverse_sum(state))
-        for col in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - col)
-            logits_again(buffer, logits, start, logits_col, col, count, n_cols, row, params)
+        for first in range(0, n_cols, CHUNK_COLS):
+            count = min(CHUNK_COLS, n_cols - first)
+            logits_again(buffer, source, first, count, n_cols, row, params)
             for k in range(0, padded(count, scale), lanes_of(scale)):
                 e = exp_gap(load(buffer, k, scale), row_max, splat(scale), splat(scale_low))
                 store(buffer, k, mul(e, factor))
-            write_chunk(probs, target + col * probs_col, probs_col, buffer, count, scale)
+            write_chunk(target, first, buffer, count, scale)
     array[0] = 0.0  # the buffer must outlive the last access through its address
 
 
 @kernel
-def softmax_backward_rows(
-    first_row,
-    last_row,
-    n_inner,
-    n_cols,
-    probs_address,
-    probs_outer,
-    probs_inner,
-    probs_col,
-    probs_tag,
-    dprobs_address,
-    dprobs_outer,
-    dprobs_inner,
-    dprobs_col,
-    dprobs_tag,
-    dlogits_address,
-    dlogits_outer,
-    dlogits_inner,
-    dlogits_col,
-    dlogits_tag,
-    inverse_temperature,
-):
-    zero = number(inverse_temperature, 0.0)
+def softmax_backward_rows(first_row, last_row, rows, probs, dprobs, dlogits, scale):
+    n_cols = rows.n_cols
+    zero = number(scale, 0.0)
     lanes = lanes_of(zero)
-    probs = pointer_to(probs_address, probs_tag)
-    dprobs = pointer_to(dprobs_address, dprobs_tag)
-    dlogits = pointer_to(dlogits_address, dlogits_tag)
-    probs_array = new_buffer(zero)
-    dprobs_array = new_buffer(zero)
-    p = buffer_pointer(probs_array, zero)
-    dp = buffer_pointer(dprobs_array, zero)
+    p_array = new_buffer(zero)
+    dp_array = new_buffer(zero)
+    p = buffer_pointer(p_array, zero)
+    dp = buffer_pointer(dp_array, zero)
     for row in range(first_row, last_row):
-        probs_start = row_offset(row, n_inner, probs_outer, probs_inner)
-        dprobs_start = row_offset(row, n_inner, dprobs_outer, dprobs_inner)
-        dlogits_start = row_offset(row, n_inner, dlogits_outer, dlogits_inner)
-        dot = (zero, zero)
-        for col in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - col)
-            read_chunk(p, probs, probs_start + col * probs_col, probs_col, count, zero)
-            read_chunk(dp, dprobs, dprobs_start + col * dprobs_col, dprobs_col, count, zero)
+        p_row = row_of(probs, row, rows)
+        dp_row = row_of(dprobs, row, rows)
+        target = row_of(dlogits, row, rows)
+        # 1. dot = sum_k probs_k dprobs_k
+        dot, dot_low = zero, zero
+        for first in range(0, n_cols, CHUNK_COLS):
+            count = min(CHUNK_COLS, n_cols - first)
+            read_chunk(p, p_row, first, count, zero)
+            read_chunk(dp, dp_row, first, count, zero)
             for k in range(0, padded(count, zero), lanes):
                 store(p, k, mul(load(p, k, zero), load(dp, k, zero)))
-            dot = add_pair(dot[0], dot[1], *sum_chunk(p, padded(count, zero), zero))
-        shift = splat(add(dot[0], dot[1]))
-        for col in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - col)
-            read_chunk(p, probs, probs_start + col * probs_col, probs_col, count, zero)
-            read_chunk(dp, dprobs, dprobs_start + col * dprobs_col, dprobs_col, count, zero)
+            part, part_low = sum_chunk(p, padded(count, zero), zero)
+            dot, dot_low = add_pair(dot, dot_low, part, part_low)
+        shift = splat(add(dot, dot_low))
+        # 2. dlogits = probs (dprobs - dot) / T
+        for first in range(0, n_cols, CHUNK_COLS):
+            count = min(CHUNK_COLS, n_cols - first)
+            read_chunk(p, p_row, first, count, zero)
+            read_chunk(dp, dp_row, first, count, zero)
             for k in range(0, padded(count, zero), lanes):
                 centred = sub(load(dp, k, zero), shift)
-                store(p, k, mul(mul(load(p, k, zero), centred), splat(inverse_temperature)))
-            write_chunk(dlogits, dlogits_start + col * dlogits_col, dlogits_col, p, count, zero)
-    probs_array[0] = 0.0  # the buffers must outlive the last access through their addresses
-    dprobs_array[0] = 0.0
+                store(p, k, mul(mul(load(p, k, zero), centred), splat(scale)))
+            write_chunk(target, first, p, count, zero)
+    p_array[0] = 0.0  # the buffers must outlive the last access through their addresses
+    dp_array[0] = 0.0

@@ -62,6 +62,12 @@ def pointer_to(typingctx, address, tag):
 
 
 @intrinsic
+def advance(typingctx, pointer, offset):
+    """pointer + offset, in elements."""
+    return pointer(pointer, types.intp), lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
+
+
+@intrinsic
 def address_of(typingctx, array):
     """The address of an array's first element. The array must be used after the last access through it."""
 

@@ -10,7 +10,7 @@ import re
 
 from gpusoftmax.kernels.cuda import cache
 from gpusoftmax.kernels.cuda.plan import MAX_THREADS
-from gpusoftmax.kernels.operands import STORAGE
+from gpusoftmax.kernels.operands import STORAGE, Labels, Rows
 
 
 def ptx_architecture(arch: str) -> str:
@@ -56,8 +56,8 @@ class Image:
 def image(kernel: str, signature: tuple[str, ...], arch: str) -> Image:
     """The image of `kernel`, "<file>.<function>" under kernels/cuda/device.
 
-    `signature` holds one word per parameter: "i64", "float32", "float64", or "*" and the dtype of what a pointer points
-    to, "*bfloat16" for instance ("*void" for memory whose type the kernel learns at run time).
+    `signature` holds one word per argument: "rows", "labels", "strided bfloat16" (an Operand), "*float32" (Numbers: a
+    pointer), "int64", "float32" or "float64". The first three take several parameters of the compiled kernel.
     """
     return Image(kernel, signature, arch)
 
@@ -98,11 +98,16 @@ def _ptx(kernel: str, signature: tuple[str, ...], arch: str) -> str:
 
 
 def _numba_type(types, word: str):
-    if word == "i64":
-        return types.int64
-    if not word.startswith("*"):
-        return getattr(types, word)
-    if word == "*void":
-        return types.CPointer(types.uint8)
-    dtype = word[1:]
+    from gpusoftmax.kernels.cuda.device.rows import Strided
+
+    if word in ("rows", "labels"):
+        fields = Rows if word == "rows" else Labels
+        return types.NamedUniTuple(types.int64, len(fields._fields), fields)
+    if word.startswith("strided "):
+        strides = (types.int64,) * 3
+        return types.NamedTuple((_pointer_type(types, word.removeprefix("strided ")), *strides), Strided)
+    return _pointer_type(types, word[1:]) if word.startswith("*") else getattr(types, word)
+
+
+def _pointer_type(types, dtype: str):
     return types.CPointer(getattr(types, STORAGE[dtype].__name__ if dtype in STORAGE else dtype))

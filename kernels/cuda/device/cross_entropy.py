@@ -1,6 +1,7 @@
 """One block per row: cross-entropy and its fused gradient. The mathematics stands in kernels/cpu/cross_entropy.py.
 
-The small kernels around it, normalise_rows and total_rows, run as one block: their sums have a fixed order.
+The small kernels around it, normalise_rows, total_rows and find_bad_label_rows, run as one block: their sums have a
+fixed order.
 """
 
 import math
@@ -31,22 +32,21 @@ from gpusoftmax.kernels.cuda.device.memory import (
 )
 from gpusoftmax.kernels.cuda.device.reduce import block_sum, block_sum_pair, first_of_block
 from gpusoftmax.kernels.cuda.device.row_state import chunk_state, load_logits, logits_again
-from gpusoftmax.kernels.cuda.device.rows import can_vectorise, column, row_pointer, store_chunk, thread_sum
+from gpusoftmax.kernels.cuda.device.rows import column, row_of, row_offset, store_chunk, thread_sum
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD
 from gpusoftmax.kernels.operands import NO_BAD_LABEL
 
 
 @device
-def label_index(row, n_inner, outer_stride, inner_stride):
-    outer = row // n_inner
-    return outer * outer_stride + (row - outer * n_inner) * inner_stride
+def label_of(labels, row, rows):
+    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
 
 
 @device
-def weight_of(weight, label, one):
-    """The class weight; 1 where the caller gave none. `label` is a class."""
-    return one if is_null(weight) else load(weight, label, one)
+def number_at(numbers, index, default):
+    """numbers[index], or the default where the caller gave no numbers."""
+    return default if is_null(numbers) else load(numbers, index, default)
 
 
 @device
@@ -63,38 +63,25 @@ def smoothing_chunk(held, values, scratch, weight, x_label, first, n_cols, width
             values[k] = zero
             if col < n_cols:
                 difference = mul(sub(held[k], x_label), factor)
-                values[k] = mul(weight_of(weight, col, number(zero, 1.0)), difference)
+                values[k] = mul(number_at(weight, col, number(zero, 1.0)), difference)
     return block_sum(thread_sum(values, zero), scratch, zero)
 
 
 @device
-def fill_row(pointer, stride, n_cols, value):
+def fill_row(row, n_cols, value):
     for col in range(cuda.threadIdx.x, n_cols, cuda.blockDim.x):
-        store(pointer, col * stride, value)
+        store(row.pointer, col * row.stride, value)
 
 
 def cross_entropy_rows(
-    n_rows,
-    n_inner,
-    n_cols,
+    rows,
     logits,
-    logits_outer,
-    logits_inner,
-    logits_col,
     labels,
-    labels_outer,
-    labels_inner,
-    labels_code,
     losses,
-    losses_outer,
-    losses_inner,
     dlogits,
-    dlogits_outer,
-    dlogits_inner,
-    dlogits_col,
     weight,
-    normaliser,
     weight_sum,
+    normaliser,
     ignore_index,
     confidence,
     share,
@@ -102,36 +89,37 @@ def cross_entropy_rows(
     scale,
     scale_low,
 ):
+    n_cols = rows.n_cols
     params = (scale, scale_low)
     zero = number(scale, 0.0)
     one = number(scale, 1.0)
     scratch = block_numbers(scale)
     held = thread_numbers(scale)
     values = thread_numbers(scale)
-    width = vector_width(logits)
+    width = vector_width(logits.pointer)
     chunk_cols = COLS_PER_THREAD * cuda.blockDim.x
-    upstream = grad_scale if is_null(normaliser) else div(grad_scale, load(normaliser, 0, scale))
-    total_weight = number(scale, n_cols) if is_null(weight_sum) else load(weight_sum, 0, scale)
-    for row in range(cuda.blockIdx.x, n_rows, cuda.gridDim.x):
-        source = row_pointer(logits, row, n_inner, logits_outer, logits_inner)
-        target = row_pointer(dlogits, row, n_inner, dlogits_outer, dlogits_inner)
-        loss_at = row_pointer(losses, row, n_inner, losses_outer, losses_inner)
-        label = load_label(labels, label_index(row, n_inner, labels_outer, labels_inner), labels_code)
-        if label == ignore_index or label < 0 or label >= n_cols:
+    with_gradient = not is_null(dlogits.pointer)
+    upstream = div(grad_scale, number_at(normaliser, 0, one))
+    total_weight = number_at(weight_sum, 0, number(scale, n_cols))
+    for row in range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x):
+        source = row_of(logits, row, rows, width)
+        target = row_of(dlogits, row, rows, width)
+        loss_at = row_of(losses, row, rows, width).pointer
+        label = label_of(labels, row, rows)
+        if label == ignore_index or label < 0 or label >= n_cols:  # the same for the whole block
             fill = zero if label == ignore_index else number(scale, math.nan)
             if cuda.threadIdx.x == 0:
                 store(loss_at, 0, fill)
-            if not is_null(dlogits):
-                fill_row(target, dlogits_col, n_cols, fill)
+            if with_gradient:
+                fill_row(target, n_cols, fill)
             continue
-        vectorised = can_vectorise(source, logits_col, width)
-        x_label = transform(load(source, label * logits_col, scale), label, row, params)
-        w_label = weight_of(weight, label, one)
+        x_label = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+        w_label = number_at(weight, label, one)
         # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (x_c - x_label)
         state = (number(scale, -math.inf), zero, zero, zero)
         d, d_low = zero, zero
         for first in range(0, n_cols, chunk_cols):
-            load_logits(held, source, logits_col, vectorised, first, n_cols, width, row, params)
+            load_logits(held, source, first, n_cols, width, row, params)
             state = merge(state, chunk_state(held, scratch, params), scale, scale_low)
             if share != zero:
                 part = smoothing_chunk(held, values, scratch, weight, x_label, first, n_cols, width, mul(share, scale))
@@ -145,45 +133,32 @@ def cross_entropy_rows(
         if cuda.threadIdx.x == 0:
             store(loss_at, 0, loss)
         # 2. the gradient
-        if not is_null(dlogits):
-            target_vectorised = can_vectorise(target, dlogits_col, width)
+        if with_gradient:
             on_label = mul(upstream, confident)
             per_weight = mul(upstream, share)
             on_probs = mul(inverse_sum(state), fma(per_weight, total_weight, on_label))
             for first in range(0, n_cols, chunk_cols):
-                logits_again(held, source, logits_col, vectorised, first, n_cols, width, row, params)
+                logits_again(held, source, first, n_cols, width, row, params)
                 for slice in range(COLS_PER_THREAD // width):
                     for i in range(width):
                         col = column(first, slice, width) + i
                         k = slice * width + i
                         gradient = mul(exp_gap(held[k], state[0], scale, scale_low), on_probs)
                         if share != zero and col < n_cols:
-                            gradient = sub(gradient, mul(per_weight, weight_of(weight, col, one)))
+                            gradient = sub(gradient, mul(per_weight, number_at(weight, col, one)))
                         if col == label:
                             gradient = sub(gradient, on_label)
                         held[k] = gradient
-                store_chunk(target, dlogits_col, target_vectorised, held, first, n_cols, width)
+                store_chunk(target, held, first, n_cols, width)
 
 
-def normalise_rows(
-    n_rows,
-    n_inner,
-    n_cols,
-    labels,
-    labels_outer,
-    labels_inner,
-    labels_code,
-    weight,
-    normaliser,
-    ignore_index,
-    zero,
-):
+def normalise_rows(rows, labels, weight, normaliser, ignore_index, zero):
     scratch = block_numbers(zero)
     total, low = zero, zero
-    for row in range(cuda.threadIdx.x, n_rows, cuda.blockDim.x):
-        label = load_label(labels, label_index(row, n_inner, labels_outer, labels_inner), labels_code)
-        if label != ignore_index and label >= 0 and label < n_cols:
-            total, low = add_pair(total, low, weight_of(weight, label, number(zero, 1.0)), zero)
+    for row in range(cuda.threadIdx.x, rows.n_rows, cuda.blockDim.x):
+        label = label_of(labels, row, rows)
+        if label != ignore_index and label >= 0 and label < rows.n_cols:
+            total, low = add_pair(total, low, number_at(weight, label, number(zero, 1.0)), zero)
     total = block_sum_pair(total, low, scratch, zero)
     if cuda.threadIdx.x == 0:
         store(normaliser, 0, total)
@@ -196,21 +171,17 @@ def total_rows(n, values, normaliser, result, zero):
         total, low = add_pair(total, low, load(values, k, zero), zero)
     total = block_sum_pair(total, low, scratch, zero)
     if cuda.threadIdx.x == 0:
-        store(result, 0, total if is_null(normaliser) else div(total, load(normaliser, 0, zero)))
+        store(result, 0, div(total, number_at(normaliser, 0, number(zero, 1.0))))
 
 
-def find_bad_label_rows(
-    n_rows, n_inner, n_cols, labels, labels_outer, labels_inner, labels_code, bad_row, bad_label, ignore_index
-):
-    scratch = block_numbers(n_rows)
+def find_bad_label_rows(rows, labels, bad_row, bad_label, ignore_index):
+    scratch = block_numbers(ignore_index)
     first = NO_BAD_LABEL
-    for row in range(cuda.threadIdx.x, n_rows, cuda.blockDim.x):
-        label = load_label(labels, label_index(row, n_inner, labels_outer, labels_inner), labels_code)
-        if label != ignore_index and (label < 0 or label >= n_cols):
+    for row in range(cuda.threadIdx.x, rows.n_rows, cuda.blockDim.x):
+        label = label_of(labels, row, rows)
+        if label != ignore_index and (label < 0 or label >= rows.n_cols):
             first = min(first, row)
     first = first_of_block(first, scratch)
     if cuda.threadIdx.x == 0:
         bad_row[0] = first
-        bad_label[0] = NO_BAD_LABEL
-        if first != NO_BAD_LABEL:
-            bad_label[0] = load_label(labels, label_index(first, n_inner, labels_outer, labels_inner), labels_code)
+        bad_label[0] = NO_BAD_LABEL if first == NO_BAD_LABEL else label_of(labels, first, rows)

@@ -16,9 +16,9 @@ from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD
 
 
 @device
-def load_logits(held, logits, stride, vectorised, first, n_cols, width, row, params):
+def load_logits(held, logits, first, n_cols, width, row, params):
     """load_chunk through `transform`; the padding never becomes a maximum and adds nothing to a sum."""
-    load_chunk(held, logits, stride, vectorised, first, n_cols, width, number(params[0], -math.inf))
+    load_chunk(held, logits, first, n_cols, width, number(params[0], -math.inf))
     for slice in range(COLS_PER_THREAD // width):
         for i in range(width):
             k = slice * width + i
@@ -48,17 +48,17 @@ def chunk_state(held, scratch, params):
 
 
 @device
-def row_state(held, scratch, logits, stride, vectorised, n_cols, width, row, params):
+def row_state(held, scratch, logits, n_cols, width, row, params):
     zero = number(params[0], 0.0)
     state = (number(params[0], -math.inf), zero, zero, zero)
     for first in range(0, n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-        load_logits(held, logits, stride, vectorised, first, n_cols, width, row, params)
+        load_logits(held, logits, first, n_cols, width, row, params)
         state = merge(state, chunk_state(held, scratch, params), params[0], params[1])
     return state
 
 
 @device
-def logits_again(held, logits, stride, vectorised, first, n_cols, width, row, params):
+def logits_again(held, logits, first, n_cols, width, row, params):
     """Fills the registers with a chunk for the second pass, unless row_state has left it there."""
     if n_cols > COLS_PER_THREAD * cuda.blockDim.x:
-        load_logits(held, logits, stride, vectorised, first, n_cols, width, row, params)
+        load_logits(held, logits, first, n_cols, width, row, params)

@@ -11,6 +11,8 @@ The map depends on n_cols and the format alone. Whether a row happens to be cont
 if a slice is moved by one access or column by column: a row has the same bits wherever it lies.
 """
 
+from typing import NamedTuple
+
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, number
 from gpusoftmax.kernels.cuda.device.memory import (
@@ -25,17 +27,36 @@ from gpusoftmax.kernels.cuda.device.memory import (
 from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD
 
 
-@device
-def row_pointer(pointer, row, n_inner, outer_stride, inner_stride):
-    """Where a row starts: rows are numbered along the inner batch axis first."""
-    outer = row // n_inner
-    return advance(pointer, outer * outer_stride + (row - outer * n_inner) * inner_stride)
+class Strided(NamedTuple):
+    """An Operand as a kernel gets it. The pointer's type names the storage format."""
+
+    pointer: object
+    outer_stride: int
+    inner_stride: int
+    col_stride: int
+
+
+class Row(NamedTuple):
+    """One row of an array: column c lies at pointer[c * stride]; `vectorised`: 16-byte accesses are allowed."""
+
+    pointer: object
+    stride: int
+    vectorised: bool
 
 
 @device
-def can_vectorise(pointer, stride, width):
-    """Whether this row can be moved 16 bytes at a time. The same for all threads of a block."""
-    return stride == 1 and vector_width(pointer) == width and is_vector_aligned(pointer)
+def row_offset(array, row, rows):
+    """Where a row starts, in elements. `array` has the strides of an Operand or of Labels."""
+    outer = row // rows.n_inner
+    return outer * array.outer_stride + (row - outer * rows.n_inner) * array.inner_stride
+
+
+@device
+def row_of(array, row, rows, width):
+    """A row whose columns are dealt out in pieces of `width`. The same for all threads of a block."""
+    pointer = advance(array.pointer, row_offset(array, row, rows))
+    vectorised = array.col_stride == 1 and vector_width(pointer) == width and is_vector_aligned(pointer)
+    return Row(pointer, array.col_stride, vectorised)
 
 
 @device
@@ -45,30 +66,30 @@ def column(first, slice, width):
 
 
 @device
-def load_chunk(held, pointer, stride, vectorised, first, n_cols, width, padding):
+def load_chunk(held, row, first, n_cols, width, padding):
     """held = this thread's columns of the chunk that starts at `first`; `padding` beyond the end of the row."""
     for slice in range(COLS_PER_THREAD // width):
         col = column(first, slice, width)
         k = slice * width
-        if vectorised and col + width <= n_cols:
-            load_vector(pointer, col, held, k)
+        if row.vectorised and col + width <= n_cols:
+            load_vector(row.pointer, col, held, k)
         else:
             for i in range(width):
-                held[k + i] = load(pointer, (col + i) * stride, padding) if col + i < n_cols else padding
+                held[k + i] = load(row.pointer, (col + i) * row.stride, padding) if col + i < n_cols else padding
 
 
 @device
-def store_chunk(pointer, stride, vectorised, held, first, n_cols, width):
+def store_chunk(row, held, first, n_cols, width):
     """The columns of the chunk that lie inside the row, from registers to memory."""
     for slice in range(COLS_PER_THREAD // width):
         col = column(first, slice, width)
         k = slice * width
-        if vectorised and col + width <= n_cols:
-            store_vector(pointer, col, held, k)
+        if row.vectorised and col + width <= n_cols:
+            store_vector(row.pointer, col, held, k)
         else:
             for i in range(width):
                 if col + i < n_cols:
-                    store(pointer, (col + i) * stride, held[k + i])
+                    store(row.pointer, (col + i) * row.stride, held[k + i])
 
 
 @device

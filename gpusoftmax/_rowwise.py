@@ -1,0 +1,37 @@
+"""The shared body of operations that turn rows of logits into rows of the same shape, and of their backwards."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks
+
+
+def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any) -> Any:
+    """Calls `op` of the kernels of the same name on x and a result of its shape."""
+    logits = _arrays.logits(x, "x")
+    axes = _checks.axes(axis, logits.ndim)
+    temperature = _checks.temperature(temperature)
+    dtype = None if dtype is None else _checks.dtype_name(dtype)
+    result = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
+    _checks.no_partial_overlap(result, logits, "x")
+    kernel = getattr(_arrays.kernels(logits.place, op), op)
+    if logits.size:
+        _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [result])
+    return _arrays.result(result, out)
+
+
+def backward(op: str, y: Any, dy: Any, y_name: str, axis: Any, temperature: Any, out: Any) -> Any:
+    """Calls `op`_backward of the kernels of `op` on the op's result y, the gradient dy and a result of their shape."""
+    dy_name = f"d{y_name}"
+    value, gradient = _arrays.logits(y, y_name), _arrays.logits(dy, dy_name)
+    _checks.same_home(value, gradient, y_name, dy_name)
+    _checks.same_dtype(value, gradient, y_name, dy_name)
+    _checks.same_shape(gradient, value.shape, dy_name, f"to match {y_name}")
+    axes = _checks.axes(axis, value.ndim)
+    temperature = _checks.temperature(temperature)
+    result = _arrays.output(out, value, value.shape, value.dtype)
+    _checks.no_partial_overlap(result, value, y_name)
+    _checks.no_partial_overlap(result, gradient, dy_name)
+    kernel = getattr(_arrays.kernels(value.place, op), f"{op}_backward")
+    if value.size:
+        _arrays.for_rows(lambda *rows: kernel(*rows, temperature, value.place), axes, [value, gradient], [result])
+    return _arrays.result(result, out)
