@@ -60,7 +60,7 @@ def gather(for_path_only: bool = False) -> dict[str, Any]:
     packages = _packages()
     answers = _probe({"driver": ("driver",)})
     if not for_path_only or not answers["driver"]["error"]:
-        answers |= _probe(_imports_to_try(packages))
+        answers |= _probe(_imports_to_try(packages, with_gpu=not answers["driver"]["error"]))
     driver = answers.pop("driver")
     if "loaded" not in driver:  # no answer: there is something that crashes or hangs
         driver = {"loaded": True, "error": f"asking the NVIDIA driver {driver['error']}"}
@@ -105,14 +105,14 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def _imports_to_try(packages: dict[str, str]) -> dict[str, tuple[str, ...]]:
+def _imports_to_try(packages: dict[str, str], with_gpu: bool) -> dict[str, tuple[str, ...]]:
     probes: dict[str, tuple[str, ...]] = {"numba": ("import", "numba")}
     if "numba-cuda" in packages:
         probes["numba-cuda"] = ("import", "numba.cuda")
     if "cuda-core" in packages:
         probes["cuda-core"] = ("import", "cuda.core")
         probes["compiler"] = ("compiler",)
-    if _cupys(packages):
+    if _cupys(packages) and with_gpu:  # else it would be called broken for want of a driver
         probes["cupy"] = ("arrays",)
     return probes
 
@@ -264,7 +264,7 @@ def _obstacles(driver: dict, packages: dict, broken: dict) -> Iterator[tuple[str
             "pip install 'numpy<2.5'",
         )
     for name, error in broken.items():
-        yield f"{'the compiler of ' + extra if name == 'compiler' else name} does not work: {error}", reinstall
+        yield f"{'the CUDA compiler' if name == 'compiler' else name} does not work: {error}", reinstall
 
 
 def _numbers(version: str) -> tuple[int, ...]:

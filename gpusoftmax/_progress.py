@@ -22,7 +22,9 @@ class Progress:
         self._title = title
         self._total = total
         self._stream = sys.stderr if stream is None else stream
-        self._live = bool(self._stream) and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = False
+        with contextlib.suppress(ValueError, AttributeError):  # closed, or none at all
+            self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = time.monotonic()
         self._began: tuple[float, int] | None = None
         self._width = 0

@@ -5,7 +5,9 @@ import tempfile
 
 # Before any import of the library: tests neither read nor fill the user's cache. A directory that is given is kept and
 # spares the compilations of the next run.
-os.environ.setdefault("GPUSOFTMAX_CACHE_DIR", tempfile.mkdtemp(prefix="gpusoftmax-tests-"))
+if "GPUSOFTMAX_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="gpusoftmax-tests-")
+    os.environ["GPUSOFTMAX_CACHE_DIR"] = _cache.name
 
 import numpy as np
 import pytest
