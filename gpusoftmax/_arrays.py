@@ -25,10 +25,15 @@ from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CPU = Place("cpu")
+_DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost: pinned host memory
 
 
 class Array(NamedTuple):
-    """One array. `strides` count elements and may be 0 or negative; `pointer` is the address of element 0."""
+    """One array. `strides` count elements and may be 0 or negative; `pointer` is the address of element 0.
+
+    `owner` is the array itself; for JAX, whose arrays are reached and made through NumPy or CuPy, it is a pair: a JAX
+    array of the call, which knows the device, and the NumPy or CuPy array.
+    """
 
     owner: Any
     kind: str
@@ -50,6 +55,10 @@ class Array(NamedTuple):
     @property
     def itemsize(self) -> int:
         return numpy_dtype(self.dtype).itemsize
+
+    @property
+    def library_array(self):
+        return self.owner[1] if self.kind == "jax" else self.owner
 
     @property
     def home(self) -> str:
@@ -89,6 +98,13 @@ def numpy_dtype(name: str) -> np.dtype:
 
 def wrap(x, name: str) -> Array:
     """Describes an array argument. Anything that is no array becomes a NumPy array."""
+    array = _described(x, name)
+    if array.size and not array.pointer:
+        raise TypeError(f"{name} has no memory of its own: it is a fake, zero or traced tensor")
+    return array
+
+
+def _described(x, name: str) -> Array:
     if isinstance(x, np.ndarray | np.generic):
         return _from_numpy(x, name)
     if array_api_compat.is_cupy_array(x):
@@ -97,11 +113,16 @@ def wrap(x, name: str) -> Array:
         return _from_torch(x, name)
     if array_api_compat.is_jax_array(x):
         return _from_jax(x, name)
+    if hasattr(x, "__cuda_array_interface__") and hasattr(x, "__gpusoftmax_empty__"):
+        return _from_device(x, name)
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        # Preferred: CuPy's import of the other interface waits on the host for the producer's stream.
+        if int(x.__dlpack_device__()[0]) in _DLPACK_CPU:
+            return _from_numpy(np.from_dlpack(x), name)
+        return _from_cupy(_cupy(name).from_dlpack(x))
     if hasattr(x, "__cuda_array_interface__"):
-        return _from_device(x) if hasattr(x, "__gpusoftmax_empty__") else _from_cupy(_cupy(name).asarray(x))
-    if hasattr(x, "__dlpack_device__"):
-        on_cpu = int(x.__dlpack_device__()[0]) == 1
-        return _from_numpy(np.from_dlpack(x), name) if on_cpu else _from_cupy(_cupy(name).from_dlpack(x))
+        read_only = x.__cuda_array_interface__["data"][1]
+        return _from_cupy(_cupy(name).asarray(x))._replace(writable=not read_only)
     return _from_numpy(np.asarray(x), name)
 
 
@@ -132,6 +153,8 @@ def _from_numpy(x, name: str) -> Array:
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill the masked logits with -inf first")
     array = np.asarray(x)
     writable = isinstance(x, np.ndarray) and array.flags.writeable
+    if not array.itemsize:
+        raise TypeError(f"{name} has dtype {array.dtype}, whose elements have no bytes")
     if not array.dtype.isnative or not array.flags.aligned or any(s % array.itemsize for s in array.strides):
         # The kernels read whole, native elements; such an array is copied, and so it cannot be written through.
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
@@ -181,7 +204,7 @@ def _from_jax(x, name: str) -> Array:
     return array._replace(kind="jax", owner=(x, array.owner), writable=False)
 
 
-def _from_device(x) -> Array:
+def _from_device(x, name: str) -> Array:
     interface = x.__cuda_array_interface__
     dtype = np.dtype(x.dtype)
     pointer, read_only = interface["data"]
@@ -189,7 +212,12 @@ def _from_device(x) -> Array:
     strides = interface.get("strides")
     if strides is None:
         strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    place = Place("cuda", x.__dlpack_device__()[1], interface.get("stream") or 0)
+    stream = interface.get("stream")
+    if stream == 0:
+        raise ValueError(
+            f"{name} gives stream 0, which __cuda_array_interface__ forbids: expected None, 1 or 2 or a handle"
+        )
+    place = Place("cuda", x.__dlpack_device__()[1], stream or 0)
     strides = _element_strides(strides, dtype.itemsize)
     return Array(x, "device", pointer, dtype.name, shape, strides, place, not read_only)
 
@@ -203,16 +231,20 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
         torch = importlib.import_module("torch")
         return _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
     if like.kind == "device":
-        return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)))
+        return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)), "out")
     if like.place.target == "cpu":
-        return _from_numpy(np.empty(shape, numpy_dtype(dtype)), "out")._replace(kind=like.kind)
-    cupy = importlib.import_module("cupy")
-    with cupy.cuda.Device(like.place.device):
-        return _from_cupy(cupy.empty(shape, numpy_dtype(dtype)))._replace(kind=like.kind)
+        array = _from_numpy(np.empty(shape, numpy_dtype(dtype)), "out")
+    else:
+        cupy = importlib.import_module("cupy")
+        with cupy.cuda.Device(like.place.device):
+            array = _from_cupy(cupy.empty(shape, numpy_dtype(dtype)))
+    return array._replace(kind="jax", owner=(like.owner[0], array.owner)) if like.kind == "jax" else array
 
 
 def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str | None = None) -> Array:
     """The array to write: the user's `out`, checked, or a new one. `dtype` is what a new one gets."""
+    if like.kind == "jax" and requested == "float64" and not importlib.import_module("jax").config.jax_enable_x64:
+        raise TypeError("dtype is float64, which JAX narrows to float32: set jax_enable_x64, or ask for float32")
     if out is None:
         return empty(like, shape, requested or dtype)
     if like.kind == "jax":
@@ -220,6 +252,8 @@ def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str 
     array = wrap(out, "out")
     if array.kind == "numpy" and array.owner is not out and not np.shares_memory(array.owner, out):
         raise TypeError("out is misaligned, byte-swapped or no array at all, expected an ordinary writable NumPy array")
+    if array.kind == "torch" and array.owner is not out:
+        raise TypeError("out is a lazily negated view, expected an ordinary tensor: pass out.resolve_neg()")
     _checks.same_home(like, array, "the input", "out")
     _checks.same_shape(array, shape, "out", "to match the result")
     _checks.output(array, requested)
@@ -229,13 +263,24 @@ def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str 
 def result(array: Array, given=None):
     """What the user gets back: `out` itself where one was given; a NumPy scalar where NumPy would return one."""
     if given is not None:
+        if array.kind == "torch":
+            importlib.import_module("torch").autograd.graph.increment_version(given)
         return given
     if array.kind == "jax":
-        jax = importlib.import_module("jax")
-        return jax.numpy.asarray(array.owner) if array.place.target == "cpu" else jax.dlpack.from_dlpack(array.owner)
+        return _to_jax(array)
     if array.kind == "numpy" and array.ndim == 0:
         return array.owner[()]
     return array.owner
+
+
+def _to_jax(array: Array):
+    jax = importlib.import_module("jax")
+    if array.place.target == "cpu":
+        return jax.device_put(array.library_array, next(iter(array.owner[0].devices())))
+    # JAX knows no current stream: its own work must not start before this result is there, nor reuse what it was read
+    # from.
+    importlib.import_module("cupy").cuda.get_current_stream(array.place.device).synchronize()
+    return jax.dlpack.from_dlpack(array.library_array)
 
 
 def compute_dtype(*arrays: Array | None) -> str:
@@ -250,7 +295,7 @@ def numbers(array: Array) -> Numbers:
 
 def to_python(array: Array):
     """The value of a one-element array; waits for the device."""
-    return array.owner.item()
+    return array.library_array.item()
 
 
 def contiguous(array: Array, dtype: str) -> Array:
@@ -310,19 +355,22 @@ def _coalesce(dims: list[_Dim]) -> list[_Dim]:
     return joined
 
 
-def all_labels(array: Array, n_cols: int) -> tuple[Rows, Labels]:
-    """An array of one label per row, by itself: all its rows in one call, in C order. One that takes more than two
-    strides to walk is flattened by its own library.
+def all_labels(array: Array, n_cols: int) -> tuple[Rows, Labels, Array]:
+    """An array of one label per row, by itself: all its rows in one call, in C order.
+
+    One that takes more than two strides to walk is flattened by its own library. The third result keeps the memory of
+    the labels; hold it until the kernels that read them have been started.
     """
     dims = _coalesce([_Dim(size, (stride,)) for size, stride in zip(array.shape, array.strides, strict=True)])
     if len(dims) > 2:
         if array.kind == "device":
-            raise TypeError(f"this {array.home} takes more than two strides to walk: pass a contiguous copy")
-        array = wrap((array.owner[1] if array.kind == "jax" else array.owner).reshape(-1), "copy")
+            raise TypeError(f"target, {array.home}, takes more than two strides to walk: pass a contiguous copy")
+        array = wrap(array.library_array.reshape(-1), "copy")
         dims = [_Dim(array.size, array.strides)]
     outer, inner = ([_Dim(1, (0,))] * 2 + dims)[-2:]
     rows = Rows(array.size, max(inner.size, 1), n_cols)
-    return rows, Labels(array.pointer, outer.strides[0], inner.strides[0], operands.label_code(array.dtype))
+    labels = Labels(array.pointer, outer.strides[0], inner.strides[0], operands.label_code(array.dtype))
+    return rows, labels, array
 
 
 def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[Array], writes: Sequence[Array]) -> None:

@@ -36,31 +36,34 @@ def axes(axis, ndim: int) -> tuple[int, ...]:
 def temperature(value) -> float:
     if isinstance(value, bool) or getattr(value, "ndim", 0) or isinstance(value, list | tuple | str | bytes):
         raise TypeError(f"temperature is {_short(value)}, expected one number")
-    try:
-        number = float(value)
-    except TypeError:
-        raise TypeError(f"temperature is {_short(value)}, expected a number") from None
+    number = scalar(value, "temperature")
     if not (0 < number < math.inf):
         raise ValueError(f"temperature is {number}, expected a finite number above 0")
     return number
 
 
+def temperature_fits(temperature: float, dtype: str) -> None:
+    """The kernels multiply by 2 / temperature, which must be finite in the format they compute in."""
+    lowest = 2.0 / float(np.finfo(dtype).max)
+    if temperature < lowest:
+        raise ValueError(f"temperature is {temperature}, expected at least {lowest:.3g} for arithmetic in {dtype}")
+
+
 def scalar(value, name: str) -> float:
+    if isinstance(value, bool | str | bytes):
+        raise TypeError(f"{name} is {_short(value)}, expected a number")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} is {_short(value)}, expected a number") from None
 
 
 def dtype_name(dtype) -> str:
     """The name of a floating dtype given as a NumPy, CuPy, ml_dtypes, JAX or torch dtype, or as a string."""
-    name = dtype if isinstance(dtype, str) else None
-    if name is None:
-        try:
-            name = np.dtype(dtype).name
-        except TypeError:
-            name = str(dtype).removeprefix("torch.")
-    name = {"half": "float16", "single": "float32", "double": "float64", "float": "float64"}.get(name, name)
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:  # "bfloat16" and torch's
+        name = str(dtype).removeprefix("torch.")
     if name not in FLOATING:
         raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATING)}")
     return name
@@ -92,6 +95,11 @@ def same_home(one, two, one_name: str, two_name: str) -> None:
         raise TypeError(
             f"{one_name} is {one.home} and {two_name} is {two.home}; expected both from one library on one device: "
             f"move one of them first"
+        )
+    if one.kind == "device" and one.place.stream != two.place.stream:
+        raise ValueError(
+            f"{one_name} is on stream {one.place.stream} and {two_name} on stream {two.place.stream}, expected one "
+            f"stream: nothing orders the work on them"
         )
 
 

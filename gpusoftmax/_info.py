@@ -1,8 +1,7 @@
-"""Show versions, devices and caches, which processor gpusoftmax runs on here, and what would make it use the GPU.
+"""Show versions, devices and caches, which processor gpusoftmax runs on here, and what would make it use the GPU."""
 
-Nothing that can be missing or broken is touched by this process: importlib.metadata tells versions without importing,
-and the driver and the imports are tried in child processes (gpusoftmax/_probe.py) that may crash or hang.
-"""
+# Nothing that can be missing or broken is touched by this process: importlib.metadata tells versions without importing,
+# and the driver and the imports are tried in child processes (gpusoftmax/_probe.py) that may crash or hang.
 
 import argparse
 import json

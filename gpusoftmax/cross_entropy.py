@@ -159,7 +159,7 @@ def _cross_entropy(
         class_weight = _arrays.contiguous(class_weight, dtype)
 
     kernels = _arrays.kernels(x.place, "cross_entropy")
-    all_rows, all_labels = _arrays.all_labels(labels, n_cols)
+    all_rows, all_labels, labels_memory = _arrays.all_labels(labels, n_cols)
     if validate or (validate is None and x.place.target == "cpu"):
         bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
         found = _arrays.numbers(bad_row), _arrays.numbers(bad_label)
@@ -177,6 +177,7 @@ def _cross_entropy(
     normaliser = _arrays.empty(x, (1,), dtype) if reduction == "mean" else None
     if normaliser is not None:
         kernels.normalise(all_rows, all_labels, weights, _arrays.numbers(normaliser), ignore_index, x.place)
+    del labels_memory  # a copy of the labels, perhaps: held until here
     sums = [nothing if array is None else _arrays.numbers(array) for array in (weight_sum, normaliser)]
 
     def rows_of_batch(rows, x_rows, label_rows, loss_rows, gradient_rows=NO_OPERAND):

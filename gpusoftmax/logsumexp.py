@@ -53,6 +53,7 @@ def logsumexp(
     row_dtype = "float64" if logits.dtype == "float64" else "float32"
     shape = _arrays.without_axes(logits, axes, keepdims)
     lse = _arrays.output(out, logits, shape, row_dtype, dtype)
+    _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, lse))
     _checks.no_partial_overlap(lse, logits, "x")
     kernel = _arrays.kernels(logits.place, "logsumexp").logsumexp
     per_row = _arrays.per_row(lse, axes, logits.ndim)

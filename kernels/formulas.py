@@ -92,7 +92,7 @@ class Arithmetic:
     """IEEE operations on values of one LLVM type: float, double, or a vector of either.
 
     LLVM keeps plain fadd and fmul apart unless it is told otherwise, which the CPU compiler is not; a target whose
-    compiler contracts them overrides the five operations.
+    compiler contracts them overrides the operations.
     """
 
     def __init__(self, builder: ir.IRBuilder, type: ir.Type):
@@ -203,7 +203,10 @@ def add_pair(a: Arithmetic, high, low, x, x_low):
 
 
 def transform(a: Arithmetic, x):
-    """A logit as the kernels hold it: halved, which is exact, so that the gap of the two largest numbers is finite."""
+    """A logit as the kernels hold it: halved, so that the gap of the two largest numbers is finite.
+
+    Exact but for the last bit of a subnormal, which no result shows.
+    """
     return a.mul(x, a.number(0.5))
 
 
@@ -220,27 +223,46 @@ def gap(a: Arithmetic, x, y, scale, scale_low):
     return product, finite_or_zero(a, low, product)
 
 
-def exp(a: Arithmetic, x, x_low):
-    """exp(x + x_low) within 0.9 ulp, gradual underflow included; exp(-inf) = 0, exp(NaN) = NaN.
-
-    x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), exp(x) = 2^n (1 + r + r^2 q(r)). Half of 2^n is multiplied in
-    twice, so that neither factor leaves the normal range.
-    """
+def _reduce(a: Arithmetic, x):
+    """(r, n) with x = n ln 2 + r and |r| <= ln(2) / 2 (Cody and Waite); r as a pair, n as the sum of two integers."""
     f = a.format
     shifted = a.fma(x, a.number(1 / math.log(2)), a.number(f.magic))
     n = a.sub(shifted, a.number(f.magic))
-    r = a.fma(n, a.number(-f.ln2_high), x)
-    r = a.fma(n, a.number(-f.ln2_low), r)
-    # exp(r + x_low) is exp(r) (1 + x_low) as nearly as matters, and 1 + r is near enough to exp(r) for that product.
-    correction = a.fma(a.mul(r, r), a.polynomial(r, f.exp_terms), a.fma(x_low, r, x_low))
-    result = a.add(a.number(1), a.add(r, correction))
     magic_bits = int(np.float32(f.magic).view(np.int32)) if f is SINGLE else int(np.float64(f.magic).view(np.int64))
     exponent = a.builder.sub(a.builder.bitcast(shifted, a.integers), a.integer(magic_bits))
     half = a.builder.ashr(exponent, a.integer(1))
-    result = a.mul(result, a.power_of_two(half))
-    result = a.mul(result, a.power_of_two(a.builder.sub(exponent, half)))
+    return a.fma(n, a.number(-f.ln2_high), x), a.mul(n, a.number(-f.ln2_low)), half, a.builder.sub(exponent, half)
+
+
+def exp(a: Arithmetic, x, x_low):
+    """exp(x + x_low) within 0.9 ulp, gradual underflow included; exp(-inf) = 0, exp(NaN) = NaN.
+
+    exp(x) = 2^n (1 + r + r^2 q(r)). Half of 2^n is multiplied in twice: neither factor leaves the normal range.
+    """
+    f = a.format
+    r_high, r_low, half, other_half = _reduce(a, x)
+    r = a.add(r_high, r_low)
+    # exp(r + x_low) is exp(r) (1 + x_low) as nearly as matters, and 1 + r is near enough to exp(r) for that product.
+    correction = a.fma(a.mul(r, r), a.polynomial(r, f.exp_terms), a.fma(x_low, r, x_low))
+    result = a.add(a.number(1), a.add(r, correction))
+    result = a.mul(a.mul(result, a.power_of_two(half)), a.power_of_two(other_half))
     result = a.select(a.less(x, a.number(f.exp_low)), a.number(0), result)
     return a.select(a.less(a.number(f.exp_high), x), a.number(math.inf), result)
+
+
+def exp_pair(a: Arithmetic, x, x_low):
+    """exp(x + x_low) as (exp, exp_low) for x <= 0. A part of a row may be multiplied by hundreds of these."""
+    f = a.format
+    r_high, r_low, half, other_half = _reduce(a, x)
+    r, r_low = two_sum(a, r_high, r_low)
+    r_low = a.add(r_low, x_low)
+    correction = a.fma(a.mul(r, r), a.polynomial(r, f.exp_terms), a.fma(r_low, r, r_low))
+    high, low = two_sum(a, a.number(1), r)
+    high, error = two_sum(a, high, correction)
+    first, second = a.power_of_two(half), a.power_of_two(other_half)
+    vanishes = a.less(x, a.number(f.exp_low))
+    parts = (a.mul(a.mul(part, first), second) for part in (high, a.add(low, error)))
+    return tuple(a.select(vanishes, a.number(0), part) for part in parts)
 
 
 def exp_gap(a: Arithmetic, x, max, scale, scale_low):
@@ -309,10 +331,11 @@ def merge(a: Arithmetic, one: State, two: State, scale, scale_low) -> State:
     big = State(*(a.select(swap, y, x) for x, y in zip(one, two, strict=True)))
     small = State(*(a.select(swap, x, y) for x, y in zip(one, two, strict=True)))
     same = a.equal(big.max, small.max)
-    factor = exp(a, *gap(a, small.max, big.max, scale, scale_low))
+    factor, factor_low = exp_pair(a, *gap(a, small.max, big.max, scale, scale_low))
     total, error = two_sum(a, small.ties, small.tail)
     scaled = a.mul(total, factor)
-    scaled_low = a.add(a.fma(total, factor, a.negative(scaled)), a.mul(a.add(error, small.tail_low), factor))
+    scaled_low = a.fma(total, factor_low, a.mul(a.add(error, small.tail_low), factor))
+    scaled_low = a.add(scaled_low, a.fma(total, factor, a.negative(scaled)))
     joining = a.select(same, small.tail, scaled)
     joining_low = a.select(same, small.tail_low, scaled_low)
     tail, tail_low = add_pair(a, big.tail, big.tail_low, joining, joining_low)

@@ -1,5 +1,7 @@
 """What the public functions hand to the kernels: geometry, arrays and the place of execution."""
 
+import functools
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -71,12 +73,13 @@ def compute_dtype(*dtypes: str) -> str:
     return "float64" if "float64" in dtypes else "float32"
 
 
-def split(value: float, dtype: str):
-    """A positive factor as (high, low) numbers of the computation format: to twice its precision for float32.
+@functools.lru_cache(maxsize=256)
+def scale_of(numerator: float, temperature: float, dtype: str):
+    """numerator / temperature as (high, low) numbers of the computation format: to about twice its precision.
 
-    Neither 0 nor infinite, whatever the temperature it comes from: the product with a masked logit must stay -inf.
+    Never 0: the product with a masked logit must stay -inf. The caller has checked that it is not infinite either.
     """
     limits = np.finfo(dtype)
-    value = min(max(value, float(limits.smallest_subnormal)), float(limits.max))
-    high = limits.dtype.type(value)
-    return high, limits.dtype.type(value - float(high))
+    exact = Fraction(numerator) / Fraction(temperature)
+    high = max(limits.dtype.type(float(exact)), limits.smallest_subnormal)
+    return high, limits.dtype.type(float(exact - Fraction(float(high))))

@@ -3,11 +3,13 @@
 For one row x with label t, class weights w (1 where none are given), W = sum_c w_c, label smoothing eps over V classes:
 
     nll       = log s + (max - x_t)                         = -log_softmax(x)_t, from the row state
-    loss      = (1 - eps) w_t nll + eps/V (W nll - d)       d = sum_c w_c (x_c - x_t)
+    loss      = (1 - eps) w_t nll + eps/V (W log s + D)     D = sum_c w_c (max - x_c)
     dlogits_c = u ((1 - eps) w_t (p_c - [c = t]) + eps/V (p_c W - w_c))
 
-(torch's LossNLL.cpp defines the smoothed loss as eps/V sum_c w_c (lse - x_c), which is the same without d's benefit:
-x_t is read first, so that a common offset of the logits cancels exactly.) u is grad_scale, divided for "mean" by the
+(torch's LossNLL.cpp has eps/V sum_c w_c (lse - x_c), which is the same: no term is negative, so nothing cancels here.)
+D is summed beside the state in the same pass: where a chunk raises the maximum, what came before moves with it.
+
+u is grad_scale, divided for "mean" by the
 normaliser: the sum of w_t over the rows that count.
 
 A row whose label is ignore_index is not read: loss 0, gradient 0. A label out of range: loss and gradient NaN.
@@ -48,12 +50,13 @@ from gpusoftmax.kernels.cpu.vector import (
     negative_log_probability,
     number,
     pointer_to,
+    reference,
     splat,
     store,
     store_one,
     sub,
 )
-from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Operand, Place, Rows, split
+from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Operand, Place, Rows, scale_of
 
 
 def cross_entropy(
@@ -90,7 +93,7 @@ def cross_entropy(
         number_of(1.0 - label_smoothing),
         number_of(label_smoothing / rows.n_cols),
         number_of(grad_scale),
-        *split(2.0, weight.dtype),
+        *scale_of(2.0, 1.0, weight.dtype),
     )
 
 
@@ -129,20 +132,25 @@ def number_at(numbers, index, default):
 
 
 @device
-def smoothing_chunk(buffer, other, weight, x_label, first, count, factor):
-    """Sum of factor w_c (x_c - x_label) over a chunk as (sum, low). `other` is overwritten.
+def smoothing_chunk(buffer, other, weight, row_max, first, count, factor):
+    """(sum, low) of factor w_c (row_max - x_c) over a chunk, then the same of w_c. `other` is overwritten.
 
     The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow.
     """
-    zero = number(factor, 0.0)
+    zero, one = number(factor, 0.0), number(factor, 1.0)
     for k in range(0, padded(count, factor), lanes_of(factor)):
-        store(other, k, mul(sub(load(buffer, k, factor), splat(x_label)), splat(factor)))
+        store(other, k, mul(sub(splat(reference(row_max)), load(buffer, k, factor)), splat(factor)))
     if weight != 0:
         for k in range(count):
-            store_one(other, k, mul(number_at(weight, first + k, factor), load_one(other, k, factor)))
+            store_one(other, k, mul(number_at(weight, first + k, one), load_one(other, k, factor)))
     for k in range(count, padded(count, factor)):
         store_one(other, k, zero)
-    return sum_chunk(other, padded(count, factor), factor)
+    distances = sum_chunk(other, padded(count, factor), factor)
+    if weight == 0:
+        return distances, (number(factor, float(count)), zero)
+    for k in range(count):
+        store_one(other, k, number_at(weight, first + k, one))
+    return distances, sum_chunk(other, padded(count, factor), factor)
 
 
 @kernel
@@ -189,22 +197,29 @@ def cross_entropy_rows(
             continue
         x_label = transform(load_one(source.pointer, label * source.stride, scale), label, row, params)
         w_label = number_at(weight, label, one)
-        # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (x_c - x_label)
+        # 1. the state of the row and, for smoothing, d = eps/V D
         state = (number(scale, -math.inf), zero, zero, zero)
         d, d_low = zero, zero
+        seen, seen_low = zero, zero  # the weights of the chunks so far
         for first in range(0, n_cols, CHUNK_COLS):
             count = min(CHUNK_COLS, n_cols - first)
             read_logits(buffer, source, first, count, row, params)
+            before = state[0]
             state = merge(state, chunk_state(buffer, padded(count, scale), scale, scale_low), scale, scale_low)
             if share != zero:
-                part, part_low = smoothing_chunk(buffer, other, weight, x_label, first, count, mul(share, scale))
-                d, d_low = add_pair(d, d_low, part, part_low)
+                factor = mul(share, scale)
+                # Nothing has moved if no logit came before; if -inf alone did, D is infinite already.
+                rise = sub(state[0], before) if before > number(scale, -math.inf) else zero
+                d, d_low = add_pair(d, d_low, mul(mul(add(seen, seen_low), factor), rise), zero)
+                distances, weights = smoothing_chunk(buffer, other, weight, state[0], first, count, factor)
+                d, d_low = add_pair(d, d_low, distances[0], distances[1])
+                seen, seen_low = add_pair(seen, seen_low, weights[0], weights[1])
         log, log_low = log_sum(state)
         nll = negative_log_probability(x_label, state[0], log, log_low, scale, scale_low)
         confident = mul(confidence, w_label)
         loss = mul(confident, nll)
-        if share != zero and nll != number(scale, math.inf):  # a masked label: inf already, and d would make it NaN
-            loss = add(loss, sub(mul(mul(share, total_weight), nll), add(d, d_low)))
+        if share != zero:
+            loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), add(d, d_low)))
         store_one(loss_at, 0, loss)
         # 2. the gradient
         if with_gradient:

@@ -36,18 +36,18 @@ from gpusoftmax.kernels.cpu.vector import (
     splat,
     store,
 )
-from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, split
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
 
 
 def log_softmax(rows: Rows, logits: Operand, log_probs: Operand, temperature: float, place: Place) -> None:
-    scale = split(2.0 / temperature, compute_dtype(logits.dtype, log_probs.dtype))
+    scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, log_probs.dtype))
     for_rows(log_softmax_rows, rows, logits, log_probs, *scale)
 
 
 def log_softmax_backward(
     rows: Rows, log_probs: Operand, dlog_probs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
-    scale, _ = split(1.0 / temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
+    scale, _ = scale_of(1.0, temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
     for_rows(log_softmax_backward_rows, rows, log_probs, dlog_probs, dlogits, scale)
 
 

@@ -5,11 +5,11 @@ from gpusoftmax.kernels.cpu.parallel import for_rows
 from gpusoftmax.kernels.cpu.rows import buffer_pointer, new_buffer, row_of, row_state
 from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
 from gpusoftmax.kernels.cpu.vector import store_one
-from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, split
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
 
 
 def logsumexp(rows: Rows, logits: Operand, lse: Operand, temperature: float, place: Place) -> None:
-    scale = split(2.0 / temperature, compute_dtype(logits.dtype, lse.dtype))
+    scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, lse.dtype))
     for_rows(logsumexp_rows, rows, logits, lse, *scale)
 
 

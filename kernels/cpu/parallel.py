@@ -6,9 +6,10 @@ would not be).
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numba
 from numba.np.ufunc import parallel
@@ -21,8 +22,8 @@ LOGITS_PER_THREAD = 32768
 
 
 @functools.cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_threads, thread_name_prefix="gpusoftmax")
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS, thread_name_prefix="gpusoftmax")
 
 
 # The child of a fork has the executor's books but none of its threads.
@@ -43,11 +44,36 @@ def for_rows(kernel: Callable, rows: Rows, *arguments) -> None:
         kernel(0, rows.n_rows, *arguments)
         return
     bounds = [rows.n_rows * part // n_parts for part in range(n_parts + 1)]
-    pool = _pool(n_parts - 1)
-    others = [pool.submit(kernel, first, last, *arguments) for first, last in zip(bounds[1:], bounds[2:], strict=False)]
-    kernel(bounds[0], bounds[1], *arguments)
+    others: list[Future] = []
+    try:
+        for first, last in itertools.pairwise(bounds[1:]):
+            try:
+                others.append(_pool().submit(kernel, first, last, *arguments))
+            except RuntimeError:  # the interpreter is shutting down and starts no threads
+                kernel(first, rows.n_rows, *arguments)
+                break
+        kernel(bounds[0], bounds[1], *arguments)
+    except BaseException:
+        for other in others:
+            other.cancel()
+        raise
+    finally:
+        _wait(others)
     for other in others:
         other.result()
+
+
+def _wait(parts: list[Future]) -> None:
+    """Returns when every part has ended, whatever interrupts: they write into arrays that the caller then frees."""
+    interrupt = None
+    while True:
+        try:
+            wait(parts)
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _for_kernel(argument):

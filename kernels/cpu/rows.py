@@ -18,6 +18,7 @@ from gpusoftmax.kernels.cpu.vector import (
     add,
     address_of,
     advance,
+    finite_or_zero,
     horizontal_max,
     horizontal_sum,
     lanes_of,
@@ -135,7 +136,7 @@ def compensated_add(total, error, term):
     """Kahan's sum, lane by lane: the true sum is total - error."""
     corrected = sub(term, error)
     updated = add(total, corrected)
-    return updated, sub(sub(updated, total), corrected)
+    return updated, finite_or_zero(sub(sub(updated, total), corrected), updated)
 
 
 @device

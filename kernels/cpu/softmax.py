@@ -33,18 +33,18 @@ from gpusoftmax.kernels.cpu.vector import (
     store,
     sub,
 )
-from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, split
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
 
 
 def softmax(rows: Rows, logits: Operand, probs: Operand, temperature: float, place: Place) -> None:
-    scale = split(2.0 / temperature, compute_dtype(logits.dtype, probs.dtype))
+    scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, probs.dtype))
     for_rows(softmax_rows, rows, logits, probs, *scale)
 
 
 def softmax_backward(
     rows: Rows, probs: Operand, dprobs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
-    scale, _ = split(1.0 / temperature, compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype))
+    scale, _ = scale_of(1.0, temperature, compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype))
     for_rows(softmax_backward_rows, rows, probs, dprobs, dlogits, scale)
 
 

@@ -4,7 +4,7 @@ kernels; what the arguments mean stands in kernels/cpu/cross_entropy.py.
 
 from gpusoftmax.kernels.cuda.launch import launch, launch_rows
 from gpusoftmax.kernels.cuda.plan import SINGLE_BLOCK
-from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Place, Rows, split
+from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Place, Rows, scale_of
 
 
 def cross_entropy(
@@ -37,7 +37,7 @@ def cross_entropy(
         number_of(1.0 - label_smoothing),
         number_of(label_smoothing / rows.n_cols),
         number_of(grad_scale),
-        *split(2.0, weight.dtype),
+        *scale_of(2.0, 1.0, weight.dtype),
     )
 
 

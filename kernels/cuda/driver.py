@@ -51,7 +51,8 @@ def launch(kernel: _LoadedKernel, plan: Plan, stream: int, words: tuple) -> None
 
     with _current(kernel.ordinal):
         config = LaunchConfig(grid=plan.blocks, block=plan.threads, shmem_size=plan.shared_bytes)
-        launch(_Stream(stream), config, kernel.kernel, *words)
+        # 0 is the legacy stream to CuPy and torch, but may be the per-thread one to the driver's bindings; 1 is legacy.
+        launch(_Stream(stream or 1), config, kernel.kernel, *words)
 
 
 class _Stream:

@@ -1,16 +1,16 @@
 """Log-softmax over rows and its backward, on the GPU. kernels/cuda/device/log_softmax.py holds the kernels."""
 
 from gpusoftmax.kernels.cuda.launch import launch_rows
-from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, split
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
 
 
 def log_softmax(rows: Rows, logits: Operand, log_probs: Operand, temperature: float, place: Place) -> None:
-    scale = split(2.0 / temperature, compute_dtype(logits.dtype, log_probs.dtype))
+    scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, log_probs.dtype))
     launch_rows("log_softmax.log_softmax_rows", place, rows, logits, log_probs, *scale)
 
 
 def log_softmax_backward(
     rows: Rows, log_probs: Operand, dlog_probs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
-    scale, _ = split(1.0 / temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
+    scale, _ = scale_of(1.0, temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
     launch_rows("log_softmax.log_softmax_backward_rows", place, rows, log_probs, dlog_probs, dlogits, scale)

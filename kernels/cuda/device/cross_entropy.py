@@ -19,6 +19,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     mul,
     negative_log_probability,
     number,
+    reference,
     sub,
 )
 from gpusoftmax.kernels.cuda.device.memory import (
@@ -50,21 +51,25 @@ def number_at(numbers, index, default):
 
 
 @device
-def smoothing_chunk(held, values, scratch, weight, x_label, first, n_cols, width, factor):
-    """Sum of factor w_c (x_c - x_label) over a chunk. `values` is overwritten.
+def smoothing_chunk(held, values, scratch, weight, row_max, first, n_cols, width, factor):
+    """The sum of factor w_c (row_max - x_c) over a chunk, and that of w_c. `values` is overwritten.
 
     The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow.
     """
-    zero = number(factor, 0.0)
+    zero, one = number(factor, 0.0), number(factor, 1.0)
     for slice in range(COLS_PER_THREAD // width):
         for i in range(width):
             col = column(first, slice, width) + i
             k = slice * width + i
             values[k] = zero
             if col < n_cols:
-                difference = mul(sub(held[k], x_label), factor)
-                values[k] = mul(number_at(weight, col, number(zero, 1.0)), difference)
-    return block_sum(thread_sum(values, zero), scratch, zero)
+                values[k] = mul(number_at(weight, col, one), mul(sub(reference(row_max), held[k]), factor))
+    distances = block_sum(thread_sum(values, zero), scratch, zero)
+    for slice in range(COLS_PER_THREAD // width):
+        for i in range(width):
+            col = column(first, slice, width) + i
+            values[slice * width + i] = number_at(weight, col, one) if col < n_cols else zero
+    return distances, block_sum(thread_sum(values, zero), scratch, zero)
 
 
 @device
@@ -115,21 +120,30 @@ def cross_entropy_rows(
             continue
         x_label = transform(load(source.pointer, label * source.stride, scale), label, row, params)
         w_label = number_at(weight, label, one)
-        # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (x_c - x_label)
+        # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (max - x_c)
         state = (number(scale, -math.inf), zero, zero, zero)
         d, d_low = zero, zero
+        seen, seen_low = zero, zero  # the weights of the chunks so far
         for first in range(0, n_cols, chunk_cols):
             load_logits(held, source, first, n_cols, width, row, params)
+            before = state[0]
             state = merge(state, chunk_state(held, scratch, params), scale, scale_low)
             if share != zero:
-                part = smoothing_chunk(held, values, scratch, weight, x_label, first, n_cols, width, mul(share, scale))
-                d, d_low = add_pair(d, d_low, part, zero)
+                factor = mul(share, scale)
+                # Nothing has moved if no logit came before; if -inf alone did, the sum is infinite already.
+                rise = sub(state[0], before) if before > number(scale, -math.inf) else zero
+                d, d_low = add_pair(d, d_low, mul(mul(add(seen, seen_low), factor), rise), zero)
+                distances, weights = smoothing_chunk(
+                    held, values, scratch, weight, state[0], first, n_cols, width, factor
+                )
+                d, d_low = add_pair(d, d_low, distances, zero)
+                seen, seen_low = add_pair(seen, seen_low, weights, zero)
         log, log_low = log_sum(state)
         nll = negative_log_probability(x_label, state[0], log, log_low, scale, scale_low)
         confident = mul(confidence, w_label)
         loss = mul(confident, nll)
-        if share != zero and nll != number(scale, math.inf):  # a masked label: inf already, and d would make it NaN
-            loss = add(loss, sub(mul(mul(share, total_weight), nll), add(d, d_low)))
+        if share != zero:
+            loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), add(d, d_low)))
         if cuda.threadIdx.x == 0:
             store(loss_at, 0, loss)
         # 2. the gradient
