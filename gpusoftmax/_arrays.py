@@ -153,8 +153,8 @@ def _from_numpy(x, name: str) -> Array:
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill the masked logits with -inf first")
     array = np.asarray(x)
     writable = isinstance(x, np.ndarray) and array.flags.writeable
-    if not array.itemsize:
-        raise TypeError(f"{name} has dtype {array.dtype}, whose elements have no bytes")
+    if not array.itemsize:  # nothing could be said of its strides
+        _checks.floating(array.dtype.name, name)
     if not array.dtype.isnative or not array.flags.aligned or any(s % array.itemsize for s in array.strides):
         # The kernels read whole, native elements; such an array is copied, and so it cannot be written through.
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
@@ -250,7 +250,8 @@ def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str 
     if like.kind == "jax":
         raise TypeError("out is not supported for JAX arrays, which are immutable: use the returned array")
     array = wrap(out, "out")
-    if array.kind == "numpy" and array.owner is not out and not np.shares_memory(array.owner, out):
+    ordinary = isinstance(out, np.ndarray) and (array.size == 0 or np.shares_memory(array.owner, out))
+    if array.kind == "numpy" and not ordinary:
         raise TypeError("out is misaligned, byte-swapped or no array at all, expected an ordinary writable NumPy array")
     if array.kind == "torch" and array.owner is not out:
         raise TypeError("out is a lazily negated view, expected an ordinary tensor: pass out.resolve_neg()")

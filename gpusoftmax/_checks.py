@@ -21,7 +21,7 @@ def axes(axis, ndim: int) -> tuple[int, ...]:
             tuple(operator.index(one) for one in axis) if isinstance(axis, tuple | list) else (operator.index(axis),)
         )
     except TypeError:
-        raise TypeError(f"axis is {axis!r}, expected an int, a tuple of ints or None") from None
+        raise TypeError(f"axis is {_short(axis)}, expected an int, a tuple of ints or None") from None
     if not given:
         raise ValueError("axis is (), expected at least one axis: softmax over no axis has no meaning; None means all")
     for one in given:
@@ -29,7 +29,7 @@ def axes(axis, ndim: int) -> tuple[int, ...]:
             raise np.exceptions.AxisError(one, ndim)
     found = tuple(sorted(one % ndim for one in given))
     if len(set(found)) != len(found):
-        raise ValueError(f"axis is {axis!r}, expected each axis once")
+        raise ValueError(f"axis is {_short(axis)}, expected each axis once")
     return found
 
 
@@ -65,7 +65,7 @@ def dtype_name(dtype) -> str:
     except TypeError:  # "bfloat16" and torch's
         name = str(dtype).removeprefix("torch.")
     if name not in FLOATING:
-        raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATING)}")
+        raise TypeError(f"dtype is {_short(dtype)}, expected one of {', '.join(FLOATING)}")
     return name
 
 
@@ -96,7 +96,8 @@ def same_home(one, two, one_name: str, two_name: str) -> None:
             f"{one_name} is {one.home} and {two_name} is {two.home}; expected both from one library on one device: "
             f"move one of them first"
         )
-    if one.kind == "device" and one.place.stream != two.place.stream:
+    streams = {one.place.stream, two.place.stream} - {0}  # 0: it named none
+    if one.kind == "device" and len(streams) > 1:
         raise ValueError(
             f"{one_name} is on stream {one.place.stream} and {two_name} on stream {two.place.stream}, expected one "
             f"stream: nothing orders the work on them"
@@ -115,6 +116,8 @@ def output(out, dtype: str | None) -> None:
     floating(out.dtype, "out")
     if not out.writable:
         raise ValueError("out is read-only, expected a writable array")
+    if not out.size:
+        return
     extents = sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape, strict=True) if size > 1)
     reached = 0
     for stride, size in extents:
@@ -125,7 +128,7 @@ def output(out, dtype: str | None) -> None:
 
 def no_partial_overlap(out, array, name: str) -> None:
     """out may be exactly `array` (the call works in place) or share no byte with it."""
-    if (out.pointer, out.dtype, out.shape, out.strides) == (array.pointer, array.dtype, array.shape, array.strides):
+    if _walk(out) == _walk(array):
         return
     if not _spans_meet(out, array):
         return
@@ -135,6 +138,12 @@ def no_partial_overlap(out, array, name: str) -> None:
         overlap = True
     if overlap:
         raise ValueError(f"out overlaps {name} in part; expected {name} itself (in place) or memory of its own")
+
+
+def _walk(array) -> tuple:
+    """Which elements an array visits, in which order. The stride of an axis with one element is never taken."""
+    steps = [stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1]
+    return array.pointer, array.dtype, array.shape, steps
 
 
 def no_overlap(out, array, name: str) -> None:
@@ -148,8 +157,8 @@ def _spans_meet(one, two) -> bool:
 
 
 def reduction(value) -> None:
-    if value not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction is {value!r}, expected 'none', 'mean' or 'sum'")
+    if not isinstance(value, str) or value not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction is {_short(value)}, expected 'none', 'mean' or 'sum'")
 
 
 def label_smoothing(value) -> float:
@@ -172,7 +181,7 @@ def ignore_index(value) -> int:
 def class_axis(axis, ndim: int) -> tuple[int]:
     """The one axis along which the classes lie."""
     if axis is None or isinstance(axis, tuple | list):
-        raise TypeError(f"axis is {axis!r}, expected one int: the class axis")
+        raise TypeError(f"axis is {_short(axis)}, expected one int: the class axis")
     if ndim == 0:
         raise ValueError("logits has no axis, expected at least the class axis")
     return axes(axis, ndim)

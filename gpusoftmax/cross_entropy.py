@@ -185,14 +185,14 @@ def _cross_entropy(
         kernels.cross_entropy(rows, x_rows, label_rows, loss_rows, gradient_rows, weights, *sums, *options, x.place)
 
     losses = _arrays.empty(x, batch_shape, loss_dtype)
+    # Everything is allocated before anything is written: a failure leaves the logits of an in-place call as they were.
+    loss = losses if reduction == "none" else _arrays.empty(x, (), loss_dtype)
     _arrays.for_rows(
         rows_of_batch,
         axes,
         [x, _arrays.per_row(labels, axes, x.ndim)],
         [_arrays.per_row(losses, axes, x.ndim), *([gradient] if with_grad else [])],
     )
-    loss = losses
     if reduction != "none":
-        loss = _arrays.empty(x, (), loss_dtype)
         kernels.total(losses.size, _arrays.numbers(losses), sums[1], _arrays.numbers(loss), x.place)
     return _arrays.result(loss), None if gradient is None else _arrays.result(gradient, out)

@@ -44,7 +44,7 @@ def logsumexp(
     >>> import numpy as np
     >>> from gpusoftmax import logsumexp
     >>> float(logsumexp(np.array([1000.0, 1000.0])) - 1000.0)
-    0.6931471805599...
+    0.69314718055989...
     """
     logits = _arrays.logits(x, "x")
     axes = _checks.axes(axis, logits.ndim)

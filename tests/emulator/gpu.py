@@ -96,7 +96,7 @@ class EmulatedArray:
             "typestr": self.dtype.str,
             "strides": self.strides,
             "data": (self._pointer if self.size else 0, self._readonly),
-            "stream": self._stream,
+            "stream": self._stream or None,  # 0 is not allowed here
             "version": 3,
         }
 

@@ -1,0 +1,440 @@
+"""Every error message: the argument, what came, what was expected, the fix. And after an error nothing was written."""
+
+import ast
+import traceback
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+import gpusoftmax
+from gpusoftmax import _checks
+from tests import inputs
+from tests.emulator import emulated_gpu
+
+F32 = np.dtype(np.float32)
+FLOATING = "expected one of float16, bfloat16, float32, float64"
+
+
+def host_arrays():
+    """What the cases below are made of, all of it new: `out` holds sevens."""
+    memory = np.full(64, 7, F32)
+    read_only = np.full((3, 4), 7, F32)
+    read_only.flags.writeable = False
+    return {
+        "x": inputs.make("spread", (3, 4), F32),
+        "half": inputs.make("spread", (3, 4), np.float16),
+        "integers": np.ones((3, 4), np.int64),
+        "short": inputs.make("spread", (3, 3), F32),
+        "cube": inputs.make("spread", (2, 3, 4), F32),
+        "scalar": np.array(2, F32),
+        "no_classes": np.empty((3, 0), F32),
+        "labels": np.array([1, 2, 3]),
+        "bad_labels": np.array([1, -1, 4]),
+        "float_labels": np.array([1.0, 2.0, 3.0]),
+        "weight": np.ones(4, F32),
+        "short_weight": np.ones(3, F32),
+        "out": np.full((3, 4), 7, F32),
+        "row_out": np.full(3, 7, F32),
+        "integer_out": np.full((3, 4), 7, np.int32),
+        "wide_out": np.full((3, 5), 7, F32),
+        "stretched_out": as_strided(memory, (3, 4), (0, 4)),
+        "overlapping_out": as_strided(memory, (3, 4), (8, 4)),
+        "read_only": read_only,
+    }
+
+
+softmax, log_softmax, logsumexp = gpusoftmax.softmax, gpusoftmax.log_softmax, gpusoftmax.logsumexp
+softmax_backward, log_softmax_backward = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
+cross_entropy, with_grad = gpusoftmax.cross_entropy, gpusoftmax.cross_entropy_with_grad
+
+# name -> (type of the error, its text or the beginning of it, the call)
+CASES = {
+    # axis
+    "axis of text": (
+        TypeError,
+        "axis is 'last', expected an int, a tuple of ints or None",
+        lambda a: softmax(a.x, "last", out=a.out),
+    ),
+    "axis of floats": (
+        TypeError,
+        "axis is (0, 1.0), expected an int, a tuple of ints or None",
+        lambda a: log_softmax(a.x, (0, 1.0), out=a.out),
+    ),
+    "no axis": (
+        ValueError,
+        "axis is (), expected at least one axis: softmax over no axis has no meaning; None means all",
+        lambda a: logsumexp(a.x, (), out=a.row_out),
+    ),
+    "axis too large": (
+        np.exceptions.AxisError,
+        "axis 2 is out of bounds for array of dimension 2",
+        lambda a: softmax(a.x, 2, out=a.out),
+    ),
+    "axis too small": (
+        np.exceptions.AxisError,
+        "axis -3 is out of bounds for array of dimension 2",
+        lambda a: softmax_backward(a.x, a.x, (0, -3), out=a.out),
+    ),
+    "axis of a number": (
+        np.exceptions.AxisError,
+        "axis 1 is out of bounds for array of dimension 0",
+        lambda a: softmax(a.scalar, 1),
+    ),
+    "axis twice": (
+        ValueError,
+        "axis is (1, -1), expected each axis once",
+        lambda a: log_softmax_backward(a.x, a.x, (1, -1), out=a.out),
+    ),
+    "classes along None": (
+        TypeError,
+        "axis is None, expected one int: the class axis",
+        lambda a: with_grad(a.x, a.labels, axis=None, out=a.out),
+    ),
+    "classes along a tuple": (
+        TypeError,
+        "axis is (0,), expected one int: the class axis",
+        lambda a: with_grad(a.x, a.labels, axis=(0,), out=a.out),
+    ),
+    "classes of a number": (
+        ValueError,
+        "logits has no axis, expected at least the class axis",
+        lambda a: cross_entropy(a.scalar, a.labels),
+    ),
+    "no classes": (
+        ValueError,
+        "logits has 0 classes, expected at least 1",
+        lambda a: cross_entropy(a.no_classes, a.labels),
+    ),
+    # numbers
+    "temperature 0": (
+        ValueError,
+        "temperature is 0.0, expected a finite number above 0",
+        lambda a: softmax(a.x, temperature=0, out=a.out),
+    ),
+    "negative temperature": (
+        ValueError,
+        "temperature is -1.0, expected a finite number above 0",
+        lambda a: log_softmax(a.x, temperature=-1, out=a.out),
+    ),
+    "infinite temperature": (
+        ValueError,
+        "temperature is inf, expected a finite number above 0",
+        lambda a: logsumexp(a.x, temperature=np.inf, out=a.row_out),
+    ),
+    "temperature NaN": (
+        ValueError,
+        "temperature is nan, expected a finite number above 0",
+        lambda a: softmax_backward(a.x, a.x, temperature=np.nan, out=a.out),
+    ),
+    "temperature too small for float32": (
+        ValueError,
+        "temperature is 1e-39, expected at least 5.88e-39 for arithmetic in float32",
+        lambda a: softmax(a.x, temperature=1e-39, out=a.out),
+    ),
+    "temperature of text": (
+        TypeError,
+        "temperature is '1', expected one number",
+        lambda a: log_softmax_backward(a.x, a.x, temperature="1", out=a.out),
+    ),
+    "temperature True": (
+        TypeError,
+        "temperature is True, expected one number",
+        lambda a: softmax(a.x, temperature=True, out=a.out),
+    ),
+    "several temperatures": (
+        TypeError,
+        "temperature is [1.0, 2.0, 3.0], expected one number",
+        lambda a: softmax(a.x, temperature=[1.0, 2.0, 3.0], out=a.out),
+    ),
+    "an array of temperatures": (
+        TypeError,
+        "temperature is a ndarray, expected one number",
+        lambda a: softmax(a.x, temperature=np.linspace(1, 2, 99), out=a.out),
+    ),
+    "complex temperature": (
+        TypeError,
+        "temperature is 1j, expected a number",
+        lambda a: softmax(a.x, temperature=1j, out=a.out),
+    ),
+    "temperature None": (
+        TypeError,
+        "temperature is None, expected a number",
+        lambda a: softmax(a.x, temperature=None, out=a.out),
+    ),
+    "grad_scale None": (
+        TypeError,
+        "grad_scale is None, expected a number",
+        lambda a: with_grad(a.x, a.labels, grad_scale=None, out=a.out),
+    ),
+    "grad_scale of text": (
+        TypeError,
+        "grad_scale is '2', expected a number",
+        lambda a: with_grad(a.x, a.labels, grad_scale="2", out=a.out),
+    ),
+    "label_smoothing of a list": (
+        TypeError,
+        "label_smoothing is [0.1], expected a number",
+        lambda a: with_grad(a.x, a.labels, label_smoothing=[0.1], out=a.out),
+    ),
+    "label_smoothing of text": (
+        TypeError,
+        "label_smoothing is '0.1', expected a number",
+        lambda a: with_grad(a.x, a.labels, label_smoothing="0.1", out=a.out),
+    ),
+    "label_smoothing above 1": (
+        ValueError,
+        "label_smoothing is 1.5, expected a number from 0 to 1",
+        lambda a: with_grad(a.x, a.labels, label_smoothing=1.5, out=a.out),
+    ),
+    "label_smoothing below 0": (
+        ValueError,
+        "label_smoothing is -0.1, expected a number from 0 to 1",
+        lambda a: with_grad(a.x, a.labels, label_smoothing=-0.1, out=a.out),
+    ),
+    "label_smoothing NaN": (
+        ValueError,
+        "label_smoothing is nan, expected a number from 0 to 1",
+        lambda a: with_grad(a.x, a.labels, label_smoothing=np.nan, out=a.out),
+    ),
+    "ignore_index of a float": (
+        TypeError,
+        "ignore_index is -100.0, expected an int",
+        lambda a: with_grad(a.x, a.labels, ignore_index=-100.0, out=a.out),
+    ),
+    "ignore_index None": (
+        TypeError,
+        "ignore_index is None, expected an int",
+        lambda a: with_grad(a.x, a.labels, ignore_index=None, out=a.out),
+    ),
+    "ignore_index beyond 64 bits": (
+        ValueError,
+        "ignore_index is 9223372036854775808, expected a 64-bit integer",
+        lambda a: with_grad(a.x, a.labels, ignore_index=2**63, out=a.out),
+    ),
+    "unknown reduction": (
+        ValueError,
+        "reduction is 'average', expected 'none', 'mean' or 'sum'",
+        lambda a: with_grad(a.x, a.labels, reduction="average", out=a.out),
+    ),
+    "reduction None": (
+        ValueError,
+        "reduction is None, expected 'none', 'mean' or 'sum'",
+        lambda a: with_grad(a.x, a.labels, reduction=None, out=a.out),
+    ),
+    # dtypes
+    "unknown dtype": (
+        TypeError,
+        f"dtype is 'float8', {FLOATING}",
+        lambda a: softmax(a.x, dtype="float8"),
+    ),
+    "integer dtype": (
+        TypeError,
+        f"dtype is <class 'numpy.int32'>, {FLOATING}",
+        lambda a: logsumexp(a.x, dtype=np.int32),
+    ),
+    "dtype and out": (
+        TypeError,
+        "dtype is float16 but out has dtype float32; give only one of them: out decides the dtype",
+        lambda a: softmax(a.x, dtype="float16", out=a.out),
+    ),
+    "integer out": (
+        TypeError,
+        f"out has dtype int32, {FLOATING}; convert it first",
+        lambda a: softmax(a.x, out=a.integer_out),
+    ),
+    "gradient of another dtype": (
+        TypeError,
+        "dprobs has dtype float16, expected float32 to match probs",
+        lambda a: softmax_backward(a.x, a.half, out=a.out),
+    ),
+    "gradient of another dtype, log": (
+        TypeError,
+        "dlog_probs has dtype float32, expected float16 to match log_probs",
+        lambda a: log_softmax_backward(a.half, a.x, out=a.out),
+    ),
+    "labels of floats": (
+        TypeError,
+        "target has dtype float64, expected an integer dtype: class indices, not probabilities",
+        lambda a: with_grad(a.x, a.float_labels, out=a.out),
+    ),
+    # shapes
+    "gradient of another shape": (
+        ValueError,
+        "dprobs has shape (3, 3), expected (3, 4) to match probs",
+        lambda a: softmax_backward(a.x, a.short, out=a.out),
+    ),
+    "gradient of another shape, log": (
+        ValueError,
+        "dlog_probs has shape (3, 3), expected (3, 4) to match log_probs",
+        lambda a: log_softmax_backward(a.x, a.short, out=a.out),
+    ),
+    "out of another shape": (
+        ValueError,
+        "out has shape (3, 5), expected (3, 4) to match the result",
+        lambda a: softmax(a.x, out=a.wide_out),
+    ),
+    "out without the reduced axis": (
+        ValueError,
+        "out has shape (3,), expected (3, 1) to match the result",
+        lambda a: logsumexp(a.x, keepdims=True, out=a.row_out),
+    ),
+    "labels of another shape": (
+        ValueError,
+        "target has shape (3,), expected (2, 3) to match logits (2, 3, 4) without axis -1",
+        lambda a: cross_entropy(a.cube, a.labels),
+    ),
+    "weight of another shape": (
+        ValueError,
+        "weight has shape (3,), expected (4,) one factor for each class",
+        lambda a: with_grad(a.x, a.labels, a.short_weight, out=a.out),
+    ),
+    # out
+    "read-only out": (
+        ValueError,
+        "out is read-only, expected a writable array",
+        lambda a: softmax(a.x, out=a.read_only),
+    ),
+    "out that repeats a row": (
+        ValueError,
+        "out has shape (3, 4) and strides (0, 1) (in elements): its elements overlap",
+        lambda a: softmax(a.x, out=a.stretched_out),
+    ),
+    "out with rows that overlap": (
+        ValueError,
+        "out has shape (3, 4) and strides (2, 1) (in elements): its elements overlap",
+        lambda a: log_softmax(a.x, out=a.overlapping_out),
+    ),
+    # labels
+    "labels out of range": (
+        IndexError,
+        "target[1] (counted in C order) is -1, expected a class from 0 to 3 or ignore_index (-100)",
+        lambda a: with_grad(a.x, a.bad_labels, validate=True, out=a.out),
+    ),
+    "labels out of range but for one": (
+        IndexError,
+        "target[2] (counted in C order) is 4, expected a class from 0 to 3 or ignore_index (-1)",
+        lambda a: with_grad(a.x, a.bad_labels, ignore_index=-1, validate=True, out=a.out),
+    ),
+}
+
+
+# Text -> a call with NumPy arrays `a` and arrays `d` on an emulated device, which are the same otherwise.
+MIXED = {
+    "probs is a NumPy array on the CPU and dprobs is a CUDA array on GPU 0; expected both from one library on one "
+    "device: move one of them first": lambda a, d: softmax_backward(a.x, d.x, out=a.out),
+    "logits is a CUDA array on GPU 0 and target is a NumPy array on the CPU; expected both from one library on one "
+    "device: move one of them first": lambda a, d: with_grad(d.x, a.labels, out=d.out),
+    "logits is a NumPy array on the CPU and weight is a CUDA array on GPU 0; expected both from one library on one "
+    "device: move one of them first": lambda a, d: with_grad(a.x, a.labels, d.weight, out=a.out),
+}
+# Text -> a call with arrays that lie in one memory.
+OVERLAPPING = {
+    "out overlaps x in part; expected x itself (in place) or memory of its own": lambda memory, labels: softmax(
+        memory[:12].reshape(3, 4), out=memory[4:16].reshape(3, 4)
+    ),
+    "out shares memory with target, which is read while out is written": lambda memory, labels: with_grad(
+        memory[:12].reshape(3, 4), labels, out=memory[16:28].reshape(3, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message(target, case):
+    kind, text, call = CASES[case]
+    host = host_arrays()
+    placed = SimpleNamespace(**{name: target.array(array) for name, array in host.items()})
+    before = {name: array.tobytes() for name, array in host.items()}
+    with pytest.raises(kind) as raised:
+        call(placed)
+    assert str(raised.value) == text
+    assert type(raised.value) is kind
+    for name, content in before.items():
+        assert target.get(getattr(placed, name)).tobytes() == content, name
+
+
+def on_both(gpu):
+    host = host_arrays()
+    return SimpleNamespace(**host), SimpleNamespace(**{name: gpu.array(array) for name, array in host.items()})
+
+
+@pytest.mark.parametrize("text", MIXED)
+def test_mixed_homes(text):
+    with emulated_gpu("sm_90", track=False) as gpu:
+        a, d = on_both(gpu)
+        with pytest.raises(TypeError) as raised:
+            MIXED[text](a, d)
+        assert str(raised.value) == text
+        assert (gpu.get(d.out) == 7).all() and (a.out == 7).all() and not gpu.stats
+
+
+@pytest.mark.parametrize("text", OVERLAPPING)
+def test_overlaps(text):
+    memory = np.zeros(40)
+    with pytest.raises(ValueError) as raised:
+        OVERLAPPING[text](memory, memory[20:23].view(np.int64))
+    assert str(raised.value) == text
+    assert not memory.any()
+
+
+def two_streams():
+    """Device arrays on streams that nothing orders."""
+    with emulated_gpu("sm_90", track=False) as gpu:
+        logits = gpu.array(inputs.make("spread", (3, 4), F32))
+        with gpu.stream(9):
+            out = gpu.array(np.full((3, 4), 7, F32))
+        softmax(logits, out=out)
+
+
+def test_two_streams():
+    with pytest.raises(ValueError, match="the input is on stream 7 and out on stream 9, expected one stream"):
+        two_streams()
+
+
+def too_many_columns():
+    logsumexp(np.broadcast_to(F32.type(0), (1, 2**31)))
+
+
+def test_too_many_columns():
+    with pytest.raises(ValueError) as raised:
+        too_many_columns()
+    assert str(raised.value) == "the reduced axis has 2147483648 elements, expected at most 2147483647 (2^31 - 1)"
+
+
+def test_every_message_has_a_case():
+    """Each `raise` of _checks.py is the origin of an error above."""
+    with open(_checks.__file__) as file:
+        source = ast.parse(file.read())
+    raises = {(node.lineno, node.end_lineno) for node in ast.walk(source) if isinstance(node, ast.Raise)}
+    memory, reached = np.zeros(40), set()
+    with emulated_gpu("sm_90", track=False) as gpu:
+        a, d = on_both(gpu)
+        calls = [partial(call, a) for _, _, call in CASES.values()]
+        calls += [partial(call, a, d) for call in MIXED.values()]
+        calls += [partial(call, memory, memory[20:23].view(np.int64)) for call in OVERLAPPING.values()]
+        for call in [*calls, too_many_columns, two_streams]:
+            try:
+                call()
+            except (TypeError, ValueError, IndexError) as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                reached |= {frame.lineno for frame in frames if frame.filename == _checks.__file__}
+    missing = [lines for lines in sorted(raises) if not reached & set(range(lines[0], lines[1] + 1))]
+    assert not missing, f"no case reaches these lines of _checks.py: {missing}"
+
+
+def test_long_values_are_not_printed():
+    """A message stays a line, whatever was passed."""
+    for call in (
+        lambda: softmax([1.0], temperature=list(range(1000))),
+        lambda: with_grad([[1.0]], [0], grad_scale=np.zeros(1000)),
+        lambda: with_grad([[1.0]], [0], label_smoothing=list(range(1000))),
+        lambda: with_grad([[1.0]], [0], ignore_index=list(range(1000))),
+        lambda: softmax([1.0], dtype=np.zeros((40, 40))),
+        lambda: softmax([1.0], axis=np.zeros((40, 40))),
+        lambda: cross_entropy([[1.0]], [0], reduction="m" * 1000),
+    ):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            call()
+        assert len(str(raised.value)) < 200 and "\n" not in str(raised.value)
