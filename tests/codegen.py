@@ -1,77 +1,378 @@
-"""Every kernel the library launches, by name and signature: recorded from the public calls, so that it cannot drift."""
+"""The codegen contract: which kernels there are, what they compile to, and what must hold of that. Needs no GPU.
 
+The list of kernels and signatures is not written down: every public function is called on device arrays that have no
+memory, and what it would have launched is recorded. test_codegen.py says which of them are compiled for what.
+`python -m tests.codegen` prints the registers that each of them takes.
+"""
+
+import ast
 import functools
-from contextlib import contextmanager
+import itertools
+import math
+import re
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
-import ml_dtypes
 import numpy as np
 
 import gpusoftmax
-from gpusoftmax.kernels.cuda import driver
+from gpusoftmax.kernels.cuda import compile, driver
+from gpusoftmax.kernels.cuda.plan import MAX_THREADS
+from gpusoftmax.kernels.operands import NO_BAD_LABEL
+from tests import inputs
 
-DTYPES = {
-    "float16": np.dtype("float16"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype("float32"),
-    "float64": np.dtype("float64"),
-}
+DEVICE_SOURCES = Path(compile.__file__).parent / "device"
+# One PTX serves a group of architectures.
+LINKED = {"sm_75": ("sm_75",), "sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90": ("sm_90", "sm_100", "sm_120")}
+STATIC_SHARED_BYTES = 48 * 1024
+REGISTERS_PER_SM = 65536
+# Approximate instructions that kernels may use, as in "ex2.approx.ftz.f32": none, all results are rounded correctly.
+APPROXIMATE = frozenset()
 
 
-class PaperArray:
-    """A device array without memory: enough for the library to plan and compile a launch."""
+# ---- which kernels there are
+
+
+class Specialisation(NamedTuple):
+    """A kernel with a signature, as compile.image takes them, and the dtype of the logits that led to it."""
+
+    kernel: str
+    signature: tuple[str, ...]
+    dtype: str
+
+    @property
+    def name(self):
+        return self.kernel.partition(".")[2]
+
+    @property
+    def reads_rows(self):
+        """Whether it reads whole rows of logits; the others read one number or label for each row."""
+        return self.name not in ("normalise_rows", "total_rows", "find_bad_label_rows")
+
+    @property
+    def writes_rows(self):
+        """Whether it writes rows whose elements are as wide as those it reads: others are written one by one."""
+        sizes = [np.dtype(word.split()[1]).itemsize for word in self.signature if word.startswith("strided ")]
+        return self.reads_rows and self.name != "logsumexp_rows" and sizes[0] == sizes[-1]
+
+    @property
+    def is_double(self):
+        return "float64" in " ".join(self.signature)
+
+    def __str__(self):
+        return f"{self.name}-{self.dtype}"
+
+
+class _Array:
+    """A device array as the library sees it. Its memory does not exist."""
+
+    addresses = itertools.count(1 << 40, 1 << 20)
 
     def __init__(self, shape, dtype):
         self.shape, self.dtype = shape, np.dtype(dtype)
-        # Nothing is ever read there; apart, so that no two arrays overlap.
-        self.pointer = (id(self) << 16) & ((1 << 47) - 1)
-
-    @property
-    def __cuda_array_interface__(self):
-        return {"version": 3, "shape": self.shape, "typestr": self.dtype.str, "data": (self.pointer, False)}
+        pointer = next(self.addresses) if math.prod(shape) else 0
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": self.dtype.str,
+            "data": (pointer, False),
+            "version": 3,
+        }
 
     def __dlpack_device__(self):
         return 2, 0
 
     def __gpusoftmax_empty__(self, shape, dtype):
-        return PaperArray(shape, dtype)
+        return _Array(shape, dtype)
 
     def item(self):
-        return 2**63 - 1
+        return NO_BAD_LABEL
 
 
-@contextmanager
-def recorded_launches():
-    """A list that fills with the image of every launch; nothing runs."""
-    images = []
-    device = driver.Device(0, "sm_80", 132)
-    with (
-        mock.patch.object(driver, "device", lambda ordinal: device),
-        mock.patch.object(driver, "load", lambda image, device: image),
-        mock.patch.object(driver, "launch", lambda image, plan, stream, words: images.append(image)),
-    ):
-        yield images
+def _calls(dtype, out_dtype):
+    """(public function, arguments, options): together they launch every kernel there is for these dtypes."""
+    shape, n_cols = (4, 64), 64
+    x, target, weight = _Array(shape, dtype), _Array(shape[:1], np.int64), _Array((n_cols,), dtype)
+    like = {"out": _Array(shape, out_dtype)}
+    for function in ("softmax", "log_softmax"):
+        yield function, (x,), like
+        yield f"{function}_backward", (x, _Array(shape, dtype)), like
+    yield "logsumexp", (x,), {} if dtype == out_dtype else {"out": _Array(shape[:1], out_dtype)}
+    yield "cross_entropy", (x, target, weight), {"label_smoothing": 0.1, "validate": True}
+    yield "cross_entropy_with_grad", (x, target, weight), {"label_smoothing": 0.1, **like}
+    yield "softmax", (_Array((4, 4, 4), dtype),), {"axis": (0, 2)}  # no single stride walks such a row: copies
+
+
+def public_functions():
+    """The functions that the recording calls."""
+    return {function for function, _, _ in _calls(np.float32, np.float32)}
+
+
+def _launches(dtype, out_dtype):
+    recorded = []
+    stand_in = {
+        "device": lambda ordinal: driver.Device(ordinal, "sm_90", 132),
+        "load": lambda image, device: recorded.append((image.kernel, image.signature)),
+        "launch": lambda *_: None,
+    }
+    with mock.patch.multiple(driver, **stand_in):
+        for function, arguments, options in _calls(dtype, out_dtype):
+            getattr(gpusoftmax, function)(*arguments, **options)
+    return recorded
 
 
 @functools.cache
-def kernels() -> dict[tuple[str, str], tuple[str, ...]]:
-    """(kernel, dtype of the logits) -> signature, for every kernel and dtype, results of the same dtype."""
+def specialisations(mixed=False):
+    """Every kernel with every signature: inputs and outputs of one dtype, or (mixed) of two."""
     found = {}
-    for name, dtype in DTYPES.items():
-        x = PaperArray((4, 100), dtype)
-        labels, weight = PaperArray((4,), "int64"), PaperArray((200,), dtype)
-        strided_weight = PaperArray((100,), dtype)
-        strided_weight.strides = None
-        with recorded_launches() as images:
-            gpusoftmax.softmax(x)
-            gpusoftmax.softmax_backward(x, PaperArray((4, 100), dtype))
-            gpusoftmax.log_softmax(x)
-            gpusoftmax.log_softmax_backward(x, PaperArray((4, 100), dtype))
-            gpusoftmax.logsumexp(x)
-            gpusoftmax.softmax(PaperArray((2, 3, 4), dtype), axis=(0, 2))  # copies
-            gpusoftmax.cross_entropy_with_grad(
-                x, labels, PaperArray((100,), dtype), label_smoothing=0.1, validate=True
-            )
-        for image in images:
-            found.setdefault((image.kernel, name), image.signature)
-    return found
+    for dtype, out_dtype in itertools.product(inputs.DTYPES, repeat=2):
+        if (dtype == out_dtype) != mixed:
+            for kernel, signature in _launches(dtype, out_dtype):
+                found.setdefault((kernel, signature), f"{dtype}-{out_dtype}" if mixed else dtype.name)
+    if mixed:
+        for known in specialisations():
+            found.pop(known[:2], None)
+    return tuple(Specialisation(*key, dtype) for key, dtype in found.items())
+
+
+def kernels_on_disk():
+    """The functions without a decorator under kernels/cuda/device: what is not a helper is a kernel."""
+    return {
+        f"{path.stem}.{node.name}"
+        for path in DEVICE_SOURCES.glob("[a-z]*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.name.startswith("_")
+    }
+
+
+# ---- what they compile to
+
+
+class Linked(NamedTuple):
+    """A cubin and what the assembler said about it."""
+
+    cubin: bytes
+    report: str
+    registers: int
+    shared_bytes: int
+
+
+def ptx_of(specialisation, arch):
+    return compile.image(specialisation.kernel, specialisation.signature, arch).ptx
+
+
+@functools.cache
+def link(specialisation, arch):
+    cubin, report = compile.link(ptx_of(specialisation, arch), arch)
+    shared = re.search(r"(\d+) bytes smem", report)
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    return Linked(cubin, report, registers, int(shared[1]) if shared else 0)
+
+
+def sass(cubin):
+    """The machine code as text."""
+    disassembler = next(
+        path.locate() for path in metadata.files("nvidia-cuda-nvdisasm") if path.name in ("nvdisasm", "nvdisasm.exe")
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [disassembler, "--print-code", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class Instruction(NamedTuple):
+    opcode: str
+    operands: tuple[str, ...]
+
+    @property
+    def words(self):
+        return self.opcode.split(".")
+
+    @property
+    def registers(self):
+        """Those in each operand, destinations first."""
+        return [re.findall(r"%\w+(?:\.[xyz])?", operand) for operand in self.operands]
+
+    def __str__(self):
+        return f"{self.opcode} {', '.join(self.operands)}"
+
+
+@functools.lru_cache(maxsize=256)
+def instructions(ptx):
+    body = ptx[ptx.index(".entry") :]
+    lines = re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)[ \t]*([^;\n]*);", body, re.M)
+    return [Instruction(opcode, tuple(re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest))) for opcode, rest in lines]
+
+
+# ---- what must hold of PTX
+
+
+def check_ptx(specialisation, arch):
+    """Everything below."""
+    ptx = ptx_of(specialisation, arch)
+    check_header(ptx, arch, MAX_THREADS)
+    check_memory(ptx)
+    check_vectors(ptx, specialisation.reads_rows, specialisation.writes_rows)
+    if not specialisation.is_double:
+        check_no_double(ptx)
+    check_rounding(ptx)
+    check_exact(ptx)
+    check_addresses(ptx)
+
+
+FLOATS = {"f16": 16, "f16x2": 16, "bf16": 16, "bf16x2": 16, "f32": 32, "f64": 64}
+MAY_ROUND = {"add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt"}
+APPROXIMATIONS = {"ex2", "lg2", "sin", "cos", "tanh", "rsqrt"}
+
+
+def none_of(found, what):
+    assert not found, f"{len(found)} {what}, such as: {found[0]}"
+
+
+def check_header(ptx, arch, max_threads):
+    assert re.search(r"^\.target (\w+)", ptx, re.M)[1] == arch
+    assert len(re.findall(r"\.entry\b", ptx)) == 1 and compile.entry_of(ptx)
+    bound = re.search(r"\.maxntid (\d+)", ptx)
+    assert bound and int(bound[1]) == max_threads, f"launch bound {bound and bound[1]}, expected {max_threads}"
+
+
+def check_memory(ptx):
+    """No memory of a thread's own, no calls."""
+    none_of(re.findall(r"\.local\b.*", ptx), "uses of local memory")
+    none_of([one for one in instructions(ptx) if one.words[0] == "call"], "calls")
+
+
+def check_vectors(ptx, loads, stores):
+    """Rows are read and written 16 bytes at a time."""
+    wide = {"ld": 0, "st": 0}
+    for one in instructions(ptx):
+        if one.words[:2] in (["ld", "global"], ["st", "global"]) and re.search(r"\.v4\..32|\.v2\..64", one.opcode):
+            wide[one.words[0]] += 1
+    assert bool(wide["ld"]) == loads, f"{wide['ld']} loads of 16 bytes"
+    assert bool(wide["st"]) == stores, f"{wide['st']} stores of 16 bytes"
+
+
+def check_no_double(ptx):
+    """A stray float64 constant costs a hundred float32 instructions, and changes bits."""
+    none_of(re.findall(r".*\.f64\b.*", ptx), "uses of float64")
+
+
+def check_rounding(ptx):
+    """Every operation that may round names its rounding: an assembler may contract the others, each as it likes."""
+    none_of([one for one in instructions(ptx) if _may_round(one) and "rn" not in one.words], "implicit roundings")
+
+
+def _may_round(one):
+    formats = [FLOATS[word] for word in one.words if word in FLOATS]
+    if one.words[0] == "cvt" and one.words[-2] in FLOATS:  # cvt.to.from; float to integer names its rounding anyway
+        return one.words[-1] not in FLOATS or formats[0] < formats[1]
+    return one.words[0] in MAY_ROUND and bool(formats)
+
+
+def check_exact(ptx, allowed=APPROXIMATE):
+    """No approximate instruction and no flushing of small numbers, unless listed."""
+    none_of([one for one in instructions(ptx) if _is_inexact(one) and one.opcode not in allowed], "approximations")
+
+
+def _is_inexact(one):
+    return bool({"approx", "full", "ftz"} & set(one.words)) or one.words[0] in APPROXIMATIONS
+
+
+def check_addresses(ptx):
+    """What becomes part of a global address is computed in 64 bits.
+
+    32-bit numbers may enter it by widening only where they cannot have wrapped: numbers of threads and blocks, what was
+    loaded or came from another thread, and quotients and remainders, which are no larger than the dividend. 64-bit
+    numbers are not cut to 32 bits on the way.
+    """
+    made = {}
+    for one in instructions(ptx):
+        if one.operands and one.words[0] not in ("st", "bra", "bar"):
+            for register in one.registers[0]:
+                made.setdefault(register, []).append(one)
+    seen, pending, narrow = set(), [], []
+    for one in instructions(ptx):
+        if one.words[0] in ("ld", "st", "atom", "red", "cp", "prefetch") and "global" in one.words:
+            pending += re.findall(r"%\w+", next(operand for operand in one.operands if operand.startswith("[")))
+    assert pending, "no access to global memory"
+    while pending:
+        register = pending.pop()
+        if register in seen:
+            continue
+        seen.add(register)
+        for one in made.get(register, ()):
+            if one.words[0] in ("ld", "shfl"):
+                continue
+            if _cuts(one, made):
+                narrow.append(one)
+            elif register.startswith("%rd") or one.words[0] in ("mov", "selp"):
+                sources = one.registers[1:2] if one.words[0] in ("shl", "shr") else one.registers[1:]  # no shift counts
+                pending += [source for found in sources for source in found if not source.startswith("%p")]
+            elif not _cannot_wrap(one, made):
+                narrow.append(one)
+    none_of(narrow, "32-bit computations in global addresses")
+
+
+def _cuts(one, made):
+    """Keeps the low half: reads it alone, masks it, or shifts it up and down again."""
+    if one.words[0] == "cvt":
+        return one.words[-1] in ("s32", "u32", "s16", "u16") and one.operands[1].startswith("%rd")
+    if one.opcode == "and.b64":
+        return "4294967295" in one.operands
+    if one.words[0] != "shr" or one.operands[2] != "32":
+        return False
+    shifted = made.get(one.operands[1], ())
+    return any(other.words[0] == "shl" and other.operands[2] == "32" for other in shifted)
+
+
+def _cannot_wrap(one, made):
+    if one.words[0] in ("div", "rem"):
+        return True
+    if one.words[0] != "sub":
+        return False
+    # a - (a / b) b
+    (dividend,), products = one.registers[1], made.get(one.registers[2][0], ())
+    for product in products:
+        factors = [register for sources in product.registers[1:] for register in sources]
+        quotients = [made for factor in factors for made in made.get(factor, ()) if made.words[0] == "div"]
+        if not any(
+            quotient.registers[1] == [dividend] and quotient.registers[2][0] in factors for quotient in quotients
+        ):
+            return False
+    return bool(products)
+
+
+# ---- what must hold of machine code
+
+
+def check_link(linked, entry, arch, threads):
+    """No spills, no stack, static shared memory within the limit, and a block fits a multiprocessor."""
+    assert f"'{entry}' for '{arch}'" in linked.report, linked.report
+    stack, stores, loads = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", linked.report
+    ).groups()
+    assert (stack, stores, loads) == ("0", "0", "0"), f"stack {stack}, spilled {stores} bytes, loaded {loads}"
+    assert "lmem" not in linked.report, linked.report
+    assert linked.shared_bytes <= STATIC_SHARED_BYTES
+    assert blocks_per_sm(linked.registers, threads) >= 1, f"{linked.registers} registers for each of {threads} threads"
+
+
+def blocks_per_sm(registers, threads):
+    """How many blocks the registers leave room for. A warp is given them in units of 256."""
+    return REGISTERS_PER_SM // (-(-registers * 32 // 256) * 256 * (threads // 32))
+
+
+def main():
+    """A table of what every kernel takes on sm_90."""
+    for specialisation in specialisations():
+        linked = link(specialisation, "sm_90")
+        room = blocks_per_sm(linked.registers, MAX_THREADS)
+        print(f"{specialisation!s:36} {linked.registers:4} registers, {room} blocks of {MAX_THREADS} on an SM")
+
+
+if __name__ == "__main__":
+    main()

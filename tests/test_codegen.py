@@ -1,91 +1,135 @@
-"""The contract with the compiler: what PTX and machine code of every kernel must and must not contain."""
+"""Every kernel keeps the codegen contract (tests/codegen.py): what it compiles to, and what that is linked to.
 
-import os
-import re
-import subprocess
-import sysconfig
-from pathlib import Path
+By default each kernel is compiled and linked in each dtype for sm_90, and in one dtype for each other architecture,
+another one for each kernel: every two of kernel, dtype and architecture meet. Under the marker codegen_full each kernel
+goes through in each dtype, mixed dtypes too, for each architecture.
+"""
+
+import itertools
 
 import pytest
 
+import gpusoftmax
 from gpusoftmax.kernels.cuda import compile
 from gpusoftmax.kernels.cuda.plan import MAX_THREADS
-from tests.codegen import DTYPES, kernels
+from tests import codegen, inputs
 
-PTX_ARCHITECTURES = ["sm_75", "sm_80", "sm_90"]
-LINKED = {"sm_75": ["sm_75"], "sm_80": ["sm_80", "sm_86", "sm_89"], "sm_90": ["sm_90", "sm_100", "sm_120"]}
-SMALL = {"cross_entropy.normalise_rows", "cross_entropy.total_rows", "cross_entropy.find_bad_label_rows"}
-ROUNDED = re.compile(r"^\s*(?:@!?%p\d+ )?((?:add|sub|mul|fma|mad|div|sqrt|rcp)\.[\w.]*f(?:16|32|64)[\w.]*)", re.M)
-APPROXIMATE = re.compile(r"\b(?:ex2|lg2|sin|cos|tanh|rcp|rsqrt|sqrt|div)\.(?:approx|full)[\w.]*")
-"""The library asks for no approximate instruction yet. A kernel that does must be listed here, with its reason."""
-REGISTERS_OF_A_THREAD = 65536 // MAX_THREADS  # one block must fit an SM
+SPECIALISATIONS = codegen.specialisations()
 
 
-def _cases():
-    """Every kernel and dtype once; the PTX architectures take turns, so that pairs are covered."""
-    for number, (kernel, dtype) in enumerate(sorted(kernels())):
-        for k, arch in enumerate(PTX_ARCHITECTURES):
-            default = arch == "sm_90" or (number + k) % len(PTX_ARCHITECTURES) == 0
-            marks = () if default else pytest.mark.codegen_full
-            yield pytest.param(kernel, dtype, arch, marks=marks, id=f"{kernel}-{dtype}-{arch}")
+def covering():
+    """(specialisation, architecture to link for). The dtype of a kernel moves on from one architecture to the next."""
+    names = list(dict.fromkeys(one.kernel for one in SPECIALISATIONS))
+    for number, name in enumerate(names):
+        own = [one for one in SPECIALISATIONS if one.kernel == name]
+        yield from ((one, "sm_90") for one in own)
+        for step, arch in enumerate(("sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")):
+            step = 1 if arch in codegen.LINKED["sm_80"] else step  # those three share a PTX
+            yield own[(number + step) % len(own)], arch
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "arch"), _cases())
-def test_ptx(kernel, dtype, arch):
-    signature = kernels()[kernel, dtype]
-    ptx = compile.image(kernel, signature, arch).ptx
-    assert f".target {arch}" in ptx
-    assert f".maxntid {MAX_THREADS}" in ptx
-    assert compile.entry_of(ptx) in ptx
-    unrounded = [op for op in ROUNDED.findall(ptx) if not re.search(r"\.r[nzmp]", op)]
-    assert not unrounded, f"rounding is left to the compiler: {set(unrounded)}"
-    assert not APPROXIMATE.findall(ptx)
-    assert ".ftz" not in ptx
-    if dtype != "float64":
-        assert ".f64" not in ptx, "double precision in a float32 kernel"
-    assert ".local" not in ptx, "an array of a thread is not in registers"
-    assert not _narrow_products_in_addresses(ptx)
-    if kernel not in SMALL:
-        wide = "ld.global.v2.f64" if dtype == "float64" else "ld.global.v4"
-        assert wide in ptx
-        if kernel != "logsumexp.logsumexp_rows":
-            assert wide.replace("ld", "st") in ptx
+LINKS = list(covering())
+PTX = list(dict.fromkeys((one, compile.ptx_architecture(arch)) for one, arch in LINKS))
+every_ptx = pytest.mark.parametrize("kernel, arch", PTX, ids=lambda part: str(part))
+every_link = pytest.mark.parametrize("kernel, arch", LINKS, ids=lambda part: str(part))
+# Disassembling takes a second. The last signature of a dtype: the loss with its gradient comes after the loss alone.
+ONE_DTYPE_EACH = [
+    [one for one in SPECIALISATIONS if one.kernel == kernel and one.dtype == dtype.name][-1]
+    for kernel, dtype in zip(
+        dict.fromkeys(one.kernel for one in SPECIALISATIONS if one.reads_rows),
+        itertools.cycle(inputs.DTYPES),
+        strict=False,
+    )
+]
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "arch"), _cases())
-def test_links_without_spills(kernel, dtype, arch):
-    image = compile.image(kernel, kernels()[kernel, dtype], arch)
-    for target in LINKED[arch]:
-        cubin, report = compile.link(image.ptx, target)
-        assert cubin[:4] == b"\x7fELF"
-        assert re.search(r"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report), report
-        registers = int(re.search(r"Used (\d+) registers", report)[1])
-        assert registers <= REGISTERS_OF_A_THREAD, f"{registers} registers: no block of {MAX_THREADS} fits"
-        shared = re.search(r"(\d+) bytes smem", report)
-        assert shared is None or int(shared[1]) <= 48 * 1024
+# ---- the list is complete
 
 
-def _narrow_products_in_addresses(ptx: str) -> list[str]:
-    """Instructions that widen a 32-bit product: beyond 2^31 elements such an offset wraps."""
-    narrow = set(re.findall(r"(?:mul\.lo|mad\.lo)\.[su]32\s+(%r\d+)", ptx))
-    widened = re.findall(r"(cvt\.[su]64\.[su]32\s+%rd\d+, (%r\d+);)", ptx)
-    return [text for text, register in widened if register in narrow]
+def test_every_kernel_is_listed():
+    assert {one.kernel for one in SPECIALISATIONS} == codegen.kernels_on_disk()
 
 
-def _disassembler() -> Path:
-    found = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/bin/nvdisasm"))
-    assert found, "nvidia-cuda-nvdisasm is not installed"
-    return found[0]
+def test_every_public_function_is_called():
+    assert codegen.public_functions() == set(gpusoftmax.__all__)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["softmax.softmax_rows", "cross_entropy.cross_entropy_rows"])
-def test_machine_code_moves_sixteen_bytes(kernel, dtype, tmp_path):
-    cubin, _ = compile.link(compile.image(kernel, kernels()[kernel, dtype], "sm_90").ptx, "sm_90")
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(cubin)
-    tool = _disassembler()
-    sass = subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True, env=os.environ).stdout
-    assert "LDG.E.128" in sass
-    assert "STG.E.128" in sass
-    assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
+def test_the_default_run_covers_every_pair():
+    dtypes = {dtype.name for dtype in inputs.DTYPES}
+    rows = [(one, arch) for one, arch in LINKS if one.reads_rows]
+    kernels = {one.kernel for one, _ in rows}
+    architectures = set(itertools.chain(*codegen.LINKED.values()))
+    assert {(one.kernel, one.dtype) for one, _ in rows} >= set(itertools.product(kernels, dtypes))
+    assert {(one.kernel, arch) for one, arch in LINKS} == set(
+        itertools.product({one.kernel for one in SPECIALISATIONS}, architectures)
+    )
+    assert {(one.dtype, arch) for one, arch in rows} >= set(itertools.product(dtypes, architectures))
+
+
+# ---- PTX
+
+
+@every_ptx
+def test_target_entry_and_launch_bound(kernel, arch):
+    codegen.check_header(codegen.ptx_of(kernel, arch), arch, MAX_THREADS)
+
+
+@every_ptx
+def test_threads_keep_everything_in_registers(kernel, arch):
+    codegen.check_memory(codegen.ptx_of(kernel, arch))
+
+
+@every_ptx
+def test_rows_move_16_bytes_at_a_time(kernel, arch):
+    codegen.check_vectors(codegen.ptx_of(kernel, arch), kernel.reads_rows, kernel.writes_rows)
+
+
+@pytest.mark.parametrize("kernel, arch", [case for case in PTX if not case[0].is_double], ids=lambda part: str(part))
+def test_no_float64_in_float32_kernels(kernel, arch):
+    codegen.check_no_double(codegen.ptx_of(kernel, arch))
+
+
+@every_ptx
+def test_roundings_are_explicit(kernel, arch):
+    codegen.check_rounding(codegen.ptx_of(kernel, arch))
+
+
+@every_ptx
+def test_nothing_is_approximate(kernel, arch):
+    codegen.check_exact(codegen.ptx_of(kernel, arch))
+
+
+@every_ptx
+def test_global_addresses_are_computed_in_64_bits(kernel, arch):
+    codegen.check_addresses(codegen.ptx_of(kernel, arch))
+
+
+# ---- machine code
+
+
+@every_link
+def test_no_spills_and_room_for_a_block(kernel, arch, record_property):
+    linked = codegen.link(kernel, arch)
+    record_property("registers", linked.registers)
+    codegen.check_link(linked, compile.entry_of(codegen.ptx_of(kernel, arch)), arch, MAX_THREADS)
+
+
+@pytest.mark.parametrize("kernel", ONE_DTYPE_EACH, ids=str)
+def test_machine_code_moves_16_bytes_at_a_time(kernel):
+    code = codegen.sass(codegen.link(kernel, "sm_90").cubin)
+    assert ("LDG.E.128" in code, "STG.E.128" in code) == (kernel.reads_rows, kernel.writes_rows)
+    assert "LDL" not in code and "STL" not in code, "local memory"
+
+
+# ---- the whole matrix
+
+
+@pytest.mark.codegen_full
+@pytest.mark.parametrize("arch", codegen.LINKED)
+@pytest.mark.parametrize("kernel", SPECIALISATIONS + codegen.specialisations(mixed=True), ids=str)
+def test_whole_matrix(kernel, arch):
+    codegen.check_ptx(kernel, arch)
+    for device in codegen.LINKED[arch]:
+        codegen.check_link(
+            codegen.link(kernel, device), compile.entry_of(codegen.ptx_of(kernel, arch)), device, MAX_THREADS
+        )

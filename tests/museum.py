@@ -1,0 +1,1055 @@
+"""The bug museum: mutants of the library, each with one mistake of a kind that others have shipped, and what sees it.
+
+A mutant is the library with a few words of its source replaced. It is loaded beside the real one, its kernels are
+compiled anew, and it is called through the public functions: on the CPU, on the emulated GPU, or (for mistakes that
+machine code shows best) to look at the PTX. `check` is a test of the result, by a comparison rule of tolerances.py, of
+bits, by the emulator or by the codegen contract. It must pass with the real library and raise with the mutant, in the
+words `says`: otherwise the tests would not notice the mistake either.
+"""
+
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import mmap
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+from gpusoftmax.kernels.cpu import cache as cpu_cache
+from gpusoftmax.kernels.cuda import cache as cuda_cache
+from gpusoftmax.kernels.cuda import driver
+from tests import codegen, inputs, tolerances
+from tests.emulator import emulated_gpu, errors
+
+# What the mistakes are kinds of, with one place where each was found.
+KINDS = {
+    "32-bit offsets": "pytorch/pytorch#111484",
+    "rows beyond the grid": "NVIDIA/cudf#10368",
+    "label past the last class": "pytorch/pytorch#106467",
+    "negative label": "pytorch/pytorch#12670",
+    "narrow labels": "urvashik/knnlm#6",
+    "denominator of the mean": "pytorch/pytorch#70348",
+    "ignored row that poisons": "pytorch/pytorch#73205",
+    "-inf minus -inf": "flashinfer-ai/flashinfer#4401",
+    "NaN and infinities lost": "intel/torch-xpu-ops#5022",
+    "finite stand-in for -inf": "flashinfer-ai/flashinfer#4267",
+    "cancellation": "pytorch/pytorch#11752",
+    "low precision": "sonos/tract#2586",
+    "overflow": "a division by a small temperature before the maximum is subtracted",
+    "strides": "NVIDIA/TransformerEngine#2734",
+    "strides of a gradient": "ROCm/TransformerEngine#623",
+    "gradient of a reduction": "linkedin/Liger-Kernel#968",
+    "in place": "unslothai/unsloth#5002",
+    "read-only arrays": "pytorch/pytorch#32868",
+    "empty arrays": "pytorch/pytorch#17256",
+    "streams": "pytorch/pytorch#150217",
+    "current device": "triton-lang/triton#2441",
+    "online sum": "the rescaling in Milakov and Gimelshein, arXiv:1805.02867",
+    "last columns": "the tail of any kernel that works in blocks",
+    "barriers": "scratch memory that is used twice",
+    "batch invariance": "thinking-machines-lab/batch_invariant_ops#13",
+    "fast math": "numba/numba#2919",
+    "label smoothing": "eps over another number of classes",
+    "machine code": "arrays that leave the registers, float64 in float32 kernels",
+}
+
+
+# ---- mutants
+
+
+class Edit(NamedTuple):
+    """Replace `old`, which occurs once in the source of a module, by `new`."""
+
+    module: str
+    old: str
+    new: str
+
+
+class Mutant(NamedTuple):
+    """`compiles`: the kernels that the mistake becomes a part of; none for mistakes on the host's side."""
+
+    name: str
+    kind: str
+    check: Callable
+    raises: type[Exception]
+    says: str
+    edits: tuple[Edit, ...]
+    compiles: tuple[str, ...] = ()
+
+
+# They hold what the emulator and `mutated` replace, and nothing that a mutant changes.
+SHARED = {module.__name__ for module in (driver, cuda_cache, cpu_cache)} | {"gpusoftmax.kernels.cache_directory"}
+
+
+@contextlib.contextmanager
+def mutated(*edits, compiles=()):
+    """The library with these edits, as the module `gpusoftmax`; outside of the context nothing has changed.
+
+    Kernels named in `compiles` are not looked up in the caches; those compiled here are never stored.
+    """
+    names = [name for name in sys.modules if name.partition(".")[0] == "gpusoftmax"]
+    real = {name: sys.modules[name] for name in names}
+    for name in real.keys() - SHARED:
+        del sys.modules[name]
+    finder = _Finder(edits)
+    sys.meta_path.insert(0, finder)
+    try:
+        with _caches_without(compiles):
+            yield importlib.import_module("gpusoftmax")
+        unused = {edit.module for edit in edits} - sys.modules.keys()
+        assert not unused, f"never imported: {unused}"
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "gpusoftmax"]:
+            del sys.modules[name]
+        sys.modules.update(real)
+
+
+class _Finder:
+    """Finds edited modules before Python's own finders do."""
+
+    def __init__(self, edits):
+        self.edits = edits
+
+    def find_spec(self, name, path=None, target=None):
+        edits = [edit for edit in self.edits if edit.module == name]
+        if not edits:
+            return None
+        file = importlib.machinery.PathFinder.find_spec(name, path).origin
+        return importlib.util.spec_from_file_location(name, file, loader=_EditedSource(name, file, edits))
+
+
+class _EditedSource(importlib.machinery.SourceFileLoader):
+    def __init__(self, name, file, edits):
+        super().__init__(name, file)
+        self.edits = edits
+
+    def get_code(self, name):
+        text = self.get_data(self.path).decode()
+        for edit in self.edits:
+            assert text.count(edit.old) == 1, f"{name} holds {edit.old!r} {text.count(edit.old)} times"
+            text = text.replace(edit.old, edit.new)
+        return compile(text, self.path, "exec")
+
+
+@contextlib.contextmanager
+def _caches_without(kernels):
+    load, get_key = cpu_cache._KernelCache.load_overload, cuda_cache.key
+
+    def load_others(self, *args):
+        return None if self._function.__name__ in kernels else load(self, *args)
+
+    def key_of_others(kernel, *args):
+        return "" if kernel.partition(".")[2] in kernels else get_key(kernel, *args)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, function in (
+            (cpu_cache._KernelCache, "load_overload", load_others),
+            (cpu_cache._KernelCache, "save_overload", lambda *_: None),
+            (cuda_cache, "key", key_of_others),
+            (cuda_cache, "put", lambda *_: None),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, function))
+        yield
+
+
+# ---- checks: functions of a library
+
+
+def _random(*shape, dtype=np.float32, seed=0):
+    return inputs.make("spread", shape, dtype, seed)
+
+
+def _module(library, name):
+    """A module of the same library, mutant or not."""
+    return importlib.import_module(f"{library.__name__}.{name}")
+
+
+def _same_bits(one, two, what):
+    assert np.asarray(one).tobytes() == np.asarray(two).tobytes(), f"bits differ: {what}"
+
+
+def _emulated(call, *arrays, **options):
+    """The result of a call on the emulated GPU."""
+    with emulated_gpu("sm_90", track=False, **options) as gpu:
+        return gpu.get(call(*(gpu.array(array) for array in arrays)))
+
+
+def _lse_of(family, n_cols, **options):
+    def check(library):
+        logits = inputs.make(family, (6, n_cols), np.float32, **options)
+        tolerances.check_logsumexp(library.logsumexp(logits), logits)
+
+    return check
+
+
+def _log_softmax_of(family, n_cols):
+    def check(library):
+        logits = inputs.make(family, (6, n_cols), np.float32)
+        tolerances.check_log_softmax(library.log_softmax(logits), logits)
+
+    return check
+
+
+def lse_of_masked_chunks(library):
+    """The first chunks of the CPU hold nothing but -inf."""
+    logits = _random(3, 5000)
+    logits[:, :4500] = -np.inf
+    tolerances.check_logsumexp(library.logsumexp(logits), logits)
+
+
+def lse_of_many_rising_chunks(library):
+    """Every chunk of the CPU raises the maximum by as much: the first one is rescaled 511 times."""
+    logits = np.linspace(-15, -13, 2**20, dtype=np.float32)  # the result is near 0, where it shows every bit
+    tolerances.check_logsumexp(library.logsumexp(logits), logits)
+
+
+def lse_with_nan(library):
+    logits = _random(4, 40)
+    logits[1, 17] = np.nan
+    tolerances.check_logsumexp(library.logsumexp(logits), logits)
+
+
+def lse_below_a_sentinel(library):
+    logits = np.random.default_rng(0).uniform(-2e5, -1e5, (4, 40)).astype(np.float32)
+    tolerances.check_logsumexp(library.logsumexp(logits), logits)
+
+
+def lse_of_bfloat16(library):
+    logits = _random(4, 20000, dtype=inputs.BFLOAT16)
+    tolerances.check_logsumexp(library.logsumexp(logits), logits)
+
+
+def lse_far_apart(library):
+    """Two rows 2^32 elements apart, in a file of which only the touched pages exist."""
+    rows, distance = _random(2, 100), 2**32
+    with tempfile.TemporaryFile() as file:
+        file.truncate(4 * (distance + 100))
+        memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.float32)
+        apart = as_strided(memory, rows.shape, (4 * distance, 4))
+        apart[...] = rows
+        tolerances.check_logsumexp(library.logsumexp(apart), rows)
+
+
+def lse_with_a_small_grid(library):
+    """More rows than blocks, on the GPU."""
+    plan = _module(library, "kernels.cuda.plan")
+    logits = _random(5, 20)
+    plan.row_plan.cache_clear()
+    with mock.patch.object(plan, "MAX_BLOCKS", 2):
+        got = _emulated(library.logsumexp, logits)
+    plan.row_plan.cache_clear()
+    tolerances.check_logsumexp(got, logits)
+
+
+def _near_zero(rows):
+    """Rows shifted so that their log-sum-exp is near 0: there it shows every bit of the sum."""
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+
+def lse_at_any_alignment(library):
+    rows = _near_zero(_random(8, 700))
+    results = []
+    with emulated_gpu("sm_90", track=False) as gpu:
+        for offset in range(4):
+            memory = np.zeros((8, 704), np.float32)
+            memory[:, offset : offset + 700] = rows
+            results.append(gpu.get(library.logsumexp(gpu.array(memory[:, offset : offset + 700]))))
+    for offset, result in enumerate(results):
+        _same_bits(result, results[0], f"rows {4 * offset} bytes past a 16-byte boundary")
+
+
+def lse_in_any_batch(library):
+    rows = _near_zero(_random(8, 700))
+    with emulated_gpu("sm_90", track=False) as gpu:
+        together = gpu.get(library.logsumexp(gpu.array(rows)))
+        alone = [gpu.get(library.logsumexp(gpu.array(row))) for row in rows]
+    _same_bits(together, np.array(alone), "rows alone and in a batch")
+
+
+def lse_on_any_number_of_threads(library):
+    rows = _near_zero(_random(12, 9000))
+    parallel = _module(library, "kernels.cpu.parallel")
+    results = []
+    for count in (1, 3):
+        with mock.patch.object(parallel, "_thread_count", lambda count=count: count):
+            results.append(library.logsumexp(rows))
+    _same_bits(*results, "1 thread and 3")
+
+
+def lse_of_nothing(library):
+    """Rows without columns; what the allocator returns holds no numbers yet."""
+    assert (_emulated(library.logsumexp, np.empty((3, 0), np.float32)) == -np.inf).all()
+
+
+def lse_of_no_rows(library):
+    assert _emulated(library.logsumexp, np.empty((0, 5), np.float32)).shape == (0,)
+
+
+def lse_on_another_stream(library):
+    with emulated_gpu("sm_90", track=False) as gpu:
+        x = gpu.array(_random(2, 20), stream=11)
+        assert gpu.get(library.logsumexp(x)).shape == (2,)
+        assert gpu.stats[-1].stream == 11, f"launched on stream {gpu.stats[-1].stream}"
+
+
+def lse_on_another_device(library):
+    with emulated_gpu("sm_90", track=False, devices=2) as gpu:
+        assert gpu.get(library.logsumexp(gpu.array(_random(2, 20), device=1))).shape == (2,)
+
+
+def lse_on_the_gpu(library):
+    logits = _random(3, 700)
+    tolerances.check_logsumexp(_emulated(library.logsumexp, logits), logits)
+
+
+def lse_of_unaligned_rows(library):
+    """An odd number of columns: no two rows begin at the same distance from a 16-byte boundary."""
+    logits = _random(4, 701)
+    tolerances.check_logsumexp(_emulated(library.logsumexp, logits), logits)
+
+
+def _softmax_layouts(*names):
+    def check(library):
+        rows = _random(4, 40)
+        want = library.softmax(rows)
+        for name, view in inputs.layouts(rows):
+            if name in names:
+                _same_bits(library.softmax(view), want, f"layout {name}")
+
+    return check
+
+
+def softmax_at_tiny_temperature(library):
+    logits = _random(3, 40)
+    tolerances.check_softmax(library.softmax(logits, temperature=1e-38), logits, temperature=1e-38)
+
+
+def softmax_with_infinity(library):
+    logits = _random(3, 40)
+    logits[1, 5] = np.inf
+    tolerances.check_softmax(library.softmax(logits), logits)
+
+
+def softmax_within_four_ulp(library):
+    """The design's goal, which needs the rounding errors that are carried along."""
+    logits = _random(4, 300)
+    tolerances.check_softmax(library.softmax(logits), logits, ulp=4)
+
+
+def softmax_in_bfloat16(library):
+    logits = _random(4, 300, dtype=inputs.BFLOAT16)
+    tolerances.check_softmax(library.softmax(logits), logits)
+
+
+def softmax_in_place(library):
+    logits = _random(2, 5000)
+    want = library.softmax(logits)
+    _same_bits(library.softmax(logits, out=logits), want, "in place and not")
+
+
+def lse_into_read_only(library):
+    """Refused before anything is launched."""
+    into = np.empty(2, np.float32)
+    into.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        _emulated(lambda x, out: library.logsumexp(x, out=out), _random(2, 40), into)
+
+
+def softmax_backward_of_a_sum(library):
+    """The gradient of a sum: one number with strides 0."""
+    probs, dprobs = library.softmax(_random(3, 45)), np.broadcast_to(np.float32(1), (3, 45))
+    got = _emulated(library.softmax_backward, probs, dprobs)
+    tolerances.check_softmax_backward(got, probs, dprobs)
+
+
+def softmax_backward_of_unaligned_rows(library):
+    probs, dprobs = library.softmax(_random(3, 45)), _random(3, 45, seed=1)
+    got = _emulated(library.softmax_backward, probs, dprobs)
+    tolerances.check_softmax_backward(got, probs, dprobs)
+
+
+LABELS = np.array([3, 0, 9, 7, 3, 1])
+
+
+def _loss(library, labels=LABELS, weight=None, logits=None, gpu=False, **options):
+    """The loss, and the check that belongs to it. Without other arguments six rows of ten classes."""
+    logits = _random(len(labels), 10) if logits is None else logits
+    call = _emulated if gpu else lambda function, *arrays: function(*arrays)
+    arrays = (logits, labels) if weight is None else (logits, labels, weight)
+    got = call(lambda *arrays: library.cross_entropy(*arrays, validate=False, **options), *arrays)
+    tolerances.check_loss(got, logits, labels, weight, **options)
+
+
+def loss_with_a_negative_label(library):
+    _loss(library, np.array([3, -1, 9, -7]), reduction="none")
+
+
+def loss_of_unsigned_labels(library):
+    """uint8 labels above 127 are classes."""
+    labels, logits = np.array([3, 200, 255, 130], np.uint8), _random(4, 256)
+    tolerances.check_loss(library.cross_entropy(logits, labels), logits, labels)
+
+
+def loss_with_a_label_past_the_end(library):
+    """The class weights end where the label points, on the GPU."""
+    _loss(library, np.array([3, 10, 9, 40]), np.ones(10, np.float32), gpu=True)
+
+
+def mean_over_valid_rows(library):
+    _loss(library, ignore_index=3)
+
+
+def mean_of_no_rows(library):
+    _loss(library, np.full(3, -100))
+
+
+def mean_with_weights(library):
+    _loss(library, weight=np.linspace(0.5, 2, 10, dtype=np.float32), gpu=True)
+
+
+def loss_of_ignored_nan(library):
+    logits = _random(6, 10)
+    logits[LABELS == 3] = np.nan
+    _loss(library, logits=logits, ignore_index=3, reduction="none")
+
+
+def smoothed_loss(library):
+    _loss(library, gpu=True, label_smoothing=0.3, reduction="none")
+
+
+def sum_of_losses(library):
+    _loss(library, gpu=True, reduction="sum")
+
+
+def _gradient(library, n_cols=10, gpu=False, **options):
+    logits = _random(len(LABELS), n_cols)
+    call = _emulated if gpu else lambda function, *arrays: function(*arrays)
+    _, got = call(lambda *arrays: library.cross_entropy_with_grad(*arrays, validate=False, **options), logits, LABELS)
+    tolerances.check_dlogits(got, logits, LABELS, **options)
+
+
+def gradient_without_reduction(library):
+    _gradient(library, gpu=True, reduction="none")
+
+
+def scaled_gradient(library):
+    _gradient(library, gpu=True, reduction="sum", grad_scale=8.0)
+
+
+def gradient_of_all_classes(library):
+    _gradient(library, n_cols=50, reduction="sum")
+
+
+def gradient_leaves_the_logits(library):
+    logits = _random(6, 10)
+    before = logits.copy()
+    library.cross_entropy_with_grad(logits, LABELS)
+    _same_bits(logits, before, "logits before and after")
+
+
+def _ptx(kernel, check):
+    """A rule of the codegen contract, for a kernel in float32."""
+    one = next(
+        one
+        for one in codegen.specialisations()
+        if one.name == kernel and not {"float16", "float64"} & set(" ".join(one.signature).replace("*", "").split())
+    )
+
+    def check_ptx(library):
+        check(_module(library, "kernels.cuda.compile").image(one.kernel, one.signature, "sm_90").ptx)
+
+    return check_ptx
+
+
+# ---- the collection
+
+CPU, GPU = "gpusoftmax.kernels.cpu", "gpusoftmax.kernels.cuda"
+FORMULAS, CONVERSION = "gpusoftmax.kernels.formulas", "gpusoftmax.kernels.conversion"
+LSE, SOFTMAX, LOG_SOFTMAX = "logsumexp_rows", "softmax_rows", "log_softmax_rows"
+
+
+def _edit(module, old, new):
+    return (Edit(module, old, new),)
+
+
+MUTANTS = [
+    # ---- addresses and rows
+    Mutant(
+        "row offset in 32 bits",
+        "32-bit offsets",
+        lse_far_apart,
+        AssertionError,
+        "logsumexp: row 1",
+        _edit(
+            f"{CPU}.rows",
+            "return (row // rows.n_inner) * array.outer_stride + (row % rows.n_inner) * array.inner_stride",
+            "return np.int32((row // rows.n_inner) * array.outer_stride + (row % rows.n_inner) * array.inner_stride)",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "row offset in 32 bits on the GPU",
+        "32-bit offsets",
+        _ptx("normalise_rows", codegen.check_addresses),
+        AssertionError,
+        "32-bit computations in global addresses",
+        (
+            Edit(f"{GPU}.device.rows", "import cuda, device\n", "import cuda, device, types\n"),
+            Edit(
+                f"{GPU}.device.rows",
+                "return outer * array.outer_stride",
+                "return types.int32(outer) * types.int32(array.outer_stride)",
+            ),
+        ),
+        ("normalise_rows",),
+    ),
+    Mutant(
+        "one row for each block",
+        "rows beyond the grid",
+        lse_with_a_small_grid,
+        errors.UninitialisedRead,
+        "never written",
+        _edit(
+            f"{GPU}.device.logsumexp",
+            "range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x)",
+            "range(cuda.blockIdx.x, cuda.blockIdx.x + 1)",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "columns taken to be neighbours",
+        "strides",
+        _softmax_layouts("step 2"),
+        AssertionError,
+        "bits differ: layout step 2",
+        _edit(
+            "gpusoftmax._arrays",
+            "Operand(*walk, col_strides[k], array.dtype)",
+            "Operand(*walk, 1 if k == 0 else col_strides[k], array.dtype)",
+        ),
+    ),
+    Mutant(
+        "rows taken to be dense",
+        "strides",
+        _softmax_layouts("padded pitch", "column slice"),
+        AssertionError,
+        "bits differ: layout",
+        _edit(
+            "gpusoftmax._arrays",
+            "offset * array.itemsize, outer.strides[k], inner.strides[k]",
+            "offset * array.itemsize, outer.strides[k], n_cols",
+        ),
+    ),
+    Mutant(
+        "gradient taken to be laid out as the probabilities",
+        "strides of a gradient",
+        softmax_backward_of_a_sum,
+        errors.OutOfBounds,
+        "4-byte|16-byte",
+        _edit(
+            f"{GPU}.softmax",
+            "rows, probs, dprobs, dlogits, scale)",
+            "rows, probs, probs._replace(pointer=dprobs.pointer), dlogits, scale)",
+        ),
+    ),
+    Mutant(
+        "16-byte accesses to rows that are not aligned",
+        "strides",
+        lse_of_unaligned_rows,
+        errors.Misaligned,
+        "16-byte access",
+        _edit(f"{GPU}.device.rows", " and is_vector_aligned(pointer)", ""),
+        (LSE,),
+    ),
+    Mutant(
+        "last columns forgotten",
+        "last columns",
+        _lse_of("spread", 513),
+        AssertionError,
+        "logsumexp: row",
+        _edit(
+            f"{CPU}.rows",
+            "store_one(buffer, col, load_one(row.pointer, (first + col) * row.stride, padding))",
+            "store_one(buffer, col, padding)",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "padding counted",
+        "last columns",
+        _lse_of("sorted", 33),
+        AssertionError,
+        "logsumexp: row",
+        _edit(
+            f"{CPU}.rows",
+            "read_chunk(buffer, logits, first, count, number(like, -math.inf))",
+            "read_chunk(buffer, logits, first, count, number(like, 0.0))",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "writes past the end of the row",
+        "last columns",
+        softmax_backward_of_unaligned_rows,
+        errors.OutOfBounds,
+        "4-byte access",
+        _edit(f"{GPU}.device.rows", "                if col + i < n_cols:\n", "                if col < n_cols:\n"),
+        ("softmax_backward_rows",),
+    ),
+    # ---- the online sum
+    Mutant(
+        "sum not rescaled by a new maximum",
+        "online sum",
+        _lse_of("sorted", 5000),
+        AssertionError,
+        "logsumexp: row",
+        _edit(FORMULAS, "joining = a.select(same, small.tail, scaled)", "joining = a.select(same, small.tail, total)"),
+        (LSE,),
+    ),
+    Mutant(
+        "rescaling that rounds each time",
+        "online sum",
+        lse_of_many_rising_chunks,
+        AssertionError,
+        "logsumexp: row 0",
+        _edit(
+            FORMULAS,
+            "factor, factor_low = exp_pair(a, *gap(a, small.max, big.max, scale, scale_low))",
+            "factor, factor_low = exp(a, *gap(a, small.max, big.max, scale, scale_low)), a.number(0)",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "ties of later chunks lost",
+        "online sum",
+        _lse_of("flat", 5000),
+        AssertionError,
+        "logsumexp: row",
+        _edit(FORMULAS, "a.select(same, a.add(big.ties, small.ties), big.ties)", "big.ties"),
+        (LSE,),
+    ),
+    Mutant(
+        "-inf minus -inf in the merge",
+        "-inf minus -inf",
+        lse_of_masked_chunks,
+        AssertionError,
+        "logsumexp: row .* got nan",
+        _edit(FORMULAS, "same = a.equal(big.max, small.max)", "same = a.less(big.max, small.max)"),
+        (LSE,),
+    ),
+    Mutant(
+        "NaN taken for a number too small to count",
+        "NaN and infinities lost",
+        lse_with_nan,
+        AssertionError,
+        "logsumexp: row 1.* expected nan",
+        _edit(
+            FORMULAS,
+            "result = a.select(a.less(x, a.number(f.exp_low)), a.number(0), result)",
+            "result = a.select(a.less(a.number(f.exp_low), x), result, a.number(0))",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "+inf treated as any maximum",
+        "NaN and infinities lost",
+        softmax_with_infinity,
+        AssertionError,
+        "softmax: row 1.* expected nan",
+        _edit(
+            FORMULAS,
+            "return a.select(a.equal(state.max, a.number(math.inf)), a.number(math.nan), a.div(a.number(1), s))",
+            "return a.div(a.number(1), a.select(a.equal(s, s), s, a.number(1)))",
+        ),
+        (SOFTMAX,),
+    ),
+    Mutant(
+        "-1e4 in place of -inf",
+        "finite stand-in for -inf",
+        lse_below_a_sentinel,
+        AssertionError,
+        "logsumexp: row",
+        _edit(f"{CPU}.rows", "largest = splat(number(scale, -math.inf))", "largest = splat(number(scale, -1e4))"),
+        (LSE,),
+    ),
+    Mutant(
+        "temperature applied before the maximum is subtracted",
+        "overflow",
+        softmax_at_tiny_temperature,
+        AssertionError,
+        "softmax: row",
+        _edit(
+            FORMULAS,
+            "    return product, finite_or_zero(a, low, product)",
+            "    return a.sub(a.mul(x, scale), a.mul(y, scale)), a.number(0)",
+        ),
+        (SOFTMAX,),
+    ),
+    # ---- precision
+    Mutant(
+        "lse - x",
+        "cancellation",
+        _log_softmax_of("offset", 300),
+        AssertionError,
+        "log_softmax: row",
+        _edit(
+            FORMULAS,
+            "high, low = add_pair(a, *gap(a, max, x, scale, scale_low), log, log_low)",
+            "high, low = a.add(a.mul(max, scale), log), a.negative(a.mul(x, scale))",
+        ),
+        (LOG_SOFTMAX,),
+    ),
+    Mutant(
+        "log(s) of confident rows",
+        "cancellation",
+        _log_softmax_of("confident", 300),
+        AssertionError,
+        "log_softmax: row",
+        _edit(
+            FORMULAS,
+            "others, error = two_sum(a, a.sub(state.ties, a.number(1)), state.tail)",
+            "others, error = a.sub(a.add(state.ties, state.tail), a.number(1)), a.number(0)",
+        ),
+        (LOG_SOFTMAX,),
+    ),
+    Mutant(
+        "sum kept in bfloat16",
+        "low precision",
+        lse_of_bfloat16,
+        AssertionError,
+        "logsumexp: row",
+        _edit(
+            FORMULAS,
+            "    return State(big.max, ties, tail, tail_low)",
+            "    bits = a.builder.and_(a.builder.bitcast(tail, a.integers), a.integer(-(2**16)))\n"
+            "    return State(big.max, ties, a.builder.bitcast(bits, a.type), a.number(0))",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "results truncated to bfloat16",
+        "low precision",
+        softmax_in_bfloat16,
+        AssertionError,
+        "softmax: row",
+        _edit(CONVERSION, "value, value), quiet, rounded)", "value, value), quiet, bits)"),
+        (SOFTMAX,),
+    ),
+    Mutant(
+        "fast math",
+        "fast math",
+        softmax_within_four_ulp,
+        AssertionError,
+        "softmax: row",
+        (
+            Edit(FORMULAS, "builder.fadd(x, y)", 'builder.fadd(x, y, flags=("fast",))'),
+            Edit(FORMULAS, "builder.fsub(x, y)", 'builder.fsub(x, y, flags=("fast",))'),
+        ),
+        (SOFTMAX,),
+    ),
+    # ---- the same bits everywhere
+    Mutant(
+        "lanes that depend on the alignment",
+        "batch invariance",
+        lse_at_any_alignment,
+        AssertionError,
+        "bits differ: rows",
+        _edit(
+            f"{GPU}.device.logsumexp",
+            "        state = row_state(held, scratch, source, rows.n_cols, width, row, (scale, scale_low))\n",
+            "        if source.vectorised:\n"
+            "            state = row_state(held, scratch, source, rows.n_cols, width, row, (scale, scale_low))\n"
+            "        else:\n"
+            "            state = row_state(held, scratch, source, rows.n_cols, 1, row, (scale, scale_low))\n",
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "block size that depends on the batch",
+        "batch invariance",
+        lse_in_any_batch,
+        AssertionError,
+        "bits differ: rows alone",
+        _edit(f"{GPU}.plan", "    threads = WARP_SIZE\n", "    threads = MAX_THREADS if n_rows < 4 else WARP_SIZE\n"),
+    ),
+    Mutant(
+        "chunks that depend on the number of threads",
+        "batch invariance",
+        lse_on_any_number_of_threads,
+        AssertionError,
+        "bits differ: 1 thread and 3",
+        (
+            Edit(f"{CPU}.logsumexp", "rows.n_cols, row, params)", "rows.n_cols, last_row - first_row, params)"),
+            Edit(
+                f"{CPU}.rows",
+                "    for first in range(0, n_cols, CHUNK_COLS):\n        count = min(CHUNK_COLS, n_cols - first)",
+                "    chunk = CHUNK_COLS // 2 if row < 8 else CHUNK_COLS\n"
+                "    for first in range(0, n_cols, chunk):\n        count = min(chunk, n_cols - first)",
+            ),
+        ),
+        (LSE,),
+    ),
+    Mutant(
+        "reading scratch before all warps have written it",
+        "barriers",
+        sum_of_losses,
+        errors.SharedRace,
+        "no barrier between",
+        _edit(
+            f"{GPU}.device.reduce",
+            "    cuda.syncthreads()  # every warp's value is in scratch before any warp reads them\n",
+            "",
+        ),
+        ("total_rows",),
+    ),
+    Mutant(
+        "writing scratch before all warps have read it",
+        "barriers",
+        sum_of_losses,
+        errors.SharedRace,
+        "no barrier between",
+        _edit(
+            f"{GPU}.device.reduce",
+            "    cuda.syncthreads()  # every warp has read scratch before the next reduction writes it\n",
+            "",
+        ),
+        ("total_rows",),
+    ),
+    # ---- labels and means
+    Mutant(
+        "negative labels count from the end",
+        "negative label",
+        loss_with_a_negative_label,
+        AssertionError,
+        "loss .none.: row 1.* expected nan",
+        _edit(
+            f"{CPU}.cross_entropy",
+            "        if label == ignore_index or label < 0 or label >= n_cols:\n",
+            "        if label < 0 and label != ignore_index:\n            label += n_cols\n"
+            "        if label == ignore_index or label < 0 or label >= n_cols:\n",
+        ),
+        ("cross_entropy_rows",),
+    ),
+    Mutant(
+        "uint8 labels read as int8",
+        "narrow labels",
+        loss_of_unsigned_labels,
+        IndexError,
+        "target.1. .* is -56",
+        _edit(CONVERSION, 'unsigned = dtype.startswith("u")', "unsigned = False"),
+        ("find_bad_label_rows",),
+    ),
+    Mutant(
+        "weight of a label past the last class",
+        "label past the last class",
+        loss_with_a_label_past_the_end,
+        errors.OutOfBounds,
+        "4-byte access",
+        _edit(f"{GPU}.device.cross_entropy", "label >= 0 and label < rows.n_cols:", "label >= 0:"),
+        ("normalise_rows",),
+    ),
+    Mutant(
+        "ignored rows multiplied by 0",
+        "ignored row that poisons",
+        loss_of_ignored_nan,
+        AssertionError,
+        "loss .none.: row 0.* got nan",
+        (
+            Edit(
+                f"{CPU}.cross_entropy",
+                "        if label == ignore_index or label < 0 or label >= n_cols:",
+                "        if label < 0 or label >= n_cols:",
+            ),
+            Edit(
+                f"{CPU}.cross_entropy",
+                "w_label = number_at(weight, label, one)",
+                "w_label = zero if label == ignore_index else number_at(weight, label, one)",
+            ),
+        ),
+        ("cross_entropy_rows",),
+    ),
+    Mutant(
+        "mean over ignored rows too",
+        "denominator of the mean",
+        mean_over_valid_rows,
+        AssertionError,
+        "loss .mean.",
+        _edit(f"{CPU}.cross_entropy", "if label != ignore_index and label >= 0 and", "if label >= 0 and"),
+        ("normalise_rows",),
+    ),
+    Mutant(
+        "mean of no rows is 0",
+        "denominator of the mean",
+        mean_of_no_rows,
+        AssertionError,
+        "loss .mean.: .* expected nan",
+        _edit(
+            f"{CPU}.cross_entropy",
+            "    total_weight, low = zero, zero\n",
+            "    total_weight, low = number(zero, 1e-9), zero\n",
+        ),
+        ("normalise_rows",),
+    ),
+    Mutant(
+        "mean without the weights in the denominator",
+        "denominator of the mean",
+        mean_with_weights,
+        AssertionError,
+        "loss .mean.",
+        _edit("gpusoftmax.cross_entropy", "all_labels, weights, _arrays", "all_labels, nothing, _arrays"),
+    ),
+    Mutant(
+        "label smoothing over the other classes",
+        "label smoothing",
+        smoothed_loss,
+        AssertionError,
+        "loss .none.",
+        _edit(f"{GPU}.cross_entropy", "label_smoothing / rows.n_cols", "label_smoothing / (rows.n_cols - 1)"),
+    ),
+    # ---- gradients
+    Mutant(
+        "gradient of 'none' divided by the number of rows",
+        "gradient of a reduction",
+        gradient_without_reduction,
+        AssertionError,
+        "dlogits: row",
+        _edit("gpusoftmax.cross_entropy", 'dtype) if reduction == "mean" else', 'dtype) if reduction != "sum" else'),
+    ),
+    Mutant(
+        "gradient not scaled",
+        "gradient of a reduction",
+        scaled_gradient,
+        AssertionError,
+        "dlogits: row",
+        _edit(f"{GPU}.cross_entropy", "number_of(grad_scale)", "number_of(1.0)"),
+    ),
+    Mutant(
+        "gradient at the label alone",
+        "gradient of a reduction",
+        gradient_of_all_classes,
+        AssertionError,
+        "dlogits: row",
+        _edit(f"{CPU}.cross_entropy", "store(buffer, k, mul(e, on_probs))", "store(buffer, k, mul(e, splat(zero)))"),
+        ("cross_entropy_rows",),
+    ),
+    # ---- memory of the caller
+    Mutant(
+        "gradient written over the logits",
+        "in place",
+        gradient_leaves_the_logits,
+        AssertionError,
+        "bits differ: logits",
+        _edit(
+            "gpusoftmax.cross_entropy",
+            "_arrays.output(out, x, x.shape, x.dtype)",
+            "_arrays.output(logits if out is None else out, x, x.shape, x.dtype)",
+        ),
+    ),
+    Mutant(
+        "row read again after a part of it was overwritten",
+        "in place",
+        softmax_in_place,
+        AssertionError,
+        "bits differ: in place",
+        _edit(
+            f"{CPU}.softmax",
+            "            logits_again(buffer, source, first, count, n_cols, row, params)\n",
+            "            factor = splat(inverse_sum(row_state(buffer, source, n_cols, row, params)))\n"
+            "            logits_again(buffer, source, first, count, n_cols, row, params)\n",
+        ),
+        (SOFTMAX,),
+    ),
+    Mutant(
+        "read-only flag not looked at",
+        "read-only arrays",
+        lse_into_read_only,
+        errors.ReadOnlyWrite,
+        "write to read-only",
+        _edit("gpusoftmax._arrays", "strides, place, not read_only)", "strides, place, True)"),
+    ),
+    Mutant(
+        "rows without columns not written",
+        "empty arrays",
+        lse_of_nothing,
+        errors.UninitialisedRead,
+        "never written",
+        _edit("gpusoftmax.logsumexp", "    _arrays.for_rows(lambda", "    logits.size and _arrays.for_rows(lambda"),
+    ),
+    Mutant(
+        "launch without blocks",
+        "empty arrays",
+        lse_of_no_rows,
+        errors.InvalidLaunch,
+        "block",
+        _edit(
+            "gpusoftmax._arrays",
+            "if math.prod(size for axis, size in enumerate(shape) if axis not in axes) == 0:",
+            "if not shape:",
+        ),
+    ),
+    Mutant(
+        "launch on the default stream",
+        "streams",
+        lse_on_another_stream,
+        errors.ForeignStream,
+        "launched on stream 0",
+        _edit("gpusoftmax._arrays", "x.__dlpack_device__()[1], stream or 0)", "x.__dlpack_device__()[1], 0)"),
+    ),
+    Mutant(
+        "launch on the first device",
+        "current device",
+        lse_on_another_device,
+        errors.ForeignMemory,
+        "lies on device 1",
+        _edit("gpusoftmax._arrays", 'Place("cuda", x.__dlpack_device__()[1],', 'Place("cuda", 0,'),
+    ),
+    # ---- machine code
+    Mutant(
+        "additions that the assembler may contract",
+        "batch invariance",
+        _ptx("total_rows", codegen.check_rounding),
+        AssertionError,
+        "implicit roundings",
+        _edit(f"{GPU}.device.arithmetic", 'return self._nvvm("add.rn", x, y)\n', "return self.builder.fadd(x, y)\n"),
+        ("total_rows",),
+    ),
+    Mutant(
+        "approximate division",
+        "fast math",
+        _ptx("total_rows", codegen.check_exact),
+        AssertionError,
+        "approximations",
+        _edit(f"{GPU}.device.arithmetic", 'self._nvvm("div.rn", x, y)', 'self._nvvm("div.approx", x, y)'),
+        ("total_rows",),
+    ),
+    Mutant(
+        "a float64 literal that widens the arithmetic",
+        "machine code",
+        _ptx("total_rows", codegen.check_no_double),
+        AssertionError,
+        "uses of float64",
+        _edit(f"{GPU}.device.cross_entropy", "store(result, 0, div(", "store(result, 0, 1e-300 + div("),
+        ("total_rows",),
+    ),
+    Mutant(
+        "an index that is no constant",
+        "machine code",
+        _ptx(LSE, codegen.check_memory),
+        AssertionError,
+        "uses of local memory",
+        _edit(
+            f"{GPU}.device.logsumexp",
+            "width = vector_width(logits.pointer)",
+            "width = min(vector_width(logits.pointer), rows.n_cols)",
+        ),
+        (LSE,),
+    ),
+]
