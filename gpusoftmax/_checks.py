@@ -5,6 +5,8 @@ import operator
 
 import numpy as np
 
+from gpusoftmax.kernels.operands import TOO_LARGE
+
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 MAX_COLS = 2**31 - 1
@@ -193,8 +195,9 @@ def class_count(n_cols: int) -> None:
 
 
 def bad_label(row: int, label: int, n_cols: int, ignore_index: int) -> IndexError:
+    found = "above 2^63 - 1" if label == TOO_LARGE else label
     return IndexError(
-        f"target[{row}] (counted in C order) is {label}, expected a class from 0 to {n_cols - 1} "
+        f"target[{row}] (counted in C order) is {found}, expected a class from 0 to {n_cols - 1} "
         f"or ignore_index ({ignore_index})"
     )
 

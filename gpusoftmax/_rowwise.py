@@ -5,14 +5,18 @@ from typing import Any
 from gpusoftmax import _arrays, _checks
 
 
-def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any) -> Any:
-    """Calls `op` of the kernels of the same name on x and a result of its shape."""
+def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, any_temperature: bool = False) -> Any:
+    """Calls `op` of the kernels of the same name on x and a result of its shape.
+
+    any_temperature: the result is right, if only the maximum counts, even where 2 / temperature overflows.
+    """
     logits = _arrays.logits(x, "x")
     axes = _checks.axes(axis, logits.ndim)
     temperature = _checks.temperature(temperature)
     dtype = None if dtype is None else _checks.dtype_name(dtype)
     result = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
-    _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, result))
+    if not any_temperature:
+        _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, result))
     _checks.no_partial_overlap(result, logits, "x")
     kernel = getattr(_arrays.kernels(logits.place, op), op)
     if logits.size:

@@ -57,7 +57,7 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
-    return _rowwise.forward("softmax", x, axis, temperature, dtype, out)
+    return _rowwise.forward("softmax", x, axis, temperature, dtype, out, any_temperature=True)
 
 
 def softmax_backward(

@@ -6,7 +6,7 @@ an int16 is a float16, a uint16 is a bfloat16 (its bits are the upper half of a 
 
 from llvmlite import ir
 
-from gpusoftmax.kernels.operands import LABELS
+from gpusoftmax.kernels.operands import LABELS, TOO_LARGE
 
 HALF = ir.HalfType()
 FLOAT = ir.FloatType()
@@ -81,7 +81,7 @@ def _to_odd_float(builder: ir.IRBuilder, value):
 
 
 def load_label(builder: ir.IRBuilder, address, index, code, address_space: int = 0):
-    """The label number `index` of those at `address`, as int64; a uint64 that does not fit becomes 2^63 - 1.
+    """The label number `index` of those at `address`, as int64; a uint64 that does not fit becomes TOO_LARGE.
 
     The integer type is chosen at run time, by `label_code`: the branch is the same for every row and saves compiling
     each kernel eight times.
@@ -103,7 +103,7 @@ def load_label(builder: ir.IRBuilder, address, index, code, address_space: int =
             value = builder.zext(value, long) if unsigned else builder.sext(value, long)
         elif unsigned:
             too_large = builder.icmp_signed("<", value, ir.Constant(long, 0))
-            value = builder.select(too_large, ir.Constant(long, (1 << 63) - 1), value)
+            value = builder.select(too_large, ir.Constant(long, TOO_LARGE), value)
         loaded.append((value, builder.block))
         builder.branch(end)
     builder.position_at_end(end)

@@ -14,6 +14,8 @@ STORAGE = {
     "float64": np.float64,
 }
 LABELS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+TOO_LARGE = -(2**63)
+"""What stands for an unsigned label of 2^63 or more: no class, and no ignore_index that anybody uses."""
 NO_BAD_LABEL = 2**63 - 1
 """What find_bad_label reports when every label is a class or ignore_index."""
 
@@ -77,9 +79,10 @@ def compute_dtype(*dtypes: str) -> str:
 def scale_of(numerator: float, temperature: float, dtype: str):
     """numerator / temperature as (high, low) numbers of the computation format: to about twice its precision.
 
-    Never 0: the product with a masked logit must stay -inf. The caller has checked that it is not infinite either.
+    Neither 0 nor infinite: the product with a masked logit must stay -inf, that with a gap of 0 must stay 0.
     """
     limits = np.finfo(dtype)
     exact = Fraction(numerator) / Fraction(temperature)
-    high = max(limits.dtype.type(float(exact)), limits.smallest_subnormal)
-    return high, limits.dtype.type(float(exact - Fraction(float(high))))
+    nearest = float(limits.max) if exact > Fraction(float(limits.max)) else float(exact)
+    high = max(limits.dtype.type(nearest), limits.smallest_subnormal)
+    return high, limits.dtype.type(0 if high == limits.max else float(exact - Fraction(float(high))))

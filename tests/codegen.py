@@ -166,7 +166,11 @@ def ptx_of(specialisation, arch):
 
 @functools.cache
 def link(specialisation, arch):
-    cubin, report = compile.link(ptx_of(specialisation, arch), arch)
+    return link_ptx(ptx_of(specialisation, arch), arch)
+
+
+def link_ptx(ptx, arch):
+    cubin, report = compile.link(ptx, arch)
     shared = re.search(r"(\d+) bytes smem", report)
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     return Linked(cubin, report, registers, int(shared[1]) if shared else 0)

@@ -258,8 +258,11 @@ def total_rows(n, values, normaliser, result, values_tag, result_tag, zero):
     total_value, low = zero, zero
     for k in range(n):
         total_value, low = add_pair(total_value, low, load_one(pointer_to(values, values_tag), k, zero), zero)
-    divided = div(add(total_value, low), number_at(normaliser, 0, number(zero, 1.0)))
-    store_one(pointer_to(result, result_tag), 0, divided)
+    divisor = number_at(normaliser, 0, number(zero, 1.0))
+    mean = div(add(total_value, low), divisor)
+    if divisor == zero:  # nothing counts: NaN, as 0 / 0 is, even where smoothing has left something to divide
+        mean = number(zero, math.nan)
+    store_one(pointer_to(result, result_tag), 0, mean)
 
 
 @kernel

@@ -185,7 +185,11 @@ def total_rows(n, values, normaliser, result, zero):
         total, low = add_pair(total, low, load(values, k, zero), zero)
     total = block_sum_pair(total, low, scratch, zero)
     if cuda.threadIdx.x == 0:
-        store(result, 0, div(total, number_at(normaliser, 0, number(zero, 1.0))))
+        divisor = number_at(normaliser, 0, number(zero, 1.0))
+        mean = div(total, divisor)
+        if divisor == zero:  # nothing counts: NaN, as 0 / 0 is, even where smoothing has left something to divide
+            mean = number(zero, math.nan)
+        store(result, 0, mean)
 
 
 def find_bad_label_rows(rows, labels, bad_row, bad_label, ignore_index):

@@ -1,0 +1,99 @@
+"""Every public operation with arguments for it, for the tests that hold for all of them alike."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+import gpusoftmax
+from tests import inputs
+
+
+class Call(NamedTuple):
+    """`function(*arrays)`; `rows` names the arguments of shape (..., n_cols), the others have one number per row."""
+
+    function: Callable
+    rows: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    takes_out: bool = True
+    per_row: bool = False  # the result has one number per row
+
+    @property
+    def arguments(self):
+        return (*self.rows, *self.others)
+
+
+CALLS = {
+    "softmax": Call(gpusoftmax.softmax, ("x",)),
+    "softmax_backward": Call(gpusoftmax.softmax_backward, ("probs", "dprobs")),
+    "log_softmax": Call(gpusoftmax.log_softmax, ("x",)),
+    "log_softmax_backward": Call(gpusoftmax.log_softmax_backward, ("log_probs", "dlog_probs")),
+    "logsumexp": Call(gpusoftmax.logsumexp, ("x",), per_row=True),
+    "cross_entropy": Call(
+        partial(gpusoftmax.cross_entropy, reduction="none"), ("logits",), ("target",), takes_out=False, per_row=True
+    ),
+    "cross_entropy_with_grad": Call(gpusoftmax.cross_entropy_with_grad, ("logits",), ("target",)),
+}
+# Those whose `out` has the shape of the logits: it may be an argument itself.
+IN_PLACE = [
+    (name, argument) for name, call in CALLS.items() if call.takes_out and not call.per_row for argument in call.rows
+]
+
+
+def arguments(name, shape, dtype, seed=0):
+    """NumPy arrays for each argument of a call, by name, in the order in which they are passed."""
+    x = inputs.make("spread", shape, dtype, seed)
+    gradient = inputs.make("peaked", shape, dtype, seed + 1)
+    made = {
+        "x": x,
+        "logits": x,
+        "probs": np.asarray(gpusoftmax.softmax(x)),
+        "dprobs": gradient,
+        "log_probs": np.asarray(gpusoftmax.log_softmax(x)),
+        "dlog_probs": gradient,
+        "target": inputs.targets(int(np.prod(shape[:-1])), shape[-1], share_ignored=0.2, seed=seed).reshape(shape[:-1]),
+    }
+    return {argument: made[argument] for argument in CALLS[name].arguments}
+
+
+def same_bits(one, two):
+    """Results, or tuples of results, that agree in shape, dtype and every bit."""
+    if isinstance(one, tuple):
+        return len(one) == len(two) and all(same_bits(*pair) for pair in zip(one, two, strict=True))
+    one, two = np.asarray(one), np.asarray(two)
+    return one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()
+
+
+def reshaped(result, shape):
+    """Results brought to (*shape, -1), or to `shape` where they have one number per row; scalars as they are."""
+    if isinstance(result, tuple):
+        return tuple(reshaped(part, shape) for part in result)
+    result = np.asarray(result)
+    n_rows = int(np.prod(shape))
+    if result.ndim == 0:
+        return result
+    return result.reshape(shape) if result.size == n_rows else result.reshape(*shape, result.size // n_rows)
+
+
+class Untouched:
+    """The buffer behind a NumPy view: asserts at the end that no byte of it (`but_view`: outside the view) changed."""
+
+    def __init__(self, view, but_view=False):
+        root = view
+        while getattr(root, "base", None) is not None:
+            root = root.base
+        self.root, self.view, self.but_view = np.asarray(root), view, but_view
+
+    def __enter__(self):
+        self.before, self.values = self.root.tobytes(), self.view.copy()
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            if self.but_view:
+                result = self.view.copy()
+                self.view[...] = self.values
+            assert self.root.tobytes() == self.before, "bytes outside the result changed"
+            if self.but_view:
+                self.view[...] = result

@@ -1,0 +1,477 @@
+"""torch tensors: tensors in, tensors out, of any strides; the results of torch where torch is exact enough to say."""
+
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpusoftmax
+from tests import inputs, tolerances
+from tests.calls import CALLS, IN_PLACE, arguments
+
+TENSORS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+F32 = np.dtype(np.float32)
+X = inputs.make("spread", (3, 40), F32)
+ROW_OPS = [gpusoftmax.softmax, gpusoftmax.log_softmax, gpusoftmax.logsumexp]
+
+
+def tensor(array):
+    """A tensor with the values of a NumPy array, in memory of its own; bfloat16 by its bits."""
+    array = np.array(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def values(t):
+    t = t.detach().contiguous()
+    if t.dtype == torch.bfloat16:
+        return t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return t.numpy()
+
+
+def same_bits(one, two):
+    if isinstance(one, tuple):
+        return all(same_bits(*pair) for pair in zip(one, two, strict=True))
+    return one.dtype == two.dtype and one.shape == two.shape and values(one).tobytes() == values(two).tobytes()
+
+
+def tensors(name, dtype=F32, shape=(6, 40)):
+    return {argument: tensor(array) for argument, array in arguments(name, shape, dtype).items()}
+
+
+def run(program, **environment):
+    """A program that may crash, in a process of its own."""
+    program = "import torch, gpusoftmax\n" + textwrap.dedent(program) + "\nprint('done')"
+    environment = {**os.environ, **environment}
+    completed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert completed.stdout == "done\n", (completed.returncode, completed.stderr)
+
+
+# ---------------------------------------------------------------- kinds and layouts
+
+
+@pytest.mark.parametrize("dtype", TENSORS)
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_in_tensors_out(name, dtype):
+    arrays = arguments(name, (6, 40), dtype)
+    placed = [tensor(array) for array in arrays.values()]
+    before = [values(t).tobytes() for t in placed]
+    result, expected = CALLS[name].function(*placed), CALLS[name].function(*arrays.values())
+    results = result if isinstance(result, tuple) else (result,)
+    for got, want in zip(results, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        assert type(got) is torch.Tensor and got.device.type == "cpu" and not got.requires_grad
+        assert values(got).tobytes() == np.asarray(want).tobytes() and tuple(got.shape) == np.shape(want)
+        assert got.dtype == (torch.float32 if CALLS[name].per_row and dtype != "float64" else got.dtype)
+    assert results[-1].dtype == (TENSORS[dtype] if not CALLS[name].per_row else results[-1].dtype)
+    assert [values(t).tobytes() for t in placed] == before
+
+
+def layouts(t):
+    """(name, tensor): the same values in other strides. torch knows no negative ones."""
+    rows, cols = t.shape
+    wide = torch.full((rows + 2, cols + 5), 7, dtype=t.dtype)
+    wide[1:-1, 2:-3] = t
+    twice = torch.full((2 * rows, 2 * cols), 7, dtype=t.dtype)
+    twice[1::2, ::2] = t
+    yield "transposed", t.t().contiguous().t()
+    yield "slice", wide[1:-1, 2:-3]
+    yield "step", twice[1::2, ::2]
+    yield "as_strided", t.flatten().as_strided((rows, cols), (cols, 1))
+    yield "odd offset", torch.cat([t.new_zeros(1), t.flatten()])[1:].view(rows, cols)
+    yield "view of bytes", t.clone().view(torch.uint8).view(t.dtype)
+    yield "permuted", t.reshape(2, rows // 2, cols).permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    yield "channels last", t.reshape(rows, cols, 1, 1).contiguous(memory_format=torch.channels_last)
+    yield "size-1 axes", t.clone().as_strided((1, rows, 1, cols), (999, cols, 7, 1))
+
+
+@pytest.mark.parametrize("dtype", TENSORS)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+def test_strides(name, dtype):
+    t = tensors(name, dtype)["x"]
+    for layout, view in layouts(t):
+        axis = 1 if layout == "channels last" else -1
+        before = view.clone()
+        result = CALLS[name].function(view, axis)
+        assert same_bits(result, CALLS[name].function(view.contiguous().clone(), axis)), layout
+        assert same_bits(view, before)
+    for row in (t[:1].expand(6, 40), t[:, :1].expand(6, 40), t[0, 0].expand(6, 40), t[:1].expand(2, 3, 40)):
+        assert same_bits(CALLS[name].function(row), CALLS[name].function(row.contiguous()))
+
+
+@pytest.mark.parametrize("name", ["softmax_backward", "log_softmax_backward"])
+def test_gradients_as_autograd_hands_them_on(name):
+    probs, gradient = tensors(name).values()
+    for upstream in (
+        torch.tensor(0.3).expand(6, 40),
+        gradient[:1].expand(6, 40),
+        gradient[:, :1].expand(6, 40),
+        gradient.t().contiguous().t(),
+    ):
+        assert same_bits(CALLS[name].function(probs, upstream), CALLS[name].function(probs, upstream.contiguous()))
+
+
+def test_lazily_negated_tensors():
+    """z.conj().imag is the imaginary part with a note to negate it, which only torch can read."""
+    z = torch.complex(tensor(X), -2 * tensor(X))
+    negated = z.conj().imag
+    assert negated.is_neg()
+    assert same_bits(gpusoftmax.softmax(negated), gpusoftmax.softmax(2 * tensor(X)))
+    assert same_bits(negated, -2 * -tensor(X))
+
+
+def test_lazily_negated_outputs():
+    """Refused or written, never written somewhere else."""
+    program = """
+        x = torch.arange(120.0).view(3, 40)
+        out = torch.zeros(3, 40, dtype=torch.complex64).conj().imag
+        assert out.is_neg()
+        try:
+            gpusoftmax.softmax(x, out=out)
+        except (TypeError, ValueError) as error:
+            assert str(error).startswith("out "), error
+        else:
+            assert torch.equal(out.resolve_neg(), gpusoftmax.softmax(x))
+    """
+    run(program)
+
+
+def test_one_number():
+    for t in (torch.tensor(2.0), torch.tensor(2.0, dtype=torch.bfloat16)):
+        for function, expected in zip(ROW_OPS, (1, 0, 2), strict=True):
+            result = function(t)
+            assert type(result) is torch.Tensor and result.shape == () and result == expected
+    assert gpusoftmax.cross_entropy(tensor(X), torch.tensor([1, 2, 3])).shape == ()
+    assert gpusoftmax.cross_entropy(tensor(X[0]), torch.tensor(3), reduction="none").shape == ()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), (2, 0, 3)])
+def test_empty(shape):
+    t = torch.empty(shape)
+    assert gpusoftmax.softmax(t).shape == shape and gpusoftmax.log_softmax(t, out=torch.empty(shape)).shape == shape
+    assert torch.equal(gpusoftmax.logsumexp(t), torch.logsumexp(t, -1))
+
+
+def test_tensors_that_share_memory_with_numpy():
+    array = X.copy()
+    t = torch.from_numpy(array)
+    assert gpusoftmax.softmax(t, out=t) is t
+    assert array.tobytes() == gpusoftmax.softmax(X).tobytes()
+
+
+# ---------------------------------------------------------------- out and dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, "float64", np.float64, torch.bfloat16, torch.half])
+def test_dtype(dtype):
+    expected = {"float64": torch.float64}.get(np.dtype(dtype).name if not isinstance(dtype, torch.dtype) else "", dtype)
+    for function in ROW_OPS:
+        result = function(tensor(X), dtype=dtype)
+        assert result.dtype == expected
+        out = torch.empty_like(result)
+        assert function(tensor(X), out=out) is out
+        assert same_bits(out, result)
+        with pytest.raises(TypeError, match="^dtype is float32 but out has dtype"):
+            function(tensor(X), dtype=torch.float32, out=out)
+    for wrong in (torch.int64, torch.float8_e4m3fn, torch.complex64, torch.bool):
+        with pytest.raises(TypeError, match=r"^dtype is torch\..*, expected one of"):
+            gpusoftmax.softmax(tensor(X), dtype=wrong)
+
+
+def test_out_of_any_strides():
+    t = tensors("softmax")["x"]
+    expected = gpusoftmax.softmax(t)
+    for layout, out in layouts(torch.full_like(t, 7)):
+        axis = 1 if layout == "channels last" else -1
+        storage = out.untyped_storage()
+        before, view = bytes(storage), out.clone()
+        assert gpusoftmax.softmax(t.reshape(out.shape), axis, out=out) is out
+        assert same_bits(out.reshape(6, 40), expected), layout
+        out.copy_(view)
+        assert bytes(storage) == before, layout
+
+
+@pytest.mark.parametrize(("name", "argument"), IN_PLACE)
+def test_in_place(name, argument):
+    placed = tensors(name)
+    expected = CALLS[name].function(*placed.values())
+    result = CALLS[name].function(*placed.values(), out=placed[argument])
+    assert (result[1] if isinstance(result, tuple) else result) is placed[argument]
+    assert same_bits(result, expected)
+
+
+def test_bad_outputs():
+    t = tensor(X)
+    storage = torch.zeros(300)
+    for out, kind, message in (
+        (torch.zeros(1, 40).expand(3, 40), ValueError, "^out .* its elements overlap"),
+        (torch.zeros(3, 41), ValueError, r"^out has shape \(3, 41\), expected \(3, 40\)"),
+        (torch.zeros(3, 40, dtype=torch.int32), TypeError, "^out has dtype int32"),
+        (torch.zeros(3, 40, device="meta"), TypeError, "^out is on device meta"),
+        (torch.zeros(3, 40, requires_grad=True), TypeError, "^out is a tensor that requires grad"),
+        (torch.zeros(3, 40).to_sparse(), TypeError, "^out has layout torch.sparse_coo"),
+        (np.zeros((3, 40), F32), TypeError, "a torch array on the CPU and out is a NumPy array on the CPU"),
+        (storage[40:160].view(3, 40), ValueError, "^out overlaps x in part"),
+    ):
+        x = storage[:120].view(3, 40) if kind is ValueError and "overlaps x" in message else t
+        with pytest.raises(kind, match=message):
+            gpusoftmax.softmax(x, out=out)
+    assert not storage.any()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_tensors_that_require_grad():
+    """No gradient is recorded, so such a tensor is refused, and never detached in silence."""
+    for name in CALLS:
+        for argument in CALLS[name].rows:
+            placed = tensors(name)
+            placed[argument].requires_grad_()
+            with pytest.raises(TypeError) as raised:
+                CALLS[name].function(*placed.values())
+            message = str(raised.value)
+            assert message.startswith(f"{argument} is a tensor that requires grad")
+            assert "gpusoftmax.torch" in message and f"{argument}.detach()" in message
+            expected = CALLS[name].function(*(t.detach() for t in placed.values()))
+            for context in (torch.no_grad(), torch.inference_mode()):
+                with context:
+                    result = CALLS[name].function(*placed.values())
+                assert same_bits(result, expected)
+    weight = torch.ones(40, requires_grad=True)
+    with pytest.raises(TypeError, match="^weight is a tensor that requires grad"):
+        gpusoftmax.cross_entropy(tensor(X), torch.tensor([1, 2, 3]), weight)
+    with pytest.raises(TypeError, match="^x is a tensor that requires grad"):
+        gpusoftmax.softmax(torch.nn.Parameter(tensor(X)))
+    hidden = torch.nn.Linear(40, 5)(tensor(X))  # not a leaf
+    with pytest.raises(TypeError, match="^x is a tensor that requires grad"):
+        gpusoftmax.softmax(hidden)
+    with torch.inference_mode():
+        made_there = tensor(X) * 1
+    assert same_bits(gpusoftmax.softmax(made_there), gpusoftmax.softmax(tensor(X)))
+
+
+REFUSED = {
+    "int64": (lambda: torch.ones(3, 4, dtype=torch.int64), "^x has dtype int64, expected one of"),
+    "bool": (lambda: torch.ones(3, 4, dtype=torch.bool), "^x has dtype bool"),
+    "complex": (lambda: torch.ones(3, 4, dtype=torch.complex64), "^x has dtype complex64"),
+    "float8": (lambda: torch.ones(3, 4).to(torch.float8_e4m3fn), "^x has dtype float8_e4m3fn"),
+    "sparse": (lambda: torch.ones(3, 4).to_sparse(), r"^x has layout torch.sparse_coo, .* \.to_dense\(\)"),
+    "csr": (lambda: torch.ones(3, 4).to_sparse_csr(), r"^x has layout torch.sparse_csr, .* \.to_dense\(\)"),
+    "meta": (lambda: torch.ones(3, 4, device="meta"), "^x is on device meta, expected cpu or cuda"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    make, message = REFUSED[case]
+    for function in ROW_OPS:
+        with pytest.raises(TypeError, match=message):
+            function(make())
+
+
+def test_mixed_with_numpy():
+    t, labels = tensor(X), np.array([1, 2, 3])
+    torch_, numpy = "a torch array on the CPU", "a NumPy array on the CPU"
+    for call, one, two in (
+        (lambda: gpusoftmax.softmax(X, out=t), numpy, f"out is {torch_}"),
+        (lambda: gpusoftmax.softmax_backward(t, X), f"probs is {torch_}", f"dprobs is {numpy}"),
+        (lambda: gpusoftmax.log_softmax_backward(X, t), f"log_probs is {numpy}", f"dlog_probs is {torch_}"),
+        (lambda: gpusoftmax.cross_entropy(t, labels), f"logits is {torch_}", f"target is {numpy}"),
+        (lambda: gpusoftmax.cross_entropy(t, [1, 2, 3]), f"logits is {torch_}", f"target is {numpy}"),
+        (lambda: gpusoftmax.cross_entropy(X, torch.from_numpy(labels)), f"logits is {numpy}", f"target is {torch_}"),
+        (lambda: gpusoftmax.cross_entropy(t, torch.from_numpy(labels), X[0]), torch_, f"weight is {numpy}"),
+    ):
+        with pytest.raises(TypeError, match="expected both from one library on one device") as raised:
+            call()
+        assert one in str(raised.value) and two in str(raised.value)
+
+
+def test_labels_that_are_no_indices():
+    for labels in (torch.zeros(3), torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bfloat16)):
+        with pytest.raises(TypeError, match="^target has dtype .*, expected an integer dtype"):
+            gpusoftmax.cross_entropy(tensor(X), labels)
+    with pytest.raises(TypeError, match="^target has dtype float32"):  # torch's class probabilities
+        gpusoftmax.cross_entropy(tensor(X), tensor(X).softmax(-1))
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint64):
+        labels = torch.tensor([39, 0, 7], dtype=dtype)
+        assert same_bits(
+            gpusoftmax.cross_entropy(tensor(X), labels), gpusoftmax.cross_entropy(tensor(X), torch.tensor([39, 0, 7]))
+        )
+    with pytest.raises(IndexError, match=r"^target\[1\] \(counted in C order\) is 40"):
+        gpusoftmax.cross_entropy(tensor(X), torch.tensor([0, 40, -1]))
+
+
+def test_tensors_without_memory():
+    """Traced and fake tensors: an error that says so, not a read of address 0. In a process of its own."""
+    program = """
+        import warnings
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        warnings.simplefilter("ignore")
+        with FakeTensorMode():
+            fake = torch.zeros(3, 4)
+        def under_vmap():
+            torch.func.vmap(gpusoftmax.softmax)(torch.zeros(3, 4))
+        for call in (lambda: gpusoftmax.softmax(fake), under_vmap):
+            try:
+                call()
+            except TypeError as error:
+                assert str(error).startswith("x "), error
+            else:
+                raise AssertionError("no error")
+    """
+    run(program)
+
+
+# ---------------------------------------------------------------- torch's samples and torch's answers
+
+S, M = 5, 10
+SOFTMAX_SAMPLES = [((S,), 0), ((S, S), 0), ((S, S), 1), ((S, S), -1), ((S, M, S), 2), ((S, M, S), 1), ((S, M, S), -3)]
+SOFTMAX_SAMPLES += [((S, 0, 0), -1), ((), 0), ((), -1), ((1,), 0), ((S, 1), 1), ((2, S, 1, M), 3), ((2, 3, 4, 5), 1)]
+LOGSUMEXP_SAMPLES = [((), 0), ((S, S), 1), ((S, S), -2), ((S, S), (0, 1)), ((S, M, S), (0, 2)), ((2, 3, 4, 5), (-1, 1))]
+
+
+def sample(shape, dtype=torch.float32, low=-9.0, high=9.0):
+    return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=torch.manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TENSORS)
+def test_torch_agrees_on_softmax(dtype):
+    for shape, axis in SOFTMAX_SAMPLES:
+        x = sample(shape, TENSORS[dtype])
+        for ours, theirs in ((gpusoftmax.softmax, torch.softmax), (gpusoftmax.log_softmax, torch.log_softmax)):
+            exact = theirs(x.double(), axis)  # torch sums half types in half precision along some axes
+            torch.testing.assert_close(ours(x, axis), exact.to(x.dtype))
+            if dtype == "float32":
+                torch.testing.assert_close(ours(x, axis, dtype=torch.float64), theirs(x, axis, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", TENSORS)
+def test_torch_agrees_on_logsumexp(dtype):
+    for (shape, axis), keepdims in itertools.product(LOGSUMEXP_SAMPLES, (False, True)):
+        x = sample(shape, TENSORS[dtype])
+        expected = torch.logsumexp(x.to(torch.float64), axis, keepdim=keepdims)
+        lse = gpusoftmax.logsumexp(x, axis, keepdims=keepdims)
+        torch.testing.assert_close(lse, expected.to(lse.dtype))
+
+
+SPECIAL = [
+    [float("-inf")] * 4,
+    [float("-inf"), 0.0, float("-inf"), 1.0],
+    [float("inf"), 0.0, 1.0, 2.0],
+    [float("nan"), 0.0, 1.0, 2.0],
+    [float("inf"), float("-inf"), 0.0, 0.0],
+    [float("inf"), float("nan"), 0.0, 0.0],
+    [3e38, -3e38, 3e38, 0.0],
+]
+
+
+def test_torch_agrees_on_special_values():
+    x = torch.tensor(SPECIAL)
+    torch.testing.assert_close(gpusoftmax.softmax(x), torch.softmax(x, -1), equal_nan=True)
+    torch.testing.assert_close(gpusoftmax.logsumexp(x), torch.logsumexp(x, -1), equal_nan=True)
+    ours, theirs = gpusoftmax.log_softmax(x), torch.log_softmax(x, -1)
+    usual = torch.isfinite(torch.logsumexp(x, -1))  # a row with +inf is NaN here, in torch partly -inf
+    torch.testing.assert_close(ours[usual], theirs[usual])
+    assert ours[~usual].isnan().all()
+
+
+def test_torch_agrees_on_gradients():
+    x = sample((4, 7)).requires_grad_()
+    upstream = sample((4, 7), low=-1, high=1)
+    for forward, backward in (
+        (torch.softmax, gpusoftmax.softmax_backward),
+        (torch.log_softmax, gpusoftmax.log_softmax_backward),
+    ):
+        for temperature in (1.0, 0.7):
+            result = forward(x / temperature, -1)
+            (expected,) = torch.autograd.grad(result, x, upstream)
+            torch.testing.assert_close(
+                backward(result.detach(), upstream, temperature=temperature), expected, rtol=1e-5, atol=1e-6
+            )
+
+
+CROSS_ENTROPY_SHAPES = [(2, 3), (3, 5, 2), (2, 3, 4, 5), (2, 4, 2, 1, 3)]  # torch's layout (N, C, d1, ...)
+OPTIONS = list(itertools.product(("none", "mean", "sum"), (0.0, 0.1, 1.0), ("no weight", "weight"), (-100, 1)))
+
+
+@pytest.mark.parametrize("shape", CROSS_ENTROPY_SHAPES, ids=str)
+def test_torch_agrees_on_cross_entropy(shape):
+    """Loss and gradient, over every combination of the options that both have."""
+    n_classes, generator = shape[1], torch.manual_seed(1)
+    for number, (reduction, smoothing, weighted, ignored) in enumerate(OPTIONS):
+        logits = 3 * torch.randn(shape, generator=generator)
+        if number % 2:  # the classes lie together
+            logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+        labels = torch.randint(0, n_classes, (shape[0], *shape[2:]), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) < 0.3] = ignored
+        labels.view(-1)[0] = 0  # not every row is ignored
+        weight = None if weighted == "no weight" else torch.rand(n_classes, generator=generator) + 0.5
+        options = {"reduction": reduction, "label_smoothing": smoothing, "ignore_index": ignored}
+        exact = logits.double().requires_grad_()
+        expected = F.cross_entropy(exact, labels, None if weight is None else weight.double(), **options)
+        (gradient,) = torch.autograd.grad(expected.sum(), exact)
+        loss, dlogits = gpusoftmax.cross_entropy_with_grad(logits, labels, weight, axis=1, **options)
+        close = {"rtol": 2e-6, "atol": 2e-6}
+        torch.testing.assert_close(loss, expected.detach().float(), **close)
+        torch.testing.assert_close(dlogits, gradient.float(), **close)
+        assert same_bits(loss, gpusoftmax.cross_entropy(logits, labels, weight, axis=1, **options))
+        tolerances.check_loss(values(loss), values(logits), values(labels), _numpy(weight), axis=1, **options)
+        tolerances.check_dlogits(values(dlogits), values(logits), values(labels), _numpy(weight), axis=1, **options)
+
+
+def _numpy(weight):
+    return None if weight is None else weight.numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_torch_agrees_on_cross_entropy_of_other_dtypes(dtype):
+    logits = sample((6, 40), TENSORS[dtype])
+    labels = torch.tensor([0, 39, 3, -100, 7, 7])
+    expected = F.cross_entropy(logits.double(), labels, reduction="none")
+    loss = gpusoftmax.cross_entropy(logits, labels, reduction="none")
+    assert loss.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    torch.testing.assert_close(loss, expected.to(loss.dtype))
+
+
+def test_torch_agrees_on_edge_cases_of_cross_entropy():
+    """One row without a batch, everything ignored, weights of 0, a label with probability 0."""
+    row = sample((5,))
+    torch.testing.assert_close(gpusoftmax.cross_entropy(row, torch.tensor(2)), F.cross_entropy(row, torch.tensor(2)))
+    x, ignored = sample((3, 5)), torch.full((3,), -100)
+    for reduction in ("none", "sum", "mean"):
+        ours = gpusoftmax.cross_entropy(x, ignored, reduction=reduction)
+        torch.testing.assert_close(ours, F.cross_entropy(x, ignored, reduction=reduction), equal_nan=True)
+    weight, labels = torch.tensor([0.0, 1, 1, 1, 1]), torch.zeros(3, dtype=torch.long)
+    ours, theirs = gpusoftmax.cross_entropy(x, labels, weight), F.cross_entropy(x, labels, weight)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert ours.isnan()
+    x[0, 0] = float("-inf")
+    torch.testing.assert_close(
+        gpusoftmax.cross_entropy(x, labels, reduction="none"), F.cross_entropy(x, labels, reduction="none")
+    )
+    empty = torch.empty(0, 5), torch.empty(0, dtype=torch.long)
+    for reduction in ("none", "sum", "mean"):
+        ours = gpusoftmax.cross_entropy(*empty, reduction=reduction)
+        torch.testing.assert_close(ours, F.cross_entropy(*empty, reduction=reduction), equal_nan=True)
+
+
+def test_labels_with_three_strides():
+    """They are copied; the copy lives as long as it is read. Freed memory is overwritten at once here."""
+    program = """
+        labels = torch.randint(0, 9, (12, 14, 10)).permute(2, 0, 1)[::2, ::2]
+        logits = torch.randn((*labels.shape, 9))
+        expected = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), labels)
+        torch.testing.assert_close(gpusoftmax.cross_entropy(logits, labels), expected)
+    """
+    run(program, MALLOC_PERTURB_="165")

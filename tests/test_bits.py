@@ -1,0 +1,267 @@
+"""The bits of a row depend on that row alone: not on its batch, its place in memory, threads, schedules or the time.
+
+Of the logits' values nothing is asked here but that they make every rounding count; what the results should be is
+asked elsewhere. Layouts of short rows are in test_layouts.py.
+"""
+
+import numba
+import numpy as np
+import pytest
+
+import gpusoftmax
+from gpusoftmax.kernels.cpu import parallel
+from tests import inputs
+from tests.conftest import Emulated
+from tests.emulator import emulated_gpu
+
+# Each takes logits, a gradient of their shape and one label per row, and returns a tuple of arrays of rows.
+OPERATIONS = {
+    "softmax": lambda x, g, y: (gpusoftmax.softmax(x),),
+    "softmax_backward": lambda x, g, y: (gpusoftmax.softmax_backward(x, g),),
+    "log_softmax": lambda x, g, y: (gpusoftmax.log_softmax(x),),
+    "log_softmax_backward": lambda x, g, y: (gpusoftmax.log_softmax_backward(x, g),),
+    "logsumexp": lambda x, g, y: (gpusoftmax.logsumexp(x),),
+    "cross_entropy": lambda x, g, y: gpusoftmax.cross_entropy_with_grad(
+        x, y, reduction="none", label_smoothing=0.1, validate=False
+    ),
+}
+# dtype, n_cols, n_rows: every dtype; less than a warp, a part of a block, two chunks of the GPU and three of the CPU.
+KINDS = [("float32", 31, 64), ("float16", 300, 7), ("float64", 33, 7), ("bfloat16", 4097, 4)]
+
+
+def make(n_rows, n_cols, dtype):
+    """Logits, gradient and labels. The logits serve as (log-)probabilities too: bits need no sensible values."""
+    logits = inputs.make("spread", (n_rows, n_cols), dtype, seed=n_cols)
+    gradient = inputs.make("peaked", (n_rows, n_cols), dtype, seed=1)
+    return logits, gradient, inputs.targets(n_rows, n_cols)
+
+
+def run(target, name, *arrays):
+    return tuple(np.asarray(part) for part in target.get(OPERATIONS[name](*map(target.array, arrays))))
+
+
+def bits(results, rows=np.s_[:]):
+    return [part[rows].tobytes() for part in results]
+
+
+# ---------------------------------------------------------------- batch and neighbours
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(("dtype", "n_cols", "n_rows"), KINDS)
+def test_batch(target, name, dtype, n_cols, n_rows):
+    """A row alone, first, in the middle or last in batches of 2, 3, 4, 7 and 64."""
+    arrays = make(n_rows, n_cols, dtype)
+    results = run(target, name, *arrays)
+    for first, last in ((0, 1), (n_rows - 1, n_rows), (1, 3), (n_rows // 2 - 1, n_rows // 2 + 2), (2, min(9, n_rows))):
+        part = run(target, name, *(array[first:last] for array in arrays))
+        assert bits(part) == bits(results, np.s_[first:last])
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+def test_batch_around_the_chunks_of_the_cpu(dtype):
+    """2048 columns go through its buffer at a time, 16 or 32 of them in a strip of vectors."""
+    for n_cols in (15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 4095, 4096, 4097):
+        arrays = make(7, n_cols, dtype)
+        for name in OPERATIONS:
+            results = run_on_cpu(name, *arrays)
+            for first, last in ((0, 1), (4, 5), (6, 7), (2, 5)):
+                part = run_on_cpu(name, *(array[first:last] for array in arrays))
+                assert bits(part) == bits(results, np.s_[first:last]), (name, n_cols)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_neighbours(target, name):
+    """Every other row turns into something that must be handled apart."""
+    logits, gradient, labels = make(9, 300, "float32")
+    clean = run(target, name, logits, gradient, labels)
+    logits, gradient, labels = logits.copy(), gradient.copy(), labels.copy()
+    logits[1], logits[3], logits[5, 150] = np.nan, np.inf, -np.inf
+    logits[7] *= 1000
+    gradient[1], gradient[3], labels[5], labels[7] = np.inf, np.nan, 10**9, -100
+    results = run(target, name, logits, gradient, labels)
+    assert bits(results, np.s_[::2]) == bits(clean, np.s_[::2])
+    assert bits(results, np.s_[1::2]) != bits(clean, np.s_[1::2])
+
+
+# ---------------------------------------------------------------- memory
+
+
+def placed(array, offset, gap):
+    """The rows of an array, `offset` elements behind a 16-byte boundary and `gap` elements apart; NaN around them."""
+    n_rows, n_cols = array.shape
+    itemsize = array.dtype.itemsize
+    raw = np.full((n_rows * (n_cols + gap) + offset) * itemsize + 32, 0xFF, np.uint8)
+    start = -raw.ctypes.data % 16 + offset * itemsize
+    rows = raw[start : start + n_rows * (n_cols + gap) * itemsize].view(array.dtype).reshape(n_rows, n_cols + gap)
+    rows[:, :n_cols] = array
+    return rows[:, :n_cols]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "n_cols", "per_vector"), [("float16", 300, 8), ("bfloat16", 4097, 8), ("float64", 33, 2)]
+)
+def test_alignment_and_row_stride(target, name, dtype, n_cols, per_vector):
+    """16-byte accesses are possible in all rows, in none or in some."""
+    logits, gradient, labels = make(4, n_cols, dtype)
+    expected = run(target, name, logits, gradient, labels)
+    for offset, gap in ((0, -n_cols % per_vector), (1, -n_cols % per_vector), (per_vector - 1, 3)):
+        x, g = placed(logits, offset, gap), placed(gradient, offset, gap)
+        assert bits(run(target, name, x, g, labels)) == bits(expected), f"offset {offset}, gap {gap}"
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax_backward", "log_softmax", "log_softmax_backward"])
+@pytest.mark.parametrize(("dtype", "n_cols"), [("float16", 300), ("bfloat16", 4097)])
+def test_alignment_of_the_result(target, name, dtype, n_cols):
+    """Reads and writes choose their widths apart from each other."""
+    logits, gradient, _ = make(4, n_cols, dtype)
+    backward = name.endswith("backward")
+    arrays = [target.array(array) for array in ((logits, gradient) if backward else (logits,))]
+    function = getattr(gpusoftmax, name)
+    expected = target.get(function(*arrays))
+    for offset, gap in ((1, 0), (0, 3), (0, -n_cols % 8)):
+        out = target.array(placed(np.zeros_like(logits), offset, gap))
+        function(*arrays, out=out)
+        assert target.get(out).tobytes() == expected.tobytes(), f"offset {offset}, gap {gap}"
+    place = target.array(logits.copy())
+    assert target.get(function(place, *arrays[1:], out=place)).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_column_stride(target, name):
+    """Contiguous rows, every other column of an array, or rows that are columns of one; the axis is always the last."""
+    arrays = make(4, 4097, "bfloat16")
+    expected = run(target, name, *arrays)
+    spread_out = [np.repeat(array, 2, axis=1)[:, ::2] for array in arrays[:2]]
+    assert bits(run(target, name, *spread_out, arrays[2])) == bits(expected)
+    columns = [np.asfortranarray(array) for array in arrays[:2]]
+    assert bits(run(target, name, *columns, arrays[2])) == bits(expected)
+
+
+# ---------------------------------------------------------------- one row, several operations
+
+
+@pytest.mark.parametrize("family", sorted(inputs.FAMILIES))
+def test_log_softmax_at_the_target_is_minus_the_loss(target, family):
+    """Also where losses are tiny (confident) and where they are infinite (masked, huge)."""
+    for n_cols in (31, 4099):
+        logits = inputs.make(family, (4, n_cols), np.float32)
+        labels = np.array([0, n_cols - 1, *inputs.targets_at_max(logits)[2:]])
+        x, y = target.array(logits), target.array(labels)
+        loss = target.get(gpusoftmax.cross_entropy(x, y, reduction="none"))
+        log_probs = target.get(gpusoftmax.log_softmax(x))
+        assert log_probs[np.arange(4), labels].tobytes() == (-loss).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_log_softmax_at_the_target_is_minus_the_loss_in_other_dtypes(dtype):
+    """For results of one dtype: half types have float32 losses."""
+    logits = inputs.every_family(2, 4099, dtype)
+    labels = inputs.targets(*logits.shape)
+    loss = gpusoftmax.cross_entropy(logits, labels, reduction="none")
+    log_probs = gpusoftmax.log_softmax(logits, dtype=loss.dtype)
+    assert log_probs[np.arange(len(labels)), labels].tobytes() == (-loss).tobytes()
+
+
+def test_a_weight_of_one_and_a_smoothing_of_zero_change_no_bit(target):
+    logits, _, labels = make(4, 300, "float32")
+    x, y = target.array(logits), target.array(labels)
+    plain = target.get(gpusoftmax.cross_entropy_with_grad(x, y, reduction="none"))
+    ones = target.array(np.ones(300, np.float32))
+    weighted = target.get(gpusoftmax.cross_entropy_with_grad(x, y, ones, reduction="none", label_smoothing=0.0))
+    assert bits(map(np.asarray, plain)) == bits(map(np.asarray, weighted))
+
+
+# ---------------------------------------------------------------- who computes it, and when
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_repetition(target, name):
+    arrays = make(4, 300, "float32")
+    first = bits(run(target, name, *arrays))
+    for _ in range(100 if target.name == "cpu" else 3):
+        assert bits(run(target, name, *arrays)) == first
+
+
+@pytest.fixture
+def numba_threads():
+    """The number of threads that Numba had before the test is the one it has afterwards."""
+    before = numba.get_num_threads()
+    yield before
+    numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_number_of_threads(numba_threads, reduction):
+    """With enough logits for all of Numba's threads (and too many for one)."""
+    n_rows = numba_threads * parallel.LOGITS_PER_THREAD // 1000 + 3
+    arrays = make(n_rows, 1000, "float32")
+    x, _, y = arrays
+
+    def everything():
+        results = [run_on_cpu(name, *arrays) for name in OPERATIONS]
+        return [bits(result) for result in results] + [
+            np.asarray(part).tobytes() for part in gpusoftmax.cross_entropy_with_grad(x, y, reduction=reduction)
+        ]
+
+    expected = everything()
+    for n_threads in range(1, numba_threads + 1):
+        numba.set_num_threads(n_threads)
+        assert everything() == expected
+
+
+def run_on_cpu(name, *arrays):
+    return tuple(np.asarray(part) for part in OPERATIONS[name](*arrays))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("n_parts", [2, 3, 7])  # 11 rows in parts of different size
+def test_parts(monkeypatch, name, n_parts):
+    """However many cores there are: the rows are cut into parts, and each part is one thread's."""
+    arrays = make(11, 2049, "bfloat16")
+    expected = bits(run_on_cpu(name, *arrays))
+    submitted = []
+    pool = parallel._pool()
+    monkeypatch.setattr(parallel, "LOGITS_PER_THREAD", 1)
+    monkeypatch.setattr(parallel, "_thread_count", lambda: n_parts)
+    monkeypatch.setattr(pool, "submit", lambda *call: (submitted.append(call), type(pool).submit(pool, *call))[1])
+    assert bits(run_on_cpu(name, *arrays)) == expected
+    assert len(submitted) == n_parts - 1
+
+
+def on_gpu(name, arrays, arch="sm_90", **options):
+    with emulated_gpu(arch, track=False, **options) as gpu:
+        return bits(run(Emulated(gpu), name, *arrays))
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "softmax_backward", "cross_entropy"])  # all reductions of the kernels
+def test_schedule_of_warps_and_blocks(name):
+    """Two chunks and eight warps per row, whose order is drawn anew with each seed."""
+    arrays = make(2, 4200, "float32")
+    expected = on_gpu(name, arrays)
+    for seed in (1, 2):
+        assert on_gpu(name, arrays, seed=seed) == expected
+
+
+def test_schedule_of_the_sums_over_rows():
+    """mean and sum add up in an order that the number of rows alone decides."""
+    logits, _, labels = make(96, 3, "float32")
+    results = set()
+    for seed in (None, 1, 2):
+        with emulated_gpu("sm_90", seed=seed, track=False, max_lanes=1024) as gpu:
+            x, y = gpu.array(logits), gpu.array(labels)
+            losses = [gpu.get(gpusoftmax.cross_entropy(x, y, reduction=reduction)) for reduction in ("mean", "sum")]
+            results.add(tuple(loss.tobytes() for loss in losses))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_other_architectures(arch):
+    """Each is batch-invariant by itself; nothing is promised between them."""
+    logits, gradient, labels = make(7, 600, "float32")
+    (whole,) = on_gpu("softmax", (logits, gradient, labels), arch)
+    row = np.frombuffer(whole, np.float32).reshape(logits.shape)[4:5]
+    assert on_gpu("softmax", (logits[4:5], gradient[4:5], labels[4:5]), arch) == [row.tobytes()]
+    strided = np.repeat(logits, 2, axis=1)[:, ::2]
+    assert on_gpu("softmax", (strided, gradient, labels), arch) == [whole]
