@@ -187,7 +187,11 @@ def _from_torch(x, name: str) -> Array:
     if x.device.type == "cuda":
         place = Place("cuda", x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
     dtype = str(x.dtype).removeprefix("torch.")
-    return Array(x, "torch", x.data_ptr(), dtype, tuple(x.shape), tuple(x.stride()), place, True)
+    try:
+        pointer = x.data_ptr()
+    except RuntimeError:  # what functorch's wrappers do; others say 0, see wrap
+        pointer = 0
+    return Array(x, "torch", pointer, dtype, tuple(x.shape), tuple(x.stride()), place, True)
 
 
 def _from_jax(x, name: str) -> Array:
