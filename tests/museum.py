@@ -1029,11 +1029,11 @@ MUTANTS = [
     Mutant(
         "a float64 literal that widens the arithmetic",
         "machine code",
-        _ptx("total_rows", codegen.check_no_double),
+        _ptx("normalise_rows", codegen.check_no_double),
         AssertionError,
         "uses of float64",
-        _edit(f"{GPU}.device.cross_entropy", "store(result, 0, div(", "store(result, 0, 1e-300 + div("),
-        ("total_rows",),
+        _edit(f"{GPU}.device.cross_entropy", "store(normaliser, 0, total)", "store(normaliser, 0, total + 1e-300)"),
+        ("normalise_rows",),
     ),
     Mutant(
         "an index that is no constant",

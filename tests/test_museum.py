@@ -1,7 +1,9 @@
 """Every mutant of tests/museum.py is rejected by a check that the real library passes."""
 
 import functools
+import importlib.util
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,17 @@ def test_is_rejected(mutant):
         pytest.raises(mutant.raises, match=mutant.says),
     ):
         mutant.check(library)
+
+
+def test_every_edit_fits():
+    """All that have to follow a change of the library, at once."""
+    edits = [edit for mutant in museum.MUTANTS for edit in mutant.edits]
+    stale = [edit for edit in edits if _source(edit.module).count(edit.old) != 1]
+    assert not stale, stale
+
+
+def _source(module):
+    return Path(importlib.util.find_spec(module).origin).read_text()
 
 
 def test_every_kind_is_on_show():
