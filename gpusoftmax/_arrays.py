@@ -63,7 +63,9 @@ class Array(NamedTuple):
     @property
     def home(self) -> str:
         library = _TITLES[self.kind]
-        return f"a {library} array on " + ("the CPU" if self.place.target == "cpu" else f"GPU {self.place.device}")
+        if self.place.target == "cpu":
+            return f"a {library} array on the CPU" + (f" (device {self.place.device})" if self.place.device else "")
+        return f"a {library} array on GPU {self.place.device}"
 
     def address_map(self) -> np.ndarray:
         """A NumPy array at the same addresses, for questions about overlap. Its elements are never touched."""
@@ -173,6 +175,16 @@ def _from_cupy(x) -> Array:
 
 def _from_torch(x, name: str) -> Array:
     torch = importlib.import_module("torch")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        raise TypeError(
+            f"{name} is traced by torch: kernels need values, so call gpusoftmax outside of torch.compile and "
+            f"torch.jit.trace, or use torch.nn.functional inside"
+        )
+    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(
+            f"{name} carries a tangent of forward-mode differentiation, which this function would drop: "
+            f"pass {name}.detach()"
+        )
     if x.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} is a tensor that requires grad, and this function records no gradient: use the functions of "
@@ -201,8 +213,14 @@ def _from_jax(x, name: str) -> Array:
             f"{name} is traced by jax: kernels need values, so call gpusoftmax outside of jit, grad and vmap, "
             f"or use jax.nn inside"
         )
-    if next(iter(x.devices())).platform == "cpu":
+    device, *others = x.devices()
+    if others:
+        raise TypeError(f"{name} is spread over {1 + len(others)} devices, expected one: jax.device_put it there first")
+    if x.dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise TypeError(f"{name} is float64, which JAX narrows to float32: set jax_enable_x64, or pass float32")
+    if device.platform == "cpu":
         array = _from_numpy(np.asarray(x), name)
+        array = array._replace(place=Place("cpu", device.id))
     else:
         array = _from_cupy(_cupy(name).from_dlpack(x))
     return array._replace(kind="jax", owner=(x, array.owner), writable=False)
@@ -242,7 +260,9 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
         cupy = importlib.import_module("cupy")
         with cupy.cuda.Device(like.place.device):
             array = _from_cupy(cupy.empty(shape, numpy_dtype(dtype)))
-    return array._replace(kind="jax", owner=(like.owner[0], array.owner)) if like.kind == "jax" else array
+    if like.kind == "jax":
+        return array._replace(kind="jax", owner=(like.owner[0], array.owner), place=like.place)
+    return array
 
 
 def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str | None = None) -> Array:

@@ -52,6 +52,12 @@ def test_float64_where_jax_has_none():
         for function in ROW_OPS:
             with pytest.raises(TypeError, match="^dtype .*float64.*x64"):
                 function(jnp.asarray(X), dtype="float64")
+    with jax.enable_x64(True):
+        made_there = jnp.asarray(X.astype(np.float64))
+    with jax.enable_x64(False):
+        for function in ROW_OPS:
+            with pytest.raises(TypeError, match="^x .*float64.*x64"):
+                function(made_there)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, jnp.float16, np.float16, jnp.float32])
@@ -177,23 +183,40 @@ def test_mixed_with_torch():
         gpusoftmax.softmax_backward(jnp.asarray(X), torch.from_numpy(X))
 
 
-def test_results_stay_on_the_device_of_the_input():
-    """JAX may have several CPU devices; the default one is not always that of the input."""
-    program = """
-        import jax, gpusoftmax
-        one, two = jax.devices("cpu")
-        for device in (one, two):
-            x = jax.device_put(jax.numpy.zeros((2, 3)), device)
-            labels = jax.device_put(jax.numpy.array([1, 2]), device)
-            for result in (gpusoftmax.softmax(x), *gpusoftmax.cross_entropy_with_grad(x, labels)):
-                assert result.devices() == {device}, result.devices()
-        print("done")
-    """
+def run_on_two_devices(program):
+    """A program in a process of its own, where the CPU counts as two devices: the default one is `one`."""
+    program = "import jax, gpusoftmax\none, two = jax.devices('cpu')\n" + textwrap.dedent(program) + "\nprint('done')"
     completed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", program],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert completed.stdout == "done\n", completed.stderr
+
+
+def test_several_devices():
+    """Results stay on the device of the input; arrays of two devices do not mix, and one on both is refused."""
+    run_on_two_devices("""
+        def error(function, *arrays):
+            try:
+                function(*arrays)
+            except TypeError as error:
+                return str(error)
+            raise AssertionError("no error")
+
+        for device in (one, two):
+            x = jax.device_put(jax.numpy.zeros((2, 3)), device)
+            labels = jax.device_put(jax.numpy.array([1, 2]), device)
+            for result in (gpusoftmax.softmax(x), *gpusoftmax.cross_entropy_with_grad(x, labels)):
+                assert result.devices() == {device}, result.devices()
+        x, y = jax.device_put(x, one), jax.device_put(x, two)
+        for pair in ((x, y), (y, x)):
+            message = error(gpusoftmax.softmax_backward, *pair)
+            assert "one library on one device" in message and message.count("JAX array on the CPU") == 2, message
+        mesh = jax.sharding.Mesh([one, two], "rows")
+        spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows")))
+        message = error(gpusoftmax.softmax, spread)
+        assert message.startswith("x ") and "2 devices" in message, message
+    """)

@@ -260,6 +260,25 @@ def test_tensors_that_require_grad():
     assert same_bits(gpusoftmax.softmax(made_there), gpusoftmax.softmax(tensor(X)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_differentiation():
+    """A dual tensor does not say that it requires grad; its tangent would be dropped."""
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensor(X), torch.ones(3, 40))
+        for function in ROW_OPS:
+            with pytest.raises(TypeError, match=r"^x .*tangent.*\.detach\(\)"):
+                function(dual)
+            assert same_bits(function(dual.detach()), function(tensor(X)))
+    with pytest.raises(TypeError, match="^x "):
+        torch.func.jvp(lambda x: gpusoftmax.softmax(x), (tensor(X),), (torch.ones(3, 40),))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of every int() of a size
+def test_traced_tensors():
+    with pytest.raises(TypeError, match="^x is traced by torch"):
+        torch.jit.trace(lambda x: gpusoftmax.softmax(x), tensor(X))
+
+
 REFUSED = {
     "int64": (lambda: torch.ones(3, 4, dtype=torch.int64), "^x has dtype int64, expected one of"),
     "bool": (lambda: torch.ones(3, 4, dtype=torch.bool), "^x has dtype bool"),
