@@ -1,100 +1,75 @@
-"""python -m benchmarks softmax --shape 4096x1024 256x32768 --dtype float32: checks each answer, then times it."""
+"""Measures gpusoftmax beside other libraries. Every answer is checked before it is timed.
+
+python -m benchmarks cpu | gpu [--quick]                      the whole suite for a target
+python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
+"""
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import platform
-import re
-import subprocess
-from pathlib import Path
+import time
+from collections.abc import Sequence
 
-from benchmarks.providers import OPS
-from benchmarks.timing import interleaved, summary
+from benchmarks import gpu_timing, measure, results, suites
+from benchmarks.cases import OPS, Case
+from benchmarks.measure import Effort
 
-RESULTS = Path(__file__).parent / "results"
-BASELINE = "numpy"
+_GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
+"""Seconds for the whole suite and for the quick one: what is left then is named instead of measured."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("op", choices=OPS)
-    parser.add_argument("--shape", nargs="+", default=["4096x1024", "256x32768", "16x262144"], help="ROWSxCOLS ...")
-    parser.add_argument("--dtype", nargs="+", default=["float32"])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--attempts", type=int, default=3)
-    parser.add_argument(
-        "--save", action="store_true", help="append the results to benchmarks/results/<device>/<op>.jsonl"
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    if arguments.what in ("cpu", "gpu"):
+        target = arguments.what
+        cases = getattr(suites, target)(arguments.quick)
+    else:
+        target = arguments.target
+        cases = [
+            Case(arguments.what, *map(int, shape.split("x")), dtype)
+            for dtype in arguments.dtype
+            for shape in arguments.shape
+        ]
+    effort = Effort(arguments.attempts or (2 if arguments.quick else 5), threads=arguments.threads)
+    budget = arguments.budget or (_GPU_BUDGET[arguments.quick] if arguments.what == "gpu" else float("inf"))
+    run(target, cases, effort, budget, arguments.provider, arguments.save)
+
+
+def run(target: str, cases: Sequence[Case], effort: Effort, budget: float, names: Sequence[str], save: bool) -> None:
+    deadline = time.monotonic() + budget
+    providers = measure.available(target, print)
+    if names:
+        providers = {name: calls for name, calls in providers.items() if name in (*names, "gpusoftmax")}
+    if target == "gpu":
+        library = "torch" if "torch" in providers else "cupy"
+        clock = gpu_timing.torch_clock() if library == "torch" else gpu_timing.cupy_clock()
+    for case in cases:
+        if time.monotonic() > deadline:
+            print(f"{case} is not measured: the {budget:.0f} seconds are over")
+            continue
+        if target == "cpu":
+            records = measure.on_cpu(case, providers, effort, print)
+        else:
+            records = measure.on_gpu(case, providers, effort, clock, library, print)
+        for line in measure.line(records):
+            print(line, flush=True)
+        if save:
+            results.save(records)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments = parser.parse_args()
-    rows = []
-    for dtype in arguments.dtype:
-        for shape in arguments.shape:
-            n_rows, n_cols = map(int, shape.split("x"))
-            rows += measure(arguments.op, n_rows, n_cols, dtype, arguments.repeats, arguments.attempts)
-    if arguments.save:
-        path = RESULTS / device_name() / f"{arguments.op}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        print(f"appended to {path}")
-
-
-def measure(op: str, n_rows: int, n_cols: int, dtype: str, repeats: int, attempts: int) -> list[dict]:
-    case = OPS[op](n_rows, n_cols, dtype)
-    errors = {"gpusoftmax": case.check(case.calls["gpusoftmax"]())}
-    seconds = interleaved(case.calls, repeats, attempts)
-    rows = []
-    for provider, times in seconds.items():
-        row = {
-            "op": op,
-            "provider": provider,
-            "n_rows": n_rows,
-            "n_cols": n_cols,
-            "dtype": dtype,
-            **summary(times),
-            "attempts": attempts,
-            "bytes": case.bytes_moved,
-            "worst_ulp": errors.get(provider),
-            **environment(),
-        }
-        rows.append(row)
-        ratio = summary(seconds[BASELINE])["median_ms"] / row["median_ms"]
-        rate = case.bytes_moved / row["median_ms"] / 1e6
-        print(
-            f"{op} {n_rows}x{n_cols} {dtype:9} {provider:11} {row['median_ms']:9.3f} ms {rate:7.1f} GB/s "
-            f"{ratio:6.2f} x {BASELINE}"
-        )
-    return rows
-
-
-def environment() -> dict:
-    packages = ("gpusoftmax", "numpy", "numba")
-    return {
-        "device": device_name(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def device_name() -> str:
-    """The processor's name as a folder name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"model name\s*:\s*(.+)", text)[1]
-    except (OSError, TypeError):
-        name = platform.processor() or platform.machine()
-    return "cpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    parser.add_argument("what", choices=("cpu", "gpu", *OPS), metavar="cpu | gpu | OP")
+    parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
+    parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--shape", nargs="+", default=["4096x1024"], metavar="ROWSxCOLS")
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument("--provider", nargs="+", default=[], help="these beside gpusoftmax instead of all")
+    parser.add_argument("--attempts", type=int, help="the quietest of so many is reported (default 5, quick 2)")
+    parser.add_argument("--threads", type=int, default=2, help="of every provider on the CPU (default 2)")
+    parser.add_argument("--budget", type=float, help="seconds after which no further case is begun")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/<op>.jsonl")
+    return parser
 
 
 if __name__ == "__main__":

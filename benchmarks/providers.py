@@ -1,39 +1,189 @@
-"""What is measured: for each op its inputs, its check against the oracle, its bytes, and the libraries that have it.
+"""The libraries that are measured, each with the call that it would be given: the one place to add one.
 
-Equal work on all sides: same inputs, same outputs, and every provider writes into an array that exists already.
+Equal work on all sides: same inputs, same results, and a result goes into an array that exists already wherever the
+library can write into one. No rival can where a loss comes with its gradient: "gpusoftmax, new" allocates as they do.
 """
 
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import gpusoftmax
-from tests import inputs, tolerances
+from benchmarks.arrays import Arrays
+
+OURS = "gpusoftmax"
+COPY = "copy"
+"""A plain copy of as many bytes as the op has to move, by the array library: what the memory can do."""
+
+Calls = dict[str, Callable[[Arrays], Callable[[], Any]]]
+"""op -> what makes the call for given arrays."""
 
 
-class Case(NamedTuple):
-    """One op at one shape: provider -> a call that returns the result, the check of a result, bytes moved."""
+class Provider(NamedTuple):
+    """`calls` imports the library, which may be missing. `library` names whose arrays it takes, per target."""
 
-    calls: dict[str, Callable[[], np.ndarray]]
-    check: Callable[[np.ndarray], float]
-    bytes_moved: int
-
-
-def softmax(n_rows: int, n_cols: int, dtype: str) -> Case:
-    logits = inputs.make("spread", (n_rows, n_cols), dtype)
-    ours, theirs = np.empty_like(logits), np.empty_like(logits)
-
-    def numpy_softmax() -> np.ndarray:
-        np.subtract(logits, logits.max(axis=-1, keepdims=True), out=theirs)
-        np.exp(theirs, out=theirs)
-        return np.divide(theirs, theirs.sum(axis=-1, keepdims=True), out=theirs)
-
-    return Case(
-        calls={"gpusoftmax": lambda: gpusoftmax.softmax(logits, out=ours), "numpy": numpy_softmax},
-        check=lambda probs: tolerances.check_softmax(probs, logits),
-        bytes_moved=2 * logits.nbytes,
-    )
+    calls: Callable[[], Calls]
+    library: dict[str, str]
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
+    max_cols: int = 2**31 - 1
 
 
-OPS = {"softmax": softmax}
+def _ours() -> Calls:
+    def row_dtype(arrays):
+        return "float64" if arrays.case.dtype == "float64" else "float32"
+
+    return {
+        "softmax": lambda a: partial(gpusoftmax.softmax, a.logits, out=a.result()),
+        "log_softmax": lambda a: partial(gpusoftmax.log_softmax, a.logits, out=a.result()),
+        "logsumexp": lambda a: partial(gpusoftmax.logsumexp, a.logits, out=a.per_row(row_dtype(a))),
+        "cross_entropy": lambda a: partial(gpusoftmax.cross_entropy, a.logits, a.target),
+        "cross_entropy_with_grad": lambda a: partial(
+            gpusoftmax.cross_entropy_with_grad, a.logits, a.target, out=a.result()
+        ),
+        "softmax_backward": lambda a: partial(gpusoftmax.softmax_backward, a.probs, a.dprobs, out=a.result()),
+    }
+
+
+def _ours_new() -> Calls:
+    return {"cross_entropy_with_grad": lambda a: partial(gpusoftmax.cross_entropy_with_grad, a.logits, a.target)}
+
+
+def _torch() -> Calls:
+    torch = importlib.import_module("torch")
+
+    def softmax_backward(a):
+        backward, dtype = torch.ops.aten._softmax_backward_data, a.probs.dtype
+        return partial(backward.out, a.dprobs, a.probs, -1, dtype, grad_input=a.result())
+
+    return {
+        "softmax": lambda a: partial(torch.softmax, a.logits, -1, out=a.result()),
+        "log_softmax": lambda a: partial(torch.log_softmax, a.logits, -1, out=a.result()),
+        "logsumexp": lambda a: partial(torch.logsumexp, a.logits, -1, out=a.per_row()),
+        "cross_entropy": lambda a: partial(torch.nn.functional.cross_entropy, a.logits, a.target),
+        "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(torch.nn.functional.cross_entropy, a),
+        "softmax_backward": softmax_backward,
+    }
+
+
+def _torch_loss_and_grad(cross_entropy, arrays):
+    torch = importlib.import_module("torch")
+    logits = arrays.logits.detach().requires_grad_()
+
+    def forward_and_backward():
+        loss = cross_entropy(logits, arrays.target)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    return forward_and_backward
+
+
+def _torch_compile() -> Calls:
+    """Compiled for each shape: what torch.compile does unless it is told that shapes vary. It allocates its results."""
+    torch = importlib.import_module("torch")
+    torch._dynamo.config.recompile_limit = 1000  # after eight shapes it would give up and run eagerly
+    compiled = partial(torch.compile, dynamic=False)
+    softmax = compiled(lambda logits: torch.softmax(logits, -1))
+    log_softmax = compiled(lambda logits: torch.log_softmax(logits, -1))
+    logsumexp = compiled(lambda logits: torch.logsumexp(logits, -1))
+    cross_entropy = compiled(lambda logits, target: torch.nn.functional.cross_entropy(logits, target))
+    return {
+        "softmax": lambda a: partial(softmax, a.logits),
+        "log_softmax": lambda a: partial(log_softmax, a.logits),
+        "logsumexp": lambda a: partial(logsumexp, a.logits),
+        "cross_entropy": lambda a: partial(cross_entropy, a.logits, a.target),
+        "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(cross_entropy, a),
+    }
+
+
+def _scipy() -> Calls:
+    return _special(importlib.import_module("scipy.special"))
+
+
+def _cupy() -> Calls:
+    return _special(importlib.import_module("cupyx.scipy.special"))
+
+
+def _special(special) -> Calls:
+    return {
+        "softmax": lambda a: partial(special.softmax, a.logits, -1),
+        "log_softmax": lambda a: partial(special.log_softmax, a.logits, -1),
+        "logsumexp": lambda a: partial(special.logsumexp, a.logits, -1),
+    }
+
+
+def _numpy() -> Calls:
+    def softmax(logits, out):
+        np.subtract(logits, logits.max(axis=-1, keepdims=True), out=out)
+        np.exp(out, out=out)
+        return np.divide(out, out.sum(axis=-1, keepdims=True), out=out)
+
+    def log_softmax(logits, out):
+        np.subtract(logits, logsumexp(logits)[:, None], out=out)
+        return out
+
+    def logsumexp(logits):
+        row_max = logits.max(axis=-1)
+        return row_max + np.log(np.exp(logits - row_max[:, None]).sum(axis=-1))
+
+    def cross_entropy(logits, target):
+        return (logsumexp(logits) - logits[np.arange(len(target)), target]).mean()
+
+    def cross_entropy_with_grad(logits, target, out):
+        log_softmax(logits, out)
+        rows = np.arange(len(target))
+        loss = -out[rows, target].mean()
+        np.exp(out, out=out)
+        out[rows, target] -= 1
+        return loss, np.divide(out, len(target), out=out)
+
+    def softmax_backward(probs, dprobs, out):
+        np.multiply(probs, dprobs, out=out)
+        dot = out.sum(axis=-1, keepdims=True)
+        np.subtract(dprobs, dot, out=out)
+        return np.multiply(out, probs, out=out)
+
+    return {
+        "softmax": lambda a: partial(softmax, a.logits, a.result()),
+        "log_softmax": lambda a: partial(log_softmax, a.logits, a.result()),
+        "logsumexp": lambda a: partial(logsumexp, a.logits),
+        "cross_entropy": lambda a: partial(cross_entropy, a.logits, a.target),
+        "cross_entropy_with_grad": lambda a: partial(cross_entropy_with_grad, a.logits, a.target, a.result()),
+        "softmax_backward": lambda a: partial(softmax_backward, a.probs, a.dprobs, a.result()),
+    }
+
+
+def _liger() -> Calls:
+    operations = importlib.import_module("liger_kernel.ops.softmax")
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+
+    def loss_and_grad(a):
+        return _torch_loss_and_grad(functional.liger_cross_entropy, a)  # its gradient overwrites the logits
+
+    return {
+        "softmax": lambda a: partial(operations.LigerSoftmaxFunction.apply, a.logits),
+        "cross_entropy": lambda a: partial(functional.liger_cross_entropy, a.logits, a.target),
+        "cross_entropy_with_grad": loss_and_grad,
+    }
+
+
+def _triton() -> Calls:
+    fused = importlib.import_module("benchmarks.triton_softmax")
+    return {"softmax": lambda a: partial(fused.softmax, a.logits, a.result())}
+
+
+_ANY = {"cpu": "numpy", "gpu": ""}
+_TORCH = {"cpu": "torch", "gpu": "torch"}
+PROVIDERS = {
+    OURS: Provider(_ours, _ANY),
+    "gpusoftmax, new": Provider(_ours_new, _ANY),
+    "torch": Provider(_torch, _TORCH),
+    "torch.compile": Provider(_torch_compile, {"gpu": "torch"}),
+    "SciPy": Provider(_scipy, {"cpu": "numpy"}, dtypes=("float32", "float64")),
+    "NumPy": Provider(_numpy, {"cpu": "numpy"}, dtypes=("float32", "float64")),
+    "CuPy": Provider(_cupy, {"gpu": "cupy"}, dtypes=("float16", "float32", "float64")),
+    "Liger": Provider(_liger, {"gpu": "torch"}, dtypes=("float16", "bfloat16", "float32")),
+    # One block holds a row: more columns than this do not fit into its registers, and Triton takes minutes over them.
+    "Triton": Provider(_triton, {"gpu": "torch"}, dtypes=("float16", "bfloat16", "float32"), max_cols=65536),
+}

@@ -1,35 +1,64 @@
-"""Times calls side by side: interleaved, in one process, so that whatever else the machine does hits all of them."""
+"""Times calls side by side, in one process, so that whatever else the machine does hits all of them alike.
 
+One attempt times every call several times, in turns of changing order: a call finds in the caches what another one left
+there, and no call should always follow the same one. What is reported is the quietest of several attempts.
+"""
+
+import math
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+_SAMPLE_SECONDS = 300e-6
+"""Shorter calls are repeated within a sample, so that reading the clock (some 50 ns) does not count."""
+_LEAST_SAMPLES = 3
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int, attempts: int) -> dict[str, list[float]]:
-    """Seconds per call of the quietest of several attempts: the one with the smallest sum of medians.
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    attempts: int,
+    samples: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds per call: each call's samples in the quietest attempt, and its median in every attempt.
 
-    Each attempt runs every call `repeats` times, in turn. A call that takes long is not repeated more than it needs to.
+    No attempt spends more than about `seconds` on one call; a slow one is sampled less often, three times at least.
     """
-    for call in calls.values():
+    repeats, wanted = {}, {}
+    for name, call in calls.items():
         call()  # compiles, allocates, fills caches
-    best: dict[str, list[float]] = {}
+        once = _per_call(call, 1, clock)
+        repeats[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-9)))
+        wanted[name] = max(_LEAST_SAMPLES, min(samples, int(seconds / (once * repeats[name]))))
+    order = random.Random(0)
+    rounds = []
     for _ in range(attempts):
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(repeats):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - start)
-        if not best or _total(seconds) < _total(best):
-            best = seconds
-    return best
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(samples):
+            for name in order.sample(list(calls), len(calls)):
+                if turn < wanted[name]:
+                    taken[name].append(_per_call(calls[name], repeats[name], clock))
+        rounds.append(taken)
+    medians = {name: [statistics.median(taken[name]) for taken in rounds] for name in calls}
+    return rounds[_quietest(list(medians.values()))], medians
 
 
-def _total(seconds: dict[str, list[float]]) -> float:
-    return sum(statistics.median(times) for times in seconds.values())
+def _per_call(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - start) / repeats
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
+def _quietest(medians: Sequence[Sequence[float]]) -> int:
+    """The attempt in which the calls, in geometric mean, came nearest to their own best times."""
+    slowdown = [sum(math.log(call[attempt]) for call in medians) for attempt in range(len(medians[0]))]
+    return slowdown.index(min(slowdown))
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median and the 20th and 80th percentile, in milliseconds."""
     ordered = sorted(1e3 * one for one in seconds)
     last = len(ordered) - 1

@@ -1,0 +1,131 @@
+"""What is measured: an op at one shape and dtype, its inputs, what the answer must be, and the bytes it has to move.
+
+A case is a block of a few hundred thousand logits, repeated as often as its rows ask for. So gigabytes are made soon,
+and the answer is known: every row's from the block, the mean loss because whole blocks are repeated.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from tests import inputs, oracle, tolerances
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+OPS = ("softmax", "log_softmax", "logsumexp", "cross_entropy", "cross_entropy_with_grad", "softmax_backward")
+_BLOCK_SIZE = 2**18
+_FAR_OFF = {"float16": 2**-8, "bfloat16": 2**-5, "float32": 2**-14, "float64": 2**-40}
+"""Beyond this error, as a part of the largest number in the answer, a provider computes something else."""
+
+
+class Case(NamedTuple):
+    """`inputs` holds the block of each argument, one after the other as the op takes them."""
+
+    op: str
+    n_rows: int
+    n_cols: int
+    dtype: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return BFLOAT16 if self.dtype == "bfloat16" else np.dtype(self.dtype)
+
+    @property
+    def block_rows(self) -> int:
+        """The rows of the block: a divisor of n_rows."""
+        fitting = max(1, min(self.n_rows, _BLOCK_SIZE // self.n_cols))
+        return next(count for count in range(fitting, 0, -1) if self.n_rows % count == 0)
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return _inputs(self)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Every input read once, every result written once."""
+        logits = self.n_rows * self.n_cols * self.numpy_dtype.itemsize
+        per_row = 8 * self.n_rows if self.op == "logsumexp" and self.dtype == "float64" else 4 * self.n_rows
+        labels = 8 * self.n_rows
+        return {
+            "softmax": 2 * logits,
+            "log_softmax": 2 * logits,
+            "logsumexp": logits + per_row,
+            "cross_entropy": logits + labels,
+            "cross_entropy_with_grad": 2 * logits + labels,
+            "softmax_backward": 3 * logits,
+        }[self.op]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.n_rows}x{self.n_cols} {self.dtype}"
+
+
+@functools.lru_cache(maxsize=2)
+def _inputs(case: Case) -> dict[str, np.ndarray]:
+    shape = (case.block_rows, case.n_cols)
+    logits = inputs.make("spread", shape, case.numpy_dtype)
+    if case.op == "softmax_backward":
+        probs = oracle.softmax(logits).astype(case.numpy_dtype)
+        return {"probs": probs, "dprobs": inputs.make("spread", shape, case.numpy_dtype, seed=1)}
+    if case.op.startswith("cross_entropy"):
+        return {"logits": logits, "target": inputs.targets(*shape)}
+    return {"logits": logits}
+
+
+@functools.lru_cache(maxsize=2)
+def _answer(case: Case) -> tuple[np.ndarray, ...]:
+    """What the op gives for the block, in longdouble: the loss is a mean over all rows, so the gradient is smaller."""
+    blocks = case.inputs.values()
+    if case.op == "cross_entropy":
+        return (oracle.cross_entropy(*blocks),)
+    if case.op == "cross_entropy_with_grad":
+        return oracle.cross_entropy(*blocks), oracle.cross_entropy_grad(*blocks, grad_scale=_share(case))
+    return (getattr(oracle, case.op)(*blocks),)
+
+
+def _share(case: Case) -> float:
+    return case.block_rows / case.n_rows
+
+
+def worst_error(case: Case, result: object, to_numpy: Callable[[object], np.ndarray]) -> float:
+    """The largest error in the first and the last block of a result, as a part of the largest number in it.
+
+    Raises ValueError for an error so large that the result is another one.
+    """
+    worst = 0.0
+    for got, want in zip(_blocks(case, result, to_numpy), 2 * _answer(case), strict=True):
+        error = np.abs(got.astype(np.longdouble) - want).max(initial=0)
+        scale = np.abs(want).max(initial=0)
+        # Not `error > ...`: NaN is far off, too.
+        if not error <= _FAR_OFF[got.dtype.name] * scale:
+            raise ValueError(f"its answer is wrong: off by {float(error):.3g} where numbers reach {float(scale):.3g}")
+        worst = max(worst, float(error / scale))
+    return worst
+
+
+def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.ndarray]) -> float:
+    """Our own result is held to the bounds of the tests; returns the worst error in units in the last place."""
+    arguments = tuple(case.inputs.values())
+    checks = {
+        "cross_entropy": (tolerances.check_loss,),
+        "cross_entropy_with_grad": (
+            tolerances.check_loss,
+            functools.partial(tolerances.check_dlogits, grad_scale=_share(case)),
+        ),
+    }.get(case.op, (getattr(tolerances, f"check_{case.op}", None),))
+    blocks = _blocks(case, result, to_numpy)
+    return max(check(got, *arguments) for check, got in zip(2 * checks, blocks, strict=True))
+
+
+def _blocks(case: Case, result, to_numpy) -> list[np.ndarray]:
+    """The first block of each array of a result, then the last of each."""
+    arrays = result if isinstance(result, tuple) else (result,)
+    first = [to_numpy(array if _is_number(array) else array[: case.block_rows]) for array in arrays]
+    last = [to_numpy(array if _is_number(array) else array[case.n_rows - case.block_rows :]) for array in arrays]
+    return first + last
+
+
+def _is_number(array) -> bool:
+    return math.prod(array.shape) == 1 and array.ndim == 0

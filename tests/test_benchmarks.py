@@ -1,0 +1,263 @@
+"""The benchmark suite itself, on small shapes: wrong answers are not timed, times are the calls' own."""
+
+import json
+
+import numpy as np
+import pytest
+
+import benchmarks.__main__ as command
+from benchmarks import arrays, cases, gpu_timing, measure, providers, results, suites, timing
+from benchmarks.cases import OPS, Case
+from benchmarks.measure import Effort
+
+QUICK = Effort(attempts=1, samples=3, seconds=0.01)
+
+
+# ---------------------------------------------------------------- cases and their answers
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_our_answer_is_right_by_either_check(op, dtype):
+    case = Case(op, 12, 100, dtype)
+    result = providers.PROVIDERS["gpusoftmax"].calls()[op](arrays.on_cpu(case, "numpy"))()
+    assert cases.worst_error(case, result, arrays.to_numpy) < 2**-8
+    assert cases.hold_to_promise(case, result, arrays.to_numpy) < 30
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_answer_is_seen_in_the_first_and_in_the_last_row(op):
+    case = Case(op, 12, 100, "float32")
+    for row in (0, -1):
+        result = providers.PROVIDERS["NumPy"].calls()[op](arrays.on_cpu(case, "numpy"))()
+        cases.worst_error(case, result, arrays.to_numpy)
+        wrong = [np.array(part) for part in (result if isinstance(result, tuple) else (result,))]
+        part = wrong[-1]
+        part[(row, ...) if part.ndim else ...] += 0.01 * (1 + np.abs(part).max())
+        with pytest.raises(ValueError, match="answer is wrong"):
+            cases.worst_error(case, tuple(wrong), arrays.to_numpy)
+
+
+def test_nan_is_a_wrong_answer():
+    case = Case("softmax", 2, 8, "float32")
+    with pytest.raises(ValueError, match="answer is wrong"):
+        cases.worst_error(case, np.full((2, 8), np.nan, np.float32), arrays.to_numpy)
+
+
+def test_a_case_repeats_a_block_that_divides_its_rows():
+    case = Case("cross_entropy", 60, 2**17, "float32")
+    assert case.block_rows == 2 and case.inputs["logits"].shape == (2, 2**17)
+    assert Case("softmax", 7, 2**20, "float32").block_rows == 1
+    given = arrays.on_cpu(case, "numpy")
+    assert given.logits.shape == (60, 2**17) and given.target.shape == (60,)
+    assert (given.logits[58:] == case.inputs["logits"]).all() and (given.target[2:4] == given.target[:2]).all()
+    assert given.logits.ctypes.data % 64 == given.target.ctypes.data % 64 == 0
+
+
+def test_bytes_count_each_input_and_each_result_once():
+    assert Case("softmax", 4, 8, "bfloat16").bytes_moved == 2 * 4 * 8 * 2
+    assert Case("logsumexp", 4, 8, "float64").bytes_moved == 4 * 8 * 8 + 4 * 8
+    assert Case("cross_entropy_with_grad", 4, 8, "float32").bytes_moved == 2 * 4 * 8 * 4 + 4 * 8
+    assert Case("softmax_backward", 4, 8, "float32").bytes_moved == 3 * 4 * 8 * 4
+
+
+# ---------------------------------------------------------------- timing
+
+
+class FakeTime:
+    """A clock that only calls move: `call(3)` takes three seconds."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def call(self, name, *seconds):
+        """A call that takes these times in turn, the last one from then on."""
+        left = list(seconds)
+
+        def run():
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_every_call_is_timed_by_itself():
+    clock = FakeTime()
+    calls = {"a": clock.call("a", 100, 1), "b": clock.call("b", 100, 3)}
+    seconds, medians = timing.interleaved(calls, attempts=2, samples=4, seconds=1e3, clock=clock)
+    assert seconds == {"a": [1] * 4, "b": [3] * 4} and medians == {"a": [1, 1], "b": [3, 3]}
+    turns = clock.log[4:]  # after one call to warm up and one to see how long it takes, of each
+    assert all(set(turns[k : k + 2]) == {"a", "b"} for k in range(0, len(turns), 2))
+
+
+def test_short_calls_are_repeated_within_a_sample_and_slow_ones_sampled_less():
+    clock = FakeTime()
+    calls = {"short": clock.call("short", 1e-6), "slow": clock.call("slow", 10.0)}
+    seconds, _ = timing.interleaved(calls, attempts=1, samples=9, seconds=20.0, clock=clock)
+    assert seconds["short"] == pytest.approx([1e-6] * 9) and clock.log.count("short") == 2 + 9 * 300
+    assert seconds["slow"] == [10.0] * 3
+
+
+def test_the_quietest_attempt_is_the_one_nearest_to_every_calls_best():
+    assert timing._quietest([[1.0, 1.1], [100.0, 300.0]]) == 0
+    assert timing._quietest([[1.0, 0.5], [100.0, 110.0]]) == 1  # not the one with the smallest sum
+
+
+def test_summary():
+    assert timing.summary([0.005, 0.001, 0.003, 0.002, 0.004, 0.006]) == pytest.approx(
+        {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0}
+    )
+
+
+class FakeGPU:
+    """A stream: work is put in at host time and runs one after the other, never before it was put in."""
+
+    def __init__(self):
+        self.host = self.device = 0.0
+        self.runs = []
+
+    def call(self, name, host, device):
+        def run():
+            self.host += host
+            self.device = max(self.device, self.host) + device
+            self.runs.append(name)
+
+        return run
+
+    def clock(self, l2_bytes=60_000_000):
+        def mark():
+            self.host += 1e-6
+            self.device = max(self.device, self.host)
+            return self.device
+
+        def synchronize():
+            self.host = max(self.host, self.device)
+
+        occupy = self.call("occupy", 5e-6, 250e-6)
+        return gpu_timing.Clock(mark, lambda a, b: b - a, synchronize, occupy, l2_bytes, lambda: self.host)
+
+
+@pytest.mark.parametrize("host, device", [(2e-6, 500e-6), (100e-6, 5e-6), (5e-6, 1e-6)])
+def test_a_burst_measures_the_device_even_where_the_host_is_slower(host, device):
+    gpu = FakeGPU()
+    times = gpu_timing.burst([gpu.call("a", host, device), gpu.call("b", host, device)], gpu.clock())
+    assert 3 <= len(times) <= 50 and times == pytest.approx([device] * len(times))
+    measured = gpu.runs[len(gpu.runs) - len(times) :]
+    assert measured == ["a", "b"] * (len(times) // 2) + ["a"] * (len(times) % 2)
+    assert gpu.runs[-len(times) - 1] == "occupy"
+
+
+def test_arrays_are_rotated_through_twice_the_cache():
+    for size in (1_000_000_000, 100_000_000, 40_000_000):
+        assert gpu_timing.rotation(size, 60_000_000) * size >= 2 * 60_000_000
+    assert gpu_timing.rotation(1_000_000_000, 60_000_000) == 1
+    assert gpu_timing.rotation(1000, 60_000_000) == 50  # the length of a burst, before which the cache is emptied
+
+
+def test_the_gpu_path_on_an_emulated_device(monkeypatch):
+    """The measuring itself: arrays, checks and records, with a device that is emulated and a clock that is not one."""
+    from tests.emulator import emulated_gpu
+
+    with emulated_gpu("sm_90", track=False) as gpu:
+
+        def on_gpu(case, library):
+            made = {name: gpu.array(block) for name, block in case.inputs.items()}
+            return arrays.Arrays(case, made, lambda shape, dtype: gpu.array(np.zeros(shape, dtype)))
+
+        monkeypatch.setattr(arrays, "on_gpu", on_gpu)
+        monkeypatch.setattr(measure, "_copy_on_gpu", lambda size, library: lambda: None)
+        monkeypatch.setattr(results, "environment", lambda target: {"device": "gpu-emulated"})
+        monkeypatch.setattr(cases, "_blocks", lambda case, result, to_numpy: 2 * [gpu.get(result)])
+        case = Case("softmax", 2, 64, "float32")
+        ours = {"gpusoftmax": providers.PROVIDERS["gpusoftmax"].calls()}
+        clock = FakeGPU().clock()
+        records = measure.on_gpu(case, ours, QUICK, clock, "torch", pytest.fail)
+    assert [record["provider"] for record in records] == ["gpusoftmax", "copy", "one number"]
+    assert records[0]["rotations"] == 50 and records[0]["worst_ulp"] < 4
+    assert records[0]["samples"] == 50 and records[0]["bytes"] == 2 * 2 * 64 * 4
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results.save, "__defaults__", (tmp_path,))
+    return tmp_path
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_measured_beside_those_that_are_installed(op, saved, capsys):
+    command.main([op, "--shape", "16x40", "--attempts", "1", "--save"])
+    text = capsys.readouterr().out
+    (path,) = saved.glob(f"cpu-*/{op}.jsonl")
+    records = {record["provider"]: record for record in map(json.loads, path.read_text().splitlines())}
+    assert {"gpusoftmax", "NumPy", "copy"} <= set(records)
+    for name, record in records.items():
+        assert record["median_ms"] > 0 and len(record["attempts_ms"]) == 1 and record["bytes"] > 0
+        assert name in text and record["device"] == path.parent.name and record["versions"]["numpy"]
+        assert name == "copy" or record["error"] < 1e-5
+
+
+def test_a_missing_library_is_said_to_be_missing(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'scipy'")
+
+    monkeypatch.setitem(providers.PROVIDERS, "SciPy", providers.Provider(missing, {"cpu": "numpy"}))
+    said = []
+    assert "SciPy" not in measure.available("cpu", said.append)
+    assert "SciPy is skipped: it is not installed (No module named 'scipy')" in said
+
+
+def test_a_rival_with_a_wrong_answer_is_left_out_and_named():
+    rivals = {
+        "gpusoftmax": providers.PROVIDERS["gpusoftmax"].calls(),
+        "NumPy": {"softmax": lambda a: lambda: np.zeros_like(a.logits)},
+    }
+    said = []
+    records = measure.on_cpu(Case("softmax", 4, 8, "float32"), rivals, QUICK, said.append)
+    assert [record["provider"] for record in records] == ["gpusoftmax", "copy"]
+    assert len(said) == 1 and "softmax 4x8 float32: NumPy is left out: ValueError: its answer is wrong" in said[0]
+
+
+def test_our_own_wrong_answer_ends_the_run():
+    ours = {"gpusoftmax": {"softmax": lambda a: lambda: np.zeros_like(a.logits)}}
+    with pytest.raises(ValueError, match="answer is wrong"):
+        measure.on_cpu(Case("softmax", 4, 8, "float32"), ours, QUICK, pytest.fail)
+
+
+def test_what_the_budget_leaves_out_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "on_cpu", lambda *_: pytest.fail("measured after the deadline"))
+    command.run("cpu", [Case("softmax", 4, 8, "float32")], QUICK, -1.0, [], False)
+    assert "softmax 4x8 float32 is not measured" in capsys.readouterr().out
+
+
+def test_newer_results_replace_older_ones_of_the_same_case(tmp_path):
+    record = {"op": "softmax", "dtype": "float32", "n_cols": 8, "n_rows": 4, "provider": "torch", "device": "cpu-x"}
+    other = {**record, "provider": "gpusoftmax"}
+    results.save([{**record, "median_ms": 1.0}, other], tmp_path)
+    (path,) = results.save([{**record, "median_ms": 2.0}], tmp_path)
+    assert results.load(path) == [other, {**record, "median_ms": 2.0}]
+
+
+@pytest.mark.parametrize("suite", [suites.cpu, suites.gpu])
+@pytest.mark.parametrize("quick", [False, True])
+def test_suites_name_each_case_once(suite, quick):
+    found = suite(quick)
+    assert len(set(found)) == len(found) and {case.op for case in found} <= set(OPS)
+    if suite is suites.gpu and not quick:
+        big = [case for case in found if case.n_rows > 64]
+        assert all(0.8 < case.n_rows * case.n_cols * case.numpy_dtype.itemsize / 2**30 <= 1 for case in big)
+
+
+def test_torch_tensors_share_the_inputs_and_keep_bfloat16():
+    torch = pytest.importorskip("torch")
+    case = Case("softmax", 4, 8, "bfloat16")
+    tensors, given = arrays.on_cpu(case, "torch"), arrays.on_cpu(case, "numpy")
+    assert tensors.logits.dtype == torch.bfloat16 and tensors.logits.data_ptr() == given.logits.ctypes.data
+    assert (arrays.to_numpy(tensors.logits) == given.logits).all()
+    assert arrays.to_numpy(tensors.result()).dtype == cases.BFLOAT16
