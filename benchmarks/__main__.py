@@ -2,22 +2,27 @@
 
 python -m benchmarks cpu | gpu [--quick]                      the whole suite for a target
 python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
+python -m benchmarks report                                   tables and plots from the saved results
 """
 
 import argparse
 import time
 from collections.abc import Sequence
 
-from benchmarks import gpu_timing, measure, results, suites
+from benchmarks import gpu_timing, measure, report, results, suites
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 
 _GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
 """Seconds for the whole suite and for the quick one: what is left then is named instead of measured."""
+_COMPILED = "torch.compile"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
+    if arguments.what == "report":
+        report.write()
+        return
     if arguments.what in ("cpu", "gpu"):
         target = arguments.what
         cases = getattr(suites, target)(arguments.quick)
@@ -34,21 +39,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(target: str, cases: Sequence[Case], effort: Effort, budget: float, names: Sequence[str], save: bool) -> None:
-    deadline = time.monotonic() + budget
+    start = time.monotonic()
     providers = measure.available(target, print)
     if names:
         providers = {name: calls for name, calls in providers.items() if name in (*names, "gpusoftmax")}
     if target == "gpu":
         library = "torch" if "torch" in providers else "cupy"
         clock = gpu_timing.torch_clock() if library == "torch" else gpu_timing.cupy_clock()
-    for case in cases:
-        if time.monotonic() > deadline:
+    for number, case in enumerate(cases):
+        spent = (time.monotonic() - start) / budget
+        if spent > 1:
             print(f"{case} is not measured: the {budget:.0f} seconds are over")
             continue
-        if target == "cpu":
-            records = measure.on_cpu(case, providers, effort, print)
+        if _COMPILED in providers and spent > 0.1 + number / len(cases):
+            print(f"{case}: {_COMPILED} is left out: its compilations take too much of the {budget:.0f} seconds")
+            taking_part = {name: calls for name, calls in providers.items() if name != _COMPILED}
         else:
-            records = measure.on_gpu(case, providers, effort, clock, library, print)
+            taking_part = providers
+        if target == "cpu":
+            records = measure.on_cpu(case, taking_part, effort, print)
+        else:
+            records = measure.on_gpu(case, taking_part, effort, clock, library, print)
         for line in measure.line(records):
             print(line, flush=True)
         if save:
@@ -59,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("cpu", "gpu", *OPS), metavar="cpu | gpu | OP")
+    parser.add_argument("what", choices=("cpu", "gpu", "report", *OPS), metavar="cpu | gpu | report | OP")
     parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
     parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--shape", nargs="+", default=["4096x1024"], metavar="ROWSxCOLS")

@@ -1,12 +1,14 @@
 """The benchmark suite itself, on small shapes: wrong answers are not timed, times are the calls' own."""
 
 import json
+import sys
+import time
 
 import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import arrays, cases, gpu_timing, measure, providers, results, suites, timing
+from benchmarks import arrays, cases, gpu_timing, measure, providers, report, results, suites, timing
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 
@@ -232,7 +234,7 @@ def test_our_own_wrong_answer_ends_the_run():
 
 def test_what_the_budget_leaves_out_is_named(capsys, monkeypatch):
     monkeypatch.setattr(measure, "on_cpu", lambda *_: pytest.fail("measured after the deadline"))
-    command.run("cpu", [Case("softmax", 4, 8, "float32")], QUICK, -1.0, [], False)
+    command.run("cpu", [Case("softmax", 4, 8, "float32")], QUICK, 1e-12, [], False)
     assert "softmax 4x8 float32 is not measured" in capsys.readouterr().out
 
 
@@ -261,3 +263,82 @@ def test_torch_tensors_share_the_inputs_and_keep_bfloat16():
     assert tensors.logits.dtype == torch.bfloat16 and tensors.logits.data_ptr() == given.logits.ctypes.data
     assert (arrays.to_numpy(tensors.logits) == given.logits).all()
     assert arrays.to_numpy(tensors.result()).dtype == cases.BFLOAT16
+
+
+# ---------------------------------------------------------------- the report
+
+
+def record(provider, milliseconds, n_rows=1000, n_cols=1024, dtype="float32", target="cpu", op="softmax"):
+    return {
+        "op": op, "dtype": dtype, "n_rows": n_rows, "n_cols": n_cols, "provider": provider, "bytes": 8_000_000,
+        "median_ms": milliseconds, "attempts_ms": [milliseconds, 2 * milliseconds], "commit": "abc",
+        "date": "2026-11-22T03:00:00+00:00", "versions": {"numpy": "2.4.0"}, "device": f"{target}-x",
+        **({"threads": 2} if target == "cpu" else {}),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def reported(tmp_path):
+    """Writes records and the report; gives the device's page and the project's."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report._BEGIN}\nold\n{report._END}\nafter\n")
+
+    def write(*records):
+        root = tmp_path / "results"
+        results.save(records, root)
+        report.write(root, readme)
+        (page,) = root.glob("*/README.md")
+        return page.read_text(), readme.read_text()
+
+    return write
+
+
+def test_tables_show_gains_and_losses(reported):
+    page, summary = reported(
+        *(record(*each) for each in (("gpusoftmax", 2.0), ("torch", 6.0), ("SciPy", 1.5), ("copy", 1.0))),
+        *(record(*each, n_cols=64) for each in (("gpusoftmax", 1.0), ("torch", 12.0))),
+        *(record(*each, op="logsumexp") for each in (("torch", 1.0),)),  # nothing of ours: no line
+    )
+    assert "| 1000x1024 | float32 | 2 | 4 | 50% | 3.00 | 0.75 |" in page
+    assert "| 1000x64 | float32 | 1 | 8 |  | 12 |  |" in page
+    assert "2 threads, quietest of 2 attempts, numpy 2.4.0" in page and "logsumexp" not in page
+    assert "| softmax float32 | 2 | 50% | 6.00 (3.00 to 12) | 0.75 |" in summary
+    assert summary.startswith("before\n") and summary.endswith("\nafter\n") and "old" not in summary
+
+
+def test_the_report_is_the_same_when_nothing_new_was_measured(reported):
+    given = record("gpusoftmax", 2.0), record("torch", 6.0)
+    assert reported(*given) == reported(*given)
+
+
+@pytest.mark.parametrize("target, names", [("cpu", ["softmax"]), ("gpu", ["bandwidth", "latency"])])
+def test_plots(reported, tmp_path, target, names):
+    pytest.importorskip("matplotlib")
+    shapes = [(1000, 4096), (1000, 1024), (1, 4096), (16, 4096)]
+    page, _ = reported(*(record(p, 1.0, *s, target=target) for s in shapes for p in ("gpusoftmax", "torch", "copy")))
+    figures = {path.name for path in tmp_path.glob("results/*/*.svg")}
+    assert len(figures) == len(names)
+    assert all(any(name in figure for figure in figures) for name in names)
+    assert all(f"({figure})" in page for figure in figures)
+
+
+def test_without_matplotlib_the_tables_are_written_and_the_plots_missed(reported, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page, _ = reported(record("gpusoftmax", 2.0))
+    assert "1000x1024" in page and "no plots: pip install 'gpusoftmax[bench]'" in capsys.readouterr().out
+
+
+def test_torch_compile_gives_way_when_time_runs_short(monkeypatch, capsys):
+    seen = []
+
+    def on_cpu(case, taking_part, *_):
+        seen.append(sorted(taking_part))
+        time.sleep(0.3)
+        return [record("gpusoftmax", 1.0)]
+
+    monkeypatch.setattr(measure, "available", lambda target, say: {"gpusoftmax": {}, "torch.compile": {}})
+    monkeypatch.setattr(measure, "on_cpu", on_cpu)
+    command.run("cpu", [Case("softmax", 4, n, "float32") for n in range(9)], QUICK, 1.0, [], False)
+    assert seen[0] == ["gpusoftmax", "torch.compile"] and seen[1] == ["gpusoftmax"]
+    text = capsys.readouterr().out
+    assert "softmax 4x1 float32: torch.compile is left out" in text and "softmax 4x8 float32 is not measured" in text
