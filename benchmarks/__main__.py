@@ -2,6 +2,7 @@
 
 python -m benchmarks cpu | gpu [--quick]                      the whole suite for a target
 python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
+python -m benchmarks launch                                   what a call on a GPU costs on the host; needs no GPU
 python -m benchmarks report                                   tables and plots from the saved results
 """
 
@@ -9,7 +10,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from benchmarks import gpu_timing, measure, report, results, suites
+from benchmarks import gpu_timing, launch, measure, report, results, suites
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 
@@ -20,8 +21,8 @@ _COMPILED = "torch.compile"
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
-    if arguments.what == "report":
-        report.write()
+    if arguments.what in ("report", "launch"):
+        report.write() if arguments.what == "report" else launch.run(print)
         return
     if arguments.what in ("cpu", "gpu"):
         target = arguments.what
@@ -70,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("cpu", "gpu", "report", *OPS), metavar="cpu | gpu | report | OP")
+    parser.add_argument(
+        "what", choices=("cpu", "gpu", "launch", "report", *OPS), metavar="cpu | gpu | launch | report | OP"
+    )
     parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
     parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--shape", nargs="+", default=["4096x1024"], metavar="ROWSxCOLS")

@@ -8,10 +8,14 @@ A device array of another library takes part without CuPy if it has `__cuda_arra
 `__dlpack_device__()` and `__gpusoftmax_empty__(shape, dtype)`, which returns a new array of its kind on its device.
 """
 
+import contextlib
+import functools
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -36,8 +40,8 @@ class Array(NamedTuple):
     """
 
     owner: Any
-    kind: str
     pointer: int
+    kind: str
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -81,18 +85,56 @@ class Array(NamedTuple):
     @property
     def span(self) -> tuple[int, int]:
         """The first address of the array and the one behind its last."""
-        if not self.size:
-            return self.pointer, self.pointer
-        reach = [stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)]
-        low, high = sum(step for step in reach if step < 0), sum(step for step in reach if step > 0)
-        return self.pointer + low * self.itemsize, self.pointer + (high + 1) * self.itemsize
+        low, high = self.reach
+        return self.pointer + low, self.pointer + high
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """`span`, counted from element 0."""
+        return _reach(self.shape, self.strides, self.itemsize)
 
 
 _TITLES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "torch", "jax": "JAX", "device": "CUDA"}
 
 
+@functools.cache
 def numpy_dtype(name: str) -> np.dtype:
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+# A small call on a GPU is as quick as its way to the driver. What follows from dtypes, shapes and strides alone is
+# therefore worked out once.
+
+
+@functools.lru_cache(maxsize=256)
+def _name(dtype: np.dtype) -> str:
+    return dtype.name
+
+
+@functools.lru_cache(maxsize=4096)
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """The lowest byte of an array and the one behind its highest, counted from element 0."""
+    if math.prod(shape) == 0:
+        return 0, 0
+    steps = [stride * (size - 1) for stride, size in zip(strides, shape, strict=True)]
+    low, high = sum(step for step in steps if step < 0), sum(step for step in steps if step > 0)
+    return low * itemsize, (high + 1) * itemsize
+
+
+@functools.lru_cache(maxsize=4096)
+def _element_strides(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(stride // itemsize for stride in strides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a C-contiguous array."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+@functools.lru_cache(maxsize=256)
+def _cuda(device: int, stream: int) -> Place:
+    return Place("cuda", device, stream)
 
 
 # ---------------------------------------------------------------- from the user's array to an Array
@@ -106,25 +148,61 @@ def wrap(x, name: str) -> Array:
     return array
 
 
+_readers: dict[type, Callable[[Any, str], Array]] = {}
+"""How an array of a library is read, by its type: the types that have been met."""
+
+
 def _described(x, name: str) -> Array:
+    kind = type(x)
+    if kind not in _readers:
+        reader = _reader(x)
+        if reader is None:
+            return _from_protocol(x, name)
+        _readers[kind] = reader
+    return _readers[kind](x, name)
+
+
+def _reader(x) -> Callable[[Any, str], Array] | None:
     if isinstance(x, np.ndarray | np.generic):
-        return _from_numpy(x, name)
+        return _from_numpy
     if array_api_compat.is_cupy_array(x):
-        return _from_cupy(x)
+        return _from_cupy
     if array_api_compat.is_torch_array(x):
-        return _from_torch(x, name)
-    if array_api_compat.is_jax_array(x):
-        return _from_jax(x, name)
+        return _from_torch
+    return _from_jax if array_api_compat.is_jax_array(x) else None
+
+
+def on_gpu(x) -> tuple[tuple, int]:
+    """What tells the layout of an array on a GPU from any other, and its address; TypeError if it is not on one."""
+    kind = type(x)
+    reader = _readers.get(kind)
+    if reader is _from_cupy:
+        data = x.data
+        device, pointer = data.device_id, data.ptr
+        stream = sys.modules["cupy"].cuda.get_current_stream(device).ptr
+        layout = kind, x.dtype, x.shape, x.strides, device, stream
+    elif (reader is _from_torch and x.is_cuda) or (reader is None and hasattr(kind, "__gpusoftmax_empty__")):
+        _, pointer, *layout = _described(x, "an argument")
+        layout = tuple(layout)
+    else:
+        raise TypeError
+    if not pointer:
+        raise TypeError
+    return layout, pointer
+
+
+def _from_protocol(x, name: str) -> Array:
+    """Whatever says itself where its memory is, or else can be made an array by NumPy."""
     if hasattr(x, "__cuda_array_interface__") and hasattr(x, "__gpusoftmax_empty__"):
         return _from_device(x, name)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         # Preferred: CuPy's import of the other interface waits on the host for the producer's stream.
         if int(x.__dlpack_device__()[0]) in _DLPACK_CPU:
             return _from_numpy(np.from_dlpack(x), name)
-        return _from_cupy(_cupy(name).from_dlpack(x))
+        return _from_cupy(_cupy(name).from_dlpack(x), name)
     if hasattr(x, "__cuda_array_interface__"):
         read_only = x.__cuda_array_interface__["data"][1]
-        return _from_cupy(_cupy(name).asarray(x))._replace(writable=not read_only)
+        return _from_cupy(_cupy(name).asarray(x), name)._replace(writable=not read_only)
     return _from_numpy(np.asarray(x), name)
 
 
@@ -146,10 +224,6 @@ def _cupy(name: str):
         ) from error
 
 
-def _element_strides(strides: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    return tuple(stride // itemsize for stride in strides)
-
-
 def _from_numpy(x, name: str) -> Array:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill the masked logits with -inf first")
@@ -162,15 +236,14 @@ def _from_numpy(x, name: str) -> Array:
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         writable = False
     strides = _element_strides(array.strides, array.itemsize)
-    return Array(array, "numpy", array.ctypes.data, array.dtype.name, array.shape, strides, CPU, writable)
+    return Array(array, array.ctypes.data, "numpy", _name(array.dtype), array.shape, strides, CPU, writable)
 
 
-def _from_cupy(x) -> Array:
-    cupy = importlib.import_module("cupy")
-    device = x.device.id
-    place = Place("cuda", device, cupy.cuda.get_current_stream(device).ptr)
+def _from_cupy(x, name: str) -> Array:
+    device = x.data.device_id
+    place = _cuda(device, sys.modules["cupy"].cuda.get_current_stream(device).ptr)
     strides = _element_strides(x.strides, x.itemsize)
-    return Array(x, "cupy", x.data.ptr, x.dtype.name, x.shape, strides, place, True)
+    return Array(x, x.data.ptr, "cupy", _name(x.dtype), x.shape, strides, place, True)
 
 
 def _from_torch(x, name: str) -> Array:
@@ -197,13 +270,13 @@ def _from_torch(x, name: str) -> Array:
     x = x.resolve_neg()
     place = CPU
     if x.device.type == "cuda":
-        place = Place("cuda", x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+        place = _cuda(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
     dtype = str(x.dtype).removeprefix("torch.")
     try:
         pointer = x.data_ptr()
     except RuntimeError:  # what functorch's wrappers do; others say 0, see wrap
         pointer = 0
-    return Array(x, "torch", pointer, dtype, tuple(x.shape), tuple(x.stride()), place, True)
+    return Array(x, pointer, "torch", dtype, tuple(x.shape), tuple(x.stride()), place, True)
 
 
 def _from_jax(x, name: str) -> Array:
@@ -222,7 +295,7 @@ def _from_jax(x, name: str) -> Array:
         array = _from_numpy(np.asarray(x), name)
         array = array._replace(place=Place("cpu", device.id))
     else:
-        array = _from_cupy(_cupy(name).from_dlpack(x))
+        array = _from_cupy(_cupy(name).from_dlpack(x), name)
     return array._replace(kind="jax", owner=(x, array.owner), writable=False)
 
 
@@ -232,23 +305,61 @@ def _from_device(x, name: str) -> Array:
     pointer, read_only = interface["data"]
     shape = tuple(interface["shape"])
     strides = interface.get("strides")
-    if strides is None:
-        strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    strides = _row_major(shape) if strides is None else _element_strides(tuple(strides), dtype.itemsize)
     stream = interface.get("stream")
     if stream == 0:
         raise ValueError(
             f"{name} gives stream 0, which __cuda_array_interface__ forbids: expected None, 1 or 2 or a handle"
         )
-    place = Place("cuda", x.__dlpack_device__()[1], stream or 0)
-    strides = _element_strides(strides, dtype.itemsize)
-    return Array(x, "device", pointer, dtype.name, shape, strides, place, not read_only)
+    place = _cuda(x.__dlpack_device__()[1], stream or 0)
+    return Array(x, pointer, "device", _name(dtype), shape, strides, place, not read_only)
 
 
 # ---------------------------------------------------------------- results
 
 
+class Made:
+    """The arrays that `empty` made. They are held, so that no address is used twice; `waited`: for the device."""
+
+    def __init__(self):
+        self.arrays: list[Array] = []
+        self.waited = False
+
+
+class _Recorder(threading.local):
+    made: Made | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Made]:
+    """Notes what the calls of this thread make."""
+    _recorder.made = Made()
+    try:
+        yield _recorder.made
+    finally:
+        _recorder.made = None
+
+
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """A new C-contiguous array of the same kind on the same device. Its contents are whatever was there."""
+    array = _empty(like, shape, dtype)
+    if _recorder.made is not None:
+        _recorder.made.arrays.append(array)
+    return array
+
+
+def empty_beside(x, shape: tuple[int, ...], dtype: str, place: Place) -> tuple[Any, int]:
+    """As `empty`, for an array of the kind and on the device of `x`, which on_gpu knows: the array and its address."""
+    if _readers.get(type(x)) is _from_cupy:
+        array = _empty_cupy(shape, numpy_dtype(dtype), place.device)
+        return array, array.data.ptr
+    return _empty(_described(x, "an argument"), shape, dtype)[:2]
+
+
+def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "torch":
         torch = importlib.import_module("torch")
         return _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
@@ -257,12 +368,19 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.place.target == "cpu":
         array = _from_numpy(np.empty(shape, numpy_dtype(dtype)), "out")
     else:
-        cupy = importlib.import_module("cupy")
-        with cupy.cuda.Device(like.place.device):
-            array = _from_cupy(cupy.empty(shape, numpy_dtype(dtype)))
+        owner = _empty_cupy(shape, numpy_dtype(dtype), like.place.device)
+        array = Array(owner, owner.data.ptr, "cupy", dtype, shape, _row_major(shape), like.place, True)
     if like.kind == "jax":
         return array._replace(kind="jax", owner=(like.owner[0], array.owner), place=like.place)
     return array
+
+
+def _empty_cupy(shape: tuple[int, ...], dtype: np.dtype, device: int):
+    cupy = sys.modules["cupy"]
+    if cupy.cuda.get_device_id() == device:
+        return cupy.empty(shape, dtype)
+    with cupy.cuda.Device(device):
+        return cupy.empty(shape, dtype)
 
 
 def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str | None = None) -> Array:
@@ -282,20 +400,25 @@ def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str 
     _checks.same_home(like, array, "the input", "out")
     _checks.same_shape(array, shape, "out", "to match the result")
     _checks.output(array, requested)
-    return array._replace(owner=out)
+    return array if array.owner is out else array._replace(owner=out)
 
 
 def result(array: Array, given=None):
     """What the user gets back: `out` itself where one was given; a NumPy scalar where NumPy would return one."""
     if given is not None:
-        if array.kind == "torch":
-            importlib.import_module("torch").autograd.graph.increment_version(given)
+        written(given)
         return given
     if array.kind == "jax":
         return _to_jax(array)
     if array.kind == "numpy" and array.ndim == 0:
         return array.owner[()]
     return array.owner
+
+
+def written(given) -> None:
+    """What is due after a user's array was written to."""
+    if _readers.get(type(given)) is _from_torch:
+        importlib.import_module("torch").autograd.graph.increment_version(given)
 
 
 def _to_jax(array: Array):
@@ -320,13 +443,14 @@ def numbers(array: Array) -> Numbers:
 
 def to_python(array: Array):
     """The value of a one-element array; waits for the device."""
+    if _recorder.made is not None:
+        _recorder.made.waited = True
     return array.library_array.item()
 
 
 def contiguous(array: Array, dtype: str) -> Array:
     """The array itself if it is C-contiguous and of this floating dtype, or else a copy that is."""
-    row_major = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
-    walks = zip(array.shape, array.strides, row_major, strict=True)
+    walks = zip(array.shape, array.strides, _row_major(array.shape), strict=True)
     if dtype == array.dtype and all(size <= 1 or stride == dense for size, stride, dense in walks):
         return array
     copied = empty(array, array.shape, dtype)
@@ -357,7 +481,7 @@ def per_row(array: Array, axes: tuple[int, ...], ndim: int) -> Array:
     else:
         kept = iter(array.strides)
         strides = tuple(0 if axis in axes else next(kept) for axis in range(ndim))
-    return array._replace(strides=strides)
+    return Array(*array[:5], strides, *array[6:])  # _replace takes four times as long
 
 
 class _Dim(NamedTuple):
@@ -405,31 +529,57 @@ def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[A
     joined with them are looped over here. Reduced axes that form no single stride cost one copy of each array.
     """
     arrays = [*reads, *writes]
-    shape = reads[0].shape
-    n_cols = math.prod(shape[axis] for axis in axes)
-    _checks.column_count(n_cols)
-    if math.prod(size for axis, size in enumerate(shape) if axis not in axes) == 0:
-        return
-    cols = _coalesce([_Dim(shape[axis], tuple(a.strides[axis] for a in arrays)) for axis in axes])
-    if len(cols) > 1 and n_cols:
+    walk = _walk(axes, reads[0].shape, tuple([array.strides for array in arrays]))
+    if walk is None:
         _for_rows_of_copies(call, axes, reads, writes)
         return
-    col_strides = cols[0].strides if cols else (1,) * len(arrays)
-    batch = [_Dim(shape[k], tuple(a.strides[k] for a in arrays)) for k in range(len(shape)) if k not in axes]
-    batch = [_Dim(1, (0,) * len(arrays))] * 2 + _coalesce(batch)
-    outer, inner = batch[-2:]
-    rows = Rows(outer.size * inner.size, inner.size, n_cols)
-    looped = [dim for dim in batch[:-2] if dim.size > 1]
-    for index in itertools.product(*(range(dim.size) for dim in looped)):
+    for index in itertools.product(*walk.calls):
         here = []
         for k, array in enumerate(arrays):
-            offset = sum(i * dim.strides[k] for i, dim in zip(index, looped, strict=True))
-            walk = array.pointer + offset * array.itemsize, outer.strides[k], inner.strides[k]
-            if array.dtype in operands.LABELS:
-                here.append(Labels(*walk, operands.label_code(array.dtype)))
+            pointer, (outer, inner, col) = array.pointer, walk.strides[k]
+            for i, strides in zip(index, walk.call_strides, strict=True):
+                pointer += i * strides[k] * array.itemsize
+            if array.dtype in _LABELS:
+                here.append(Labels(pointer, outer, inner, operands.label_code(array.dtype)))
             else:
-                here.append(Operand(*walk, col_strides[k], array.dtype))
-        call(rows, *here)
+                here.append(Operand(pointer, outer, inner, col, array.dtype))
+        call(walk.rows, *here)
+
+
+_LABELS = frozenset(operands.LABELS)
+
+
+class _Walk(NamedTuple):
+    """Strides count elements and come for each array."""
+
+    rows: Rows  # of one call
+    strides: tuple[tuple[int, int, int], ...]  # (outer, inner, column)
+    calls: tuple[range, ...]  # the batch axes that are looped over: none for one call, an empty range for no call
+    call_strides: tuple[tuple[int, ...], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _walk(axes: tuple[int, ...], shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> _Walk | None:
+    """How kernels walk arrays of one shape along `axes`; None if no single stride walks these."""
+    n_cols = math.prod(shape[axis] for axis in axes)
+    _checks.column_count(n_cols)
+    dims = [_Dim(size, tuple(each[axis] for each in strides)) for axis, size in enumerate(shape)]
+    cols = _coalesce([dims[axis] for axis in axes])
+    batch = [dim for axis, dim in enumerate(dims) if axis not in axes]
+    if math.prod(dim.size for dim in batch) == 0:
+        return _Walk(Rows(0, 0, n_cols), (), (range(0),), ())
+    if len(cols) > 1 and n_cols:
+        return None
+    col_strides = cols[0].strides if cols else (1,) * len(strides)
+    batch = [_Dim(1, (0,) * len(strides))] * 2 + _coalesce(batch)
+    outer, inner = batch[-2:]
+    looped = [dim for dim in batch[:-2] if dim.size > 1]
+    return _Walk(
+        Rows(outer.size * inner.size, inner.size, n_cols),
+        tuple(zip(outer.strides, inner.strides, col_strides, strict=True)),
+        tuple(range(dim.size) for dim in looped),
+        tuple(dim.strides for dim in looped),
+    )
 
 
 def _for_rows_of_copies(call, axes, reads, writes) -> None:
@@ -460,7 +610,12 @@ def _for_rows_of_copies(call, axes, reads, writes) -> None:
 
 def kernels(place: Place, op: str):
     """The module of an operation's kernels for the place where the arrays live."""
-    return importlib.import_module(f"gpusoftmax.kernels.{place.target}.{op}")
+    return _kernels(place.target, op)
+
+
+@functools.cache
+def _kernels(target: str, op: str):
+    return importlib.import_module(f"gpusoftmax.kernels.{target}.{op}")
 
 
 def array_module(device: str):

@@ -1,5 +1,6 @@
 """Every argument check and every error message. Each names the argument, what came, what was expected, and the fix."""
 
+import functools
 import math
 import operator
 
@@ -14,6 +15,8 @@ MAX_COLS = 2**31 - 1
 
 def axes(axis, ndim: int) -> tuple[int, ...]:
     """The reduced axes in ascending order; None means all of them, as in SciPy."""
+    if type(axis) is int and -ndim <= axis < ndim:
+        return (axis % ndim,)
     if axis is None:
         return tuple(range(ndim))
     if ndim == 0 and axis in (-1, 0):
@@ -36,6 +39,8 @@ def axes(axis, ndim: int) -> tuple[int, ...]:
 
 
 def temperature(value) -> float:
+    if type(value) is float and 0.0 < value < math.inf:
+        return value
     if isinstance(value, bool) or getattr(value, "ndim", 0) or isinstance(value, list | tuple | str | bytes):
         raise TypeError(f"temperature is {_short(value)}, expected one number")
     number = scalar(value, "temperature")
@@ -46,12 +51,19 @@ def temperature(value) -> float:
 
 def temperature_fits(temperature: float, dtype: str) -> None:
     """The kernels multiply by 2 / temperature, which must be finite in the format they compute in."""
-    lowest = 2.0 / float(np.finfo(dtype).max)
+    lowest = _lowest_temperature(dtype)
     if temperature < lowest:
         raise ValueError(f"temperature is {temperature}, expected at least {lowest:.3g} for arithmetic in {dtype}")
 
 
+@functools.cache
+def _lowest_temperature(dtype: str) -> float:
+    return 2.0 / float(np.finfo(dtype).max)
+
+
 def scalar(value, name: str) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool | str | bytes):
         raise TypeError(f"{name} is {_short(value)}, expected a number")
     try:
@@ -118,21 +130,25 @@ def output(out, dtype: str | None) -> None:
     floating(out.dtype, "out")
     if not out.writable:
         raise ValueError("out is read-only, expected a writable array")
-    if not out.size:
-        return
-    extents = sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape, strict=True) if size > 1)
+    if _overlaps_itself(out.shape, out.strides):
+        raise ValueError(f"out has shape {out.shape} and strides {out.strides} (in elements): its elements overlap")
+
+
+@functools.lru_cache(maxsize=4096)
+def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    if math.prod(shape) == 0:
+        return False
     reached = 0
-    for stride, size in extents:
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
         if stride <= reached:
-            raise ValueError(f"out has shape {out.shape} and strides {out.strides} (in elements): its elements overlap")
+            return True
         reached += stride * (size - 1)
+    return False
 
 
 def no_partial_overlap(out, array, name: str) -> None:
     """out may be exactly `array` (the call works in place) or share no byte with it."""
-    if _walk(out) == _walk(array):
-        return
-    if not _spans_meet(out, array):
+    if not _spans_meet(out, array) or _walk(out) == _walk(array):
         return
     try:
         overlap = np.shares_memory(out.address_map(), array.address_map(), max_work=100_000)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _arrays, _checks, _replay
 
 
 def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, any_temperature: bool = False) -> Any:
@@ -10,6 +10,10 @@ def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, 
 
     any_temperature: the result is right, if only the maximum counts, even where 2 / temperature overflows.
     """
+    return _replay.call(_forward, (x, out), op, axis, temperature, dtype, any_temperature)
+
+
+def _forward(x, out, op, axis, temperature, dtype, any_temperature):
     logits = _arrays.logits(x, "x")
     axes = _checks.axes(axis, logits.ndim)
     temperature = _checks.temperature(temperature)
@@ -26,6 +30,10 @@ def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, 
 
 def backward(op: str, y: Any, dy: Any, y_name: str, axis: Any, temperature: Any, out: Any) -> Any:
     """Calls `op`_backward of the kernels of `op` on the op's result y, the gradient dy and a result of their shape."""
+    return _replay.call(_backward, (y, dy, out), op, y_name, axis, temperature)
+
+
+def _backward(y, dy, out, op, y_name, axis, temperature):
     dy_name = f"d{y_name}"
     value, gradient = _arrays.logits(y, y_name), _arrays.logits(dy, dy_name)
     _checks.same_home(value, gradient, y_name, dy_name)

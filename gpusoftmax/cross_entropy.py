@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _arrays, _checks, _replay
 from gpusoftmax.kernels.operands import NO_BAD_LABEL, NO_OPERAND, Numbers
 
 
@@ -70,9 +70,8 @@ def cross_entropy(
     >>> float(cross_entropy(np.zeros((1, 4)), np.array([2])))  # log 4
     1.3862943611198906
     """
-    return _cross_entropy(
-        logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate, 1.0, False, None
-    )[0]
+    options = axis, ignore_index, reduction, label_smoothing, validate, 1.0, False
+    return _replay.call(_cross_entropy, (logits, target, weight, None), *options)[0]
 
 
 def cross_entropy_with_grad(
@@ -121,13 +120,12 @@ def cross_entropy_with_grad(
     array([[ 0.25,  0.25, -0.75,  0.25]])
     """
     grad_scale = _checks.scalar(grad_scale, "grad_scale")
-    return _cross_entropy(
-        logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate, grad_scale, True, out
-    )
+    options = axis, ignore_index, reduction, label_smoothing, validate, grad_scale, True
+    return _replay.call(_cross_entropy, (logits, target, weight, out), *options)
 
 
 def _cross_entropy(
-    logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate, grad_scale, with_grad, out
+    logits, target, weight, out, axis, ignore_index, reduction, label_smoothing, validate, grad_scale, with_grad
 ):
     x = _arrays.logits(logits, "logits")
     labels = _arrays.wrap(target, "target")

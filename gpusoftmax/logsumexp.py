@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _arrays, _checks, _replay
 
 
 def logsumexp(
@@ -46,6 +46,10 @@ def logsumexp(
     >>> float(logsumexp(np.array([1000.0, 1000.0])) - 1000.0)
     0.69314718055989...
     """
+    return _replay.call(_logsumexp, (x, out), axis, keepdims, temperature, dtype)
+
+
+def _logsumexp(x, out, axis, keepdims, temperature, dtype):
     logits = _arrays.logits(x, "x")
     axes = _checks.axes(axis, logits.ndim)
     temperature = _checks.temperature(temperature)

@@ -115,7 +115,7 @@ def _launches(dtype, out_dtype):
     recorded = []
     stand_in = {
         "device": lambda ordinal: driver.Device(ordinal, "sm_90", 132),
-        "load": lambda image, device: recorded.append((image.kernel, image.signature)),
+        "load": lambda image, device, stream: recorded.append((image.kernel, image.signature)),
         "launch": lambda *_: None,
     }
     with mock.patch.multiple(driver, **stand_in):

@@ -528,8 +528,8 @@ MUTANTS = [
         "bits differ: layout step 2",
         _edit(
             "gpusoftmax._arrays",
-            "Operand(*walk, col_strides[k], array.dtype)",
-            "Operand(*walk, 1 if k == 0 else col_strides[k], array.dtype)",
+            "Operand(pointer, outer, inner, col, array.dtype)",
+            "Operand(pointer, outer, inner, 1 if k == 0 else col, array.dtype)",
         ),
     ),
     Mutant(
@@ -540,8 +540,8 @@ MUTANTS = [
         "bits differ: layout",
         _edit(
             "gpusoftmax._arrays",
-            "offset * array.itemsize, outer.strides[k], inner.strides[k]",
-            "offset * array.itemsize, outer.strides[k], n_cols",
+            "Operand(pointer, outer, inner, col, array.dtype)",
+            "Operand(pointer, outer, walk.rows.n_cols, col, array.dtype)",
         ),
     ),
     Mutant(
@@ -987,7 +987,7 @@ MUTANTS = [
         "block",
         _edit(
             "gpusoftmax._arrays",
-            "if math.prod(size for axis, size in enumerate(shape) if axis not in axes) == 0:",
+            "if math.prod(dim.size for dim in batch) == 0:",
             "if not shape:",
         ),
     ),
@@ -1005,7 +1005,7 @@ MUTANTS = [
         lse_on_another_device,
         errors.ForeignMemory,
         "lies on device 1",
-        _edit("gpusoftmax._arrays", 'Place("cuda", x.__dlpack_device__()[1],', 'Place("cuda", 0,'),
+        _edit("gpusoftmax._arrays", "_cuda(x.__dlpack_device__()[1],", "_cuda(0,"),
     ),
     # ---- machine code
     Mutant(

@@ -475,7 +475,7 @@ class FakeCupyArray:
         self.shape, self.strides, self.dtype, self.ndim = array.shape, array.strides, array.dtype, array.ndim
         self.itemsize, self.size = array.dtype.itemsize, array.size
         self.device = SimpleNamespace(id=array.__dlpack_device__()[1])
-        self.data = SimpleNamespace(ptr=array.__cuda_array_interface__["data"][0])
+        self.data = SimpleNamespace(ptr=array.__cuda_array_interface__["data"][0], device_id=self.device.id)
         self.gpu = array._gpu
 
     def get(self):
@@ -517,7 +517,7 @@ def cupy(gpu, monkeypatch):
         return foreign if isinstance(foreign, FakeCupyArray) else FakeCupyArray(foreign.array)
 
     module.ndarray = FakeCupyArray
-    module.cuda = SimpleNamespace(Device=device, get_current_stream=current_stream)
+    module.cuda = SimpleNamespace(Device=device, get_device_id=lambda: current[-1], get_current_stream=current_stream)
     module.empty = lambda shape, dtype: FakeCupyArray(gpu.empty(shape, dtype, device=current[-1]))
     module.asarray = module.from_dlpack = adopted
     module.array = lambda a, device=0: FakeCupyArray(gpu.array(a, device=device))
@@ -623,7 +623,7 @@ from gpusoftmax.kernels.cuda import driver
 
 launched = []
 driver.device = lambda ordinal: driver.Device(ordinal, "sm_90", 132)
-driver.load = lambda image, device: (image.entry, image.cubin)
+driver.load = lambda image, device, stream: (image.entry, image.cubin)
 driver.launch = lambda kernel, plan, stream, words: launched.append(kernel)
 
 class Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import arrays, cases, gpu_timing, measure, providers, report, results, suites, timing
+from benchmarks import arrays, cases, gpu_timing, launch, measure, providers, report, results, suites, timing
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 
@@ -263,6 +263,18 @@ def test_torch_tensors_share_the_inputs_and_keep_bfloat16():
     assert tensors.logits.dtype == torch.bfloat16 and tensors.logits.data_ptr() == given.logits.ctypes.data
     assert (arrays.to_numpy(tensors.logits) == given.logits).all()
     assert arrays.to_numpy(tensors.result()).dtype == cases.BFLOAT16
+
+
+def test_launch_cost_is_measured_without_a_gpu(monkeypatch):
+    """With stand-ins for CuPy's arrays; the driver is never reached."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(launch, "_ATTEMPTS", 1)
+    monkeypatch.setattr(launch, "_SAMPLES", 2)
+    said = []
+    launch.run(said.append)
+    costs = [line for line in said if line.endswith("us until the driver")]
+    assert len(costs) == 7 and all(0 < float(line.split()[-5]) < 10_000 for line in costs)
+    assert said[-1].startswith("whole calls") or "torch softmax" in "".join(said)
 
 
 # ---------------------------------------------------------------- the report

@@ -7,19 +7,27 @@ from gpusoftmax.kernels.cuda.compile import Image
 from gpusoftmax.kernels.cuda.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, as a key that costs nothing: there is one object per device
 class Device:
     ordinal: int
     arch: str  # "sm_90"
     multiprocessors: int
 
 
-class _LoadedKernel:
-    """A kernel in the memory of one device."""
+_FREE_SHARED_BYTES = 48 * 1024
+_PORTABLE_CLUSTER = 8
+"""A kernel that wants more dynamic shared memory or larger clusters has to be permitted to."""
 
-    def __init__(self, kernel, ordinal: int):
+
+class _LoadedKernel:
+    """A kernel in the memory of one device: that device's context, and the launches that were configured before."""
+
+    def __init__(self, kernel, ordinal: int, context: int):
         self.kernel = kernel
         self.ordinal = ordinal
+        self.context = context
+        self.shared_bytes = _FREE_SHARED_BYTES
+        self.configs: dict[Plan, object] = {}
 
 
 @functools.cache
@@ -32,14 +40,28 @@ def device(ordinal: int) -> Device:
     return Device(ordinal, f"sm_{major}{minor}", core.properties.multiprocessor_count)
 
 
-@functools.cache
-def load(image: Image, device: Device) -> _LoadedKernel:
-    """The image's kernel, loaded once per device."""
+_loaded: dict[tuple[Image, Device], _LoadedKernel] = {}
+
+
+def load(image: Image, device: Device, stream: int) -> _LoadedKernel:
+    """The image's kernel, loaded once per device.
+
+    Loading is not allowed while a graph is captured on the stream that the kernel is wanted for: RuntimeError.
+    """
+    try:
+        return _loaded[image, device]
+    except KeyError:
+        pass
     from cuda.core import ObjectCode
 
-    with _current(device.ordinal):
-        code = ObjectCode.from_cubin(image.cubin)
-        return _LoadedKernel(code.get_kernel(image.entry), device.ordinal)
+    with _current(device.ordinal) as context:
+        if _is_capturing(stream):
+            raise RuntimeError(
+                f"the kernel {image.kernel} is not loaded yet, which cannot be done while a CUDA graph is captured: "
+                f"make the same call once before the capture"
+            )
+        kernel = ObjectCode.from_cubin(image.cubin).get_kernel(image.entry)
+    return _loaded.setdefault((image, device), _LoadedKernel(kernel, device.ordinal, context))
 
 
 def launch(kernel: _LoadedKernel, plan: Plan, stream: int, words: tuple) -> None:
@@ -47,22 +69,64 @@ def launch(kernel: _LoadedKernel, plan: Plan, stream: int, words: tuple) -> None
 
     `words` holds one entry per parameter: int (a pointer or an int64), np.float32 or np.float64.
     """
-    from cuda.core import LaunchConfig, launch
+    current_context, start = _functions()
+    config = kernel.configs.get(plan)
+    if config is None:
+        config = kernel.configs[plan] = _configured(kernel, plan)
+    if int(current_context()[1]) == kernel.context:
+        start(_stream(stream), config, kernel.kernel, *words)
+    else:
+        with _current(kernel.ordinal):
+            start(_stream(stream), config, kernel.kernel, *words)
 
-    with _current(kernel.ordinal):
-        config = LaunchConfig(grid=plan.blocks, block=plan.threads, shmem_size=plan.shared_bytes)
-        # 0 is the legacy stream to CuPy and torch, but may be the per-thread one to the driver's bindings; 1 is legacy.
-        launch(_Stream(stream or 1), config, kernel.kernel, *words)
+
+@functools.cache
+def _functions():
+    """What every launch needs of the driver's bindings, which are imported when the first kernel is launched."""
+    from cuda.bindings.driver import cuCtxGetCurrent
+    from cuda.core import launch
+
+    return cuCtxGetCurrent, launch
 
 
-class _Stream:
-    """A foreign stream handle, in the protocol of cuda.core."""
+def _configured(kernel: _LoadedKernel, plan: Plan):
+    """The launch as cuda.core wants it; raises what the kernel may use to what the plan asks for, if that is more."""
+    from cuda.bindings import driver
+    from cuda.core import LaunchConfig
 
-    def __init__(self, handle: int):
-        self.handle = handle
+    attributes, wanted = driver.CUfunction_attribute, {}
+    if plan.shared_bytes > kernel.shared_bytes:  # raised, never lowered: another thread's launch may be on its way
+        kernel.shared_bytes = plan.shared_bytes
+        wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = plan.shared_bytes
+    if plan.cluster > _PORTABLE_CLUSTER:
+        wanted[attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
+    for attribute, value in wanted.items():
+        (error,) = driver.cuKernelSetAttribute(attribute, value, kernel.kernel.handle, kernel.ordinal)
+        if error:
+            raise RuntimeError(f"the driver refuses {attribute.name} = {value}: {error.name}")
+    cluster = plan.cluster if plan.cluster > 1 else None
+    return LaunchConfig(
+        grid=plan.blocks // plan.cluster, cluster=cluster, block=plan.threads, shmem_size=plan.shared_bytes
+    )
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
+
+# A stream object of cuda.core takes longer to make than to launch on. It owns nothing: that a handle may come to stand
+# for another stream does not matter.
+@functools.lru_cache(maxsize=256)
+def _stream(handle: int):
+    from cuda.core import Stream
+
+    # 0 is the legacy stream to CuPy and torch, but may be the per-thread one to the driver's bindings; 1 is legacy.
+    return Stream.from_handle(handle or 1)
+
+
+def _is_capturing(stream: int) -> bool:
+    from cuda.bindings import driver
+
+    error, status = driver.cuStreamIsCapturing(stream or 1)
+    if error:  # the legacy stream cannot be asked while another stream is captured
+        return error == driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+    return status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
 
 class _current:
@@ -71,13 +135,15 @@ class _current:
     def __init__(self, ordinal: int):
         self.ordinal = ordinal
 
-    def __enter__(self):
+    def __enter__(self) -> int:
+        """The device's context."""
         from cuda.bindings import driver
         from cuda.core import Device as CoreDevice
 
         self.driver = driver
         self.previous = driver.cuCtxGetCurrent()[1]
         CoreDevice(self.ordinal).set_current()
+        return int(driver.cuCtxGetCurrent()[1])
 
     def __exit__(self, *error):
         self.driver.cuCtxSetCurrent(self.previous)

@@ -1,35 +1,72 @@
 """Starts a kernel by name: its image for the device, loaded once, with the arguments packed for the driver."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 
 from gpusoftmax.kernels.cuda import compile, driver
+from gpusoftmax.kernels.cuda.compile import Image
 from gpusoftmax.kernels.cuda.plan import Plan, row_plan
-from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows
+from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Place, Rows
+
+_STRIDED = {dtype: f"strided {dtype}" for dtype in STORAGE}
+_SCALARS = {np.float32: "float32", np.float64: "float64", int: "int64"}
+
+
+class Launch(NamedTuple):
+    """A launch as it was made."""
+
+    image: Image
+    plan: Plan
+    words: tuple
+    addresses: list[int]  # the positions of the words that are addresses
+
+
+class _Recorder(threading.local):
+    launches: list[Launch] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches that this thread makes."""
+    _recorder.launches = []
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder.launches = None
 
 
 def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
     """Starts `kernel`, "<file>.<function>" under kernels/cuda/device; compile.image explains the signature."""
-    signature, words = [], []
+    signature, words, addresses = [], [], []
     for argument in arguments:
-        if isinstance(argument, Operand):
-            *numbers, dtype = argument
-            signature.append(f"strided {dtype}")
-            words += numbers
-        elif isinstance(argument, Numbers):
+        kind = type(argument)
+        if kind in (Operand, Labels, Numbers):  # they begin with their address
+            addresses.append(len(words))
+        if kind is Operand:
+            signature.append(_STRIDED[argument.dtype])
+            words += argument[:4]
+        elif kind is Numbers:
             signature.append(f"*{argument.dtype}")
             words.append(argument.pointer)
-        elif isinstance(argument, Rows | Labels):
-            signature.append("rows" if isinstance(argument, Rows) else "labels")
+        elif kind is Rows or kind is Labels:
+            signature.append("rows" if kind is Rows else "labels")
             words += argument
-        elif isinstance(argument, np.floating):
-            signature.append(argument.dtype.name)
-            words.append(argument)
         else:
-            signature.append("int64")
+            signature.append(_SCALARS[kind])
             words.append(argument)
+    words = tuple(words)
     device = driver.device(place.device)
     image = compile.image(kernel, tuple(signature), device.arch)
-    driver.launch(driver.load(image, device), plan, place.stream, tuple(words))
+    driver.launch(driver.load(image, device, place.stream), plan, place.stream, words)
+    if _recorder.launches is not None:
+        _recorder.launches.append(Launch(image, plan, words, addresses))
 
 
 def launch_rows(kernel: str, place: Place, rows: Rows, *arguments) -> None:

@@ -178,7 +178,7 @@ class EmulatedGPU:
     def _device(self, ordinal):
         return self.devices[ordinal]
 
-    def _load(self, image, device):
+    def _load(self, image, device, stream):
         ours, theirs = self.arch_number, _arch_number(image.arch)
         if theirs // 10 != ours // 10 or theirs > ours or (image.arch.endswith("a") and image.arch != self.arch):
             raise WrongArchitecture(f"image for {image.arch} on a device of {self.arch}")

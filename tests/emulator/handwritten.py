@@ -57,7 +57,7 @@ def pointer(array):
 
 def launch(kernel_image, *args, threads=32, blocks=1, cluster=1, shared=0, device=0, stream=7):
     """Launch through the driver. Arrays are passed as their pointers."""
-    loaded = driver.load(kernel_image, driver.device(device))
+    loaded = driver.load(kernel_image, driver.device(device), stream)
     words = tuple(arg if isinstance(arg, (int, np.generic)) else pointer(arg) for arg in args)
     driver.launch(loaded, Plan(threads, blocks, 0, shared, cluster), stream, words)
 

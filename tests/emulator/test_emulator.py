@@ -270,7 +270,7 @@ def test_three_functions_are_replaced_and_restored():
     with pytest.raises(KeyError), emulated_gpu("sm_80", multiprocessors=4) as gpu:
         changed = {name for name, value in vars(driver).items() if before.get(name) is not value}
         assert changed == {"device", "load", "launch"}
-        assert driver.device(0) == driver.Device(0, "sm_80", 4) and gpu.arch == "sm_80"
+        assert vars(driver.device(0)) == vars(driver.Device(0, "sm_80", 4)) and gpu.arch == "sm_80"
         raise KeyError
     assert {name: value for name, value in vars(driver).items() if before[name] is not value} == {}
 
@@ -303,7 +303,7 @@ def test_launches_that_the_driver_would_refuse(gpu):
     with pytest.raises(errors.InvalidLaunch, match="parameter 2: .* has 4 bytes, the kernel's has 8"):
         launch(SCALE, x, x, np.int32(4), 4, 4)
     with pytest.raises(errors.InvalidLaunch, match="neither an int nor a NumPy scalar"):
-        driver.launch(driver.load(SCALE, driver.device(0)), Plan(32, 1, 0), 7, (pointer(x), pointer(x), 4, 4, 4.0))
+        driver.launch(driver.load(SCALE, driver.device(0), 7), Plan(32, 1, 0), 7, (pointer(x), pointer(x), 4, 4, 4.0))
     bounded = image("ret;")
     bounded.ptx = bounded.ptx.replace(")\n{", ")").replace(".param .u64 y) {", ".param .u64 y) .maxntid 64, 1, 1 {")
     launch(bounded, x, x, threads=64)

@@ -1,0 +1,212 @@
+"""Calls that are replayed: the same results, errors and launches as the first call of their layout."""
+
+import numpy as np
+import pytest
+
+import gpusoftmax
+from gpusoftmax import _replay
+from tests import inputs, tolerances
+from tests.calls import CALLS, IN_PLACE, arguments, same_bits
+from tests.emulator import emulated_gpu
+from tests.emulator.gpu import EmulatedArray
+
+F32 = np.dtype(np.float32)
+SHAPE = (3, 40)
+
+
+@pytest.fixture
+def gpu():
+    with emulated_gpu("sm_90", devices=2, track=False) as gpu:
+        yield gpu
+
+
+def placed(gpu, name, seed, dtype=F32):
+    host = arguments(name, SHAPE, dtype, seed)
+    return host, {argument: gpu.array(array) for argument, array in host.items()}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_call_is_replayed_with_its_own_arrays(gpu, monkeypatch, name):
+    call = CALLS[name]
+    first, on_gpu = placed(gpu, name, seed=1)
+    kept = call.function(**on_gpu)
+    before = [type(part) for part in kept] if isinstance(kept, tuple) else type(kept)
+    n_launches, launched = len(gpu.stats), [stats.entry for stats in gpu.stats]
+    monkeypatch.setattr(_replay, "_record", lambda *_: pytest.fail("not replayed"))
+    other, on_gpu = placed(gpu, name, seed=2)
+    result = call.function(**on_gpu)
+    assert ([type(part) for part in result] if isinstance(result, tuple) else type(result)) == before
+    assert [stats.entry for stats in gpu.stats[n_launches:]] == launched
+    monkeypatch.undo()
+    with emulated_gpu("sm_90", track=False) as fresh:  # another device: nothing to replay
+        for host, got in ((first, kept), (other, result)):
+            expected = call.function(**{argument: fresh.array(array) for argument, array in host.items()})
+            assert same_bits(gpu.get(got), fresh.get(expected))
+
+
+@pytest.mark.parametrize("name, argument", IN_PLACE)
+def test_in_place_and_out_of_place_are_different_calls(gpu, name, argument):
+    call = CALLS[name]
+    for seed, in_place in enumerate((False, True, False, True)):
+        host, on_gpu = placed(gpu, name, seed)
+        out = on_gpu[argument] if in_place else gpu.array(np.zeros(SHAPE, F32))
+        result = call.function(**on_gpu, out=out)
+        assert (result[1] if isinstance(result, tuple) else result) is out
+        expected = call.function(**{key: gpu.array(array.copy()) for key, array in host.items()})
+        assert same_bits(gpu.get(result), gpu.get(expected))
+        if not in_place:
+            assert all(same_bits(gpu.get(on_gpu[key]), host[key]) for key in host), "an input has changed"
+
+
+def test_out_is_written_and_returned_again(gpu):
+    out = gpu.array(np.zeros(SHAPE, F32))
+    for seed in range(3):
+        x = inputs.make("spread", SHAPE, F32, seed)
+        assert gpusoftmax.softmax(gpu.array(x), out=out) is out
+        tolerances.check_softmax(gpu.get(out), x)
+
+
+def test_options_are_part_of_the_call(gpu):
+    x = inputs.make("spread", (4, 4), F32)
+    for _ in range(2):
+        for temperature in (1.0, 2.0):
+            for axis in (0, 1):
+                result = gpusoftmax.softmax(gpu.array(x), axis, temperature=temperature)
+                tolerances.check_softmax(gpu.get(result), x, axis, temperature)
+        assert gpusoftmax.softmax(gpu.array(x), dtype="float64").dtype == np.float64
+        assert gpusoftmax.logsumexp(gpu.array(x), keepdims=True).shape == (4, 1)
+        assert gpusoftmax.logsumexp(gpu.array(x)).shape == (4,)
+
+
+def test_options_that_are_equal_and_not_the_same(gpu):
+    """True == 1 == 1.0, in keys of dictionaries too."""
+    x = gpu.array(inputs.make("spread", SHAPE, F32))
+    gpusoftmax.softmax(x, 1, temperature=1.0)
+    gpusoftmax.softmax(x, (0, 1))
+    with pytest.raises(TypeError, match="temperature is True"):
+        gpusoftmax.softmax(x, 1, temperature=True)
+    with pytest.raises(TypeError, match="axis is 1.0"):
+        gpusoftmax.softmax(x, 1.0, temperature=1.0)
+    with pytest.raises(TypeError, match="axis"):
+        gpusoftmax.softmax(x, (0, 1.0))
+
+
+def test_options_that_can_change_are_read_each_time(gpu):
+    x = inputs.make("spread", SHAPE, F32)
+
+    class Temperature:
+        value = 1.0
+
+        def __float__(self):
+            return self.value
+
+    temperature = Temperature()
+    for temperature.value in (1.0, 3.0):
+        result = gpusoftmax.softmax(gpu.array(x), temperature=temperature)
+        tolerances.check_softmax(gpu.get(result), x, temperature=temperature.value)
+
+
+@pytest.mark.parametrize("change", ["shape", "strides", "dtype", "alignment", "read-only out"])
+def test_layouts_are_part_of_the_call(gpu, change):
+    x = inputs.make("spread", (4, 40), F32)
+    gpusoftmax.softmax(gpu.array(x), out=gpu.array(np.zeros_like(x)))
+    other = {
+        "shape": np.ascontiguousarray(x[:3]),
+        "strides": np.asfortranarray(x),
+        "dtype": x.astype(np.float16),
+        "alignment": np.concatenate([[0], x.ravel()]).astype(F32)[1:].reshape(x.shape),
+    }.get(change, x)
+    out = np.zeros_like(other)
+    if change == "read-only out":
+        out.flags.writeable = False
+        with pytest.raises(ValueError, match="out is read-only"):
+            gpusoftmax.softmax(gpu.array(other), out=gpu.array(out))
+    else:
+        tolerances.check_softmax(gpu.get(gpusoftmax.softmax(gpu.array(other), out=gpu.array(out))), other)
+
+
+def test_partial_overlap_is_refused_after_the_same_layout_was_replayed(gpu):
+    buffer = gpu.array(inputs.make("spread", (8, 40), F32))
+    host = np.zeros((8, 40), F32)
+    apart, base = gpu.array(host), host.copy()
+    rows = [gpu.array(base[k : k + 4]) for k in (0, 4, 2)]  # views of one buffer
+    for _ in range(2):
+        gpusoftmax.softmax(rows[0], out=rows[1])
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        gpusoftmax.softmax(rows[0], out=rows[2])
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        gpusoftmax.softmax(rows[2], out=rows[1])
+    assert gpusoftmax.softmax(buffer, out=apart) is apart
+
+
+def test_interleaved_halves_take_the_ordinary_way(gpu):
+    base = inputs.make("spread", (4, 80), F32)
+    for _ in range(2):
+        buffer = base.copy()
+        x, out = gpu.array(buffer[:, ::2]), gpu.array(buffer[:, 1::2])
+        assert gpusoftmax.softmax(x, out=out) is out
+        tolerances.check_softmax(gpu.get(out), base[:, ::2])
+
+
+def test_labels_are_checked_each_time(gpu):
+    x, good = inputs.make("spread", SHAPE, F32), np.array([1, 2, 3])
+    for _ in range(2):
+        gpusoftmax.cross_entropy(gpu.array(x), gpu.array(good), validate=True)
+        with pytest.raises(IndexError, match=r"target\[1\]"):
+            gpusoftmax.cross_entropy(gpu.array(x), gpu.array(np.array([1, 40, 3])), validate=True)
+
+
+def test_weights_that_are_converted_first(gpu):
+    x, target = inputs.make("spread", SHAPE, F32), np.array([1, 2, 3])
+    for seed in range(3):
+        weight = np.random.default_rng(seed).random(40)  # float64, to be rounded to float32
+        loss = gpusoftmax.cross_entropy(gpu.array(x), gpu.array(target), gpu.array(weight))
+        tolerances.check_loss(gpu.get(loss), x, target, weight.astype(F32))
+
+
+def test_streams_and_devices_are_part_of_the_call(gpu):
+    x = inputs.make("spread", SHAPE, F32)
+    for _ in range(2):
+        for device, stream in ((0, 7), (1, 7), (0, 11)):
+            result = gpusoftmax.softmax(gpu.array(x, device=device, stream=stream))
+            assert (gpu.stats[-1].device, gpu.stats[-1].stream) == (device, stream)
+            assert result.__dlpack_device__() == (2, device)
+            tolerances.check_softmax(gpu.get(result), x)
+
+
+def test_two_arrays_of_the_call_may_become_one(gpu):
+    """The gradient of a recorded call was another array than the probabilities; later it is the same one."""
+    for seed, same in enumerate((False, True, False)):
+        host, on_gpu = placed(gpu, "softmax_backward", seed)
+        gradient = on_gpu["probs"] if same else on_gpu["dprobs"]
+        result = gpusoftmax.softmax_backward(on_gpu["probs"], gradient)
+        tolerances.check_softmax_backward(gpu.get(result), host["probs"], host["probs" if same else "dprobs"])
+
+
+def test_an_error_is_not_recorded(gpu):
+    x = gpu.array(inputs.make("spread", SHAPE, F32))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="temperature"):
+            gpusoftmax.softmax(x, temperature=-1.0)
+        with pytest.raises(TypeError, match="out is a NumPy array"):
+            gpusoftmax.softmax(x, out=np.zeros(SHAPE, F32))
+
+
+def test_empty_batches_launch_nothing(gpu):
+    for _ in range(2):
+        result = gpusoftmax.softmax(gpu.array(np.zeros((0, 5), F32)))
+        assert isinstance(result, EmulatedArray) and result.shape == (0, 5)
+    assert not gpu.stats
+
+
+def test_recipes_are_bounded(gpu, monkeypatch):
+    monkeypatch.setattr(_replay, "_MAX_RECIPES", 3)
+    monkeypatch.setattr(_replay, "_recipes", {})
+    for n_cols in range(1, 9):
+        gpusoftmax.softmax(gpu.array(np.zeros((2, n_cols), F32)))
+        assert len(_replay._recipes) <= 3
+
+
+def test_numpy_arrays_are_none_of_its_business(monkeypatch):
+    monkeypatch.setattr(_replay, "_layout", lambda *_: pytest.fail("looked at a NumPy array"))
+    gpusoftmax.softmax(inputs.make("spread", SHAPE, F32))
