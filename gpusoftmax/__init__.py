@@ -1,5 +1,6 @@
 """Softmax, log-softmax, log-sum-exp and cross-entropy over rows of logits, on NVIDIA GPUs and CPUs."""
 
+from gpusoftmax.compile import compile
 from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
@@ -8,6 +9,7 @@ from gpusoftmax.softmax import softmax, softmax_backward
 __version__ = "0.1.0"
 
 __all__ = [
+    "compile",
     "cross_entropy",
     "cross_entropy_with_grad",
     "log_softmax",

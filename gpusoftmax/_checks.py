@@ -218,6 +218,12 @@ def bad_label(row: int, label: int, n_cols: int, ignore_index: int) -> IndexErro
     )
 
 
+def one_of(value, known: tuple[str, ...], name: str) -> str:
+    if value not in known:
+        raise ValueError(f"{name} is {_short(value)}, expected one of {', '.join(known)}")
+    return value
+
+
 def _short(value) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"a {type(value).__name__}"

@@ -63,6 +63,33 @@ def private_directory(*names: str) -> Path | None:
     return None
 
 
+def prepared_directory(*names: str) -> Path | None:
+    """Return the subdirectory `names` of `GPUSOFTMAX_CACHE_PATH`, a cache directory that is only read.
+
+    None if there is none; None, warned of once, if it is unsafe: it and the subdirectories must be readable directories
+    of this user or of root that nobody else can write.
+    """
+    chosen = os.environ.get("GPUSOFTMAX_CACHE_PATH")
+    if not chosen:
+        return None
+    directory = Path(os.path.abspath(os.path.expanduser(chosen)))
+    try:
+        for name in ("", *names):
+            directory = directory / name
+            _check(directory, {os.geteuid(), 0} if os.name == "posix" else set(), os.R_OK | os.X_OK, "cannot be read")
+    except _Refused as refused:
+        reason = str(refused)
+    except OSError as error:
+        reason = f"cannot be opened ({error.strerror or error})"
+    else:
+        return directory
+    warn_once(
+        f"prepared directory {reason}",
+        f"gpusoftmax does not use the kernels of GPUSOFTMAX_CACHE_PATH, because {directory} {reason}.",
+    )
+    return None
+
+
 def _cache_directory() -> Path:
     """Return where the environment wants the cache; the path need not exist."""
     chosen = os.environ.get("GPUSOFTMAX_CACHE_DIR")
@@ -82,18 +109,24 @@ def _make_private(directory: Path) -> None:
     for missing in reversed([directory, *directory.parents]):
         if not os.path.lexists(missing):
             missing.mkdir(mode=0o700, exist_ok=True)  # another process may be first
+    owners = {os.geteuid()} if os.name == "posix" else set()
+    _check(directory, owners, os.R_OK | os.W_OK | os.X_OK, "cannot be written")
+
+
+def _check(directory: Path, owners: set[int], access: int, without_access: str) -> None:
+    """Raise _Refused unless it is a directory that one of `owners` alone can write, and that gives us `access`."""
     status = os.lstat(directory)
     if stat.S_ISLNK(status.st_mode):
         raise _Refused("is a symbolic link")
     if not stat.S_ISDIR(status.st_mode):
         raise _Refused("is not a directory")
     if os.name == "posix":  # Windows has neither owners nor modes here; its profile directories are private
-        if status.st_uid != os.geteuid():
+        if status.st_uid not in owners:
             raise _Refused("belongs to another user")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise _Refused("can be written by other users")
-    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        raise _Refused("cannot be written")
+    if not os.access(directory, access):
+        raise _Refused(without_access)
 
 
 @functools.cache

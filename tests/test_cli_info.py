@@ -414,7 +414,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"gpusoftmax {gpusoftmax.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["demo", "--help"], ["normalize", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["info", "--help"], ["demo", "--help"], ["normalize", "--help"], ["compile", "--help"]]
+)
 def test_help(arguments, capsys):
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith("usage: gpusoftmax")

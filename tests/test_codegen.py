@@ -51,7 +51,7 @@ def test_every_kernel_is_listed():
 
 
 def test_every_public_function_is_called():
-    assert codegen.public_functions() == set(gpusoftmax.__all__)
+    assert codegen.public_functions() == set(gpusoftmax.__all__) - {"compile", "explain"}
 
 
 def test_the_default_run_covers_every_pair():

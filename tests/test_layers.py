@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BRIDGES = {"torch", "jax"}  # gpusoftmax/<name>.py may import that library
 CLI = {"cli", "__main__"}
+TOOLS = {"compile", "explain"}  # public, and no operations
 
 
 class Import(NamedTuple):
@@ -88,7 +89,7 @@ def literal_start(node):
 def ops():
     """The stems of the public operations: softmax, cross_entropy, ..."""
     stems = {path.stem for path in (ROOT / "gpusoftmax").glob("*.py") if not path.stem.startswith("_")}
-    return stems - BRIDGES - CLI
+    return stems - BRIDGES - CLI - TOOLS
 
 
 def kernel_ops():

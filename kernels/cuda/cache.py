@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gpusoftmax.kernels.cache_directory import (
     fingerprint,
+    prepared_directory,
     private_directory,
     source_fingerprint,
     sources_unchanged,
@@ -53,18 +54,26 @@ def key(kernel: str, signature: tuple[str, ...], arch: str, kind: str) -> str:
 
 
 def get(key: str) -> bytes | None:
-    """Return what was put under `key`, None if it is missing or damaged."""
+    """Return what was put under `key`, None if it is missing or damaged.
+
+    A directory that somebody has prepared (`gpusoftmax compile`) is searched first, and never written to.
+    """
+    return _get(key, _prepared, deletes=False) or _get(key, _store, deletes=True) if key else None
+
+
+def _get(key: str, find_store, deletes: bool) -> bytes | None:
     try:
-        store = _store() if key else None
+        store = find_store()
         stored = None if store is None else store.get(key)
         if stored is None:
             return None
         digest, payload = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
         if hashlib.sha256(payload).digest() == digest:
             return payload
-        with contextlib.suppress(KeyError):  # another process was faster
-            del store[key]
-        problem = "deleted a damaged entry of its kernel cache"
+        if deletes:
+            with contextlib.suppress(KeyError):  # another process was faster
+                del store[key]
+        problem = f"{'deleted' if deletes else 'found'} a damaged entry {'of' if deletes else 'in'} its kernel cache"
     except Exception as error:
         problem = f"could not read its kernel cache ({type(error).__name__}: {error})"
     warn_once("cuda cache: get", f"gpusoftmax {problem} and compiles the kernel anew.")
@@ -89,14 +98,20 @@ def put(key: str, payload: bytes) -> None:
 def _store():
     """Return cuda.core's cache in our directory, None if there is no such directory."""
     directory = private_directory("cuda")
-    return _open(directory) if directory else None
+    return _open(directory, _MAX_BYTES) if directory else None
+
+
+def _prepared():
+    """Return cuda.core's cache in the directory that was prepared, None if there is none."""
+    directory = prepared_directory("cuda")
+    return _open(directory, None) if directory else None
 
 
 @functools.cache
-def _open(directory: Path):
+def _open(directory: Path, max_bytes: int | None):
     from cuda.core.utils import FileStreamProgramCache  # needs no driver, but half a second
 
-    return FileStreamProgramCache(directory, max_size_bytes=_MAX_BYTES)
+    return FileStreamProgramCache(directory, max_size_bytes=max_bytes)
 
 
 @functools.cache

@@ -39,6 +39,10 @@ class Image:
     def cubin(self) -> bytes:
         return self._linked[1]
 
+    def make(self) -> None:
+        """Compiles and links the kernel unless it is in the cache."""
+        self._linked  # noqa: B018
+
     @functools.cached_property
     def _linked(self) -> tuple[str, bytes]:
         key = cache.key(self.kernel, self.signature, self.arch, "cubin")

@@ -27,6 +27,7 @@ class Launch(NamedTuple):
 
 class _Recorder(threading.local):
     launches: list[Launch] | None = None
+    imagined: driver.Device | None = None
 
 
 _recorder = _Recorder()
@@ -40,6 +41,22 @@ def recording() -> Iterator[list[Launch]]:
         yield _recorder.launches
     finally:
         _recorder.launches = None
+
+
+@contextlib.contextmanager
+def imagined(device: driver.Device) -> Iterator[list[Launch]]:
+    """Collects what this thread would launch on a device that need not exist. Nothing is launched."""
+    _recorder.imagined = device
+    try:
+        with recording() as launches:
+            yield launches
+    finally:
+        _recorder.imagined = None
+
+
+def device_of(place: Place) -> driver.Device:
+    """The device on which kernels are started for arrays at a place."""
+    return _recorder.imagined or driver.device(place.device)
 
 
 def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
@@ -62,9 +79,10 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
             signature.append(_SCALARS[kind])
             words.append(argument)
     words = tuple(words)
-    device = driver.device(place.device)
+    device = device_of(place)
     image = compile.image(kernel, tuple(signature), device.arch)
-    driver.launch(driver.load(image, device, place.stream), plan, place.stream, words)
+    if _recorder.imagined is None:
+        driver.launch(driver.load(image, device, place.stream), plan, place.stream, words)
     if _recorder.launches is not None:
         _recorder.launches.append(Launch(image, plan, words, addresses))
 

@@ -1,0 +1,125 @@
+"""What a call on a GPU would launch: the call itself, on arrays without memory, for a device that need not exist."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import gpusoftmax
+from gpusoftmax import _arrays, _checks
+from gpusoftmax.kernels.operands import NO_BAD_LABEL
+
+if TYPE_CHECKING:
+    from gpusoftmax.kernels.cuda.compile import Image
+    from gpusoftmax.kernels.cuda.launch import Launch
+
+OPS = (
+    "softmax",
+    "softmax_backward",
+    "log_softmax",
+    "log_softmax_backward",
+    "logsumexp",
+    "cross_entropy",
+    "cross_entropy_with_grad",
+)
+MULTIPROCESSORS = {
+    "sm_75": 40,
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 142,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+}
+"""Of the devices that `explain` names, and the architectures that kernels are linked for."""
+
+
+class _Imagined:
+    """An array on a device that need not exist."""
+
+    _addresses = itertools.count(1 << 40, 1 << 36)
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any):
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        pointer = next(self._addresses) if math.prod(shape) else 0
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": self.dtype.str,
+            "data": (pointer, False),
+            "version": 3,
+        }
+        # An attribute of the object, and so nothing that _replay.py would take for an array on a GPU.
+        self.__gpusoftmax_empty__ = _Imagined
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def item(self) -> int:
+        return NO_BAD_LABEL
+
+
+def launches(op: str, shape: tuple[int, ...], dtype: str, arch: str, **options: Any) -> "list[Launch]":
+    """The launches of a call of `op` on C-contiguous logits (and gradients) of this shape and dtype."""
+    with imagined(arch) as found:
+        _call(op, shape, dtype, options)
+    return found
+
+
+def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
+    """A launch of each kernel that calls of `op` can use, where input and output have the same dtype."""
+    with imagined(arch) as found:
+        for n_cols in (64, 100_000):  # rows that one warp holds, and longer ones
+            _call(op, (4, n_cols), dtype, {})
+            _call(op, (n_cols, 4), dtype, {"axis": 0})
+        _call(op, (4, 4, 4), dtype, {"axis": 1} if op.startswith("cross_entropy") else {"axis": (0, 2)})
+        if op.startswith("cross_entropy"):
+            weight = _Imagined((64,), _arrays.numpy_dtype(dtype))
+            _call(op, (4, 64), dtype, {"weight": weight, "label_smoothing": 0.1, "validate": True})
+    yield from found
+
+
+def imagined(arch: str):
+    """As kernels.cuda.launch.imagined, for a device of an architecture."""
+    from gpusoftmax.kernels.cuda import driver, launch
+
+    return launch.imagined(driver.Device(0, arch, MULTIPROCESSORS[arch]))
+
+
+def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> None:
+    arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype))]
+    if op.endswith("_backward"):
+        arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
+    if op.startswith("cross_entropy"):
+        axis = options.get("axis", -1) % len(shape)
+        arguments.append(_Imagined(shape[:axis] + shape[axis + 1 :], np.int64))
+    getattr(gpusoftmax, op)(*arguments, **options)
+
+
+def images(arch: Any, ops: Any, dtypes: Any) -> "list[Image]":
+    """The kernels that `gpusoftmax.compile` compiles: see there."""
+    archs = archs_here() if arch is None else [arch] if isinstance(arch, str) else list(arch)
+    if not archs:
+        raise ValueError("there is no GPU here whose architecture could be compiled for: pass arch, such as sm_90")
+    archs = [_checks.one_of(one, tuple(MULTIPROCESSORS), "arch") for one in archs]
+    ops = [_checks.one_of(op, OPS, "op") for op in (OPS if ops is None else ops)]
+    dtypes = [_checks.dtype_name(dtype) for dtype in (_checks.FLOATING if dtypes is None else dtypes)]
+    from gpusoftmax.kernels.cache_directory import private_directory
+
+    if private_directory("cuda") is None:
+        raise RuntimeError("no directory can be used for the cache: set GPUSOFTMAX_CACHE_DIR to one of your own")
+    found = [launch.image for one in archs for dtype in dtypes for op in ops for launch in every_kernel(op, dtype, one)]
+    return list(dict.fromkeys(found))
+
+
+def archs_here() -> list[str]:
+    """The architectures of this machine's GPUs, by the newest that kernels are linked for; none without a GPU."""
+    from gpusoftmax import _info
+
+    found = []
+    for device in _info.gather(for_path_only=True)["driver"]["devices"]:
+        major, minor = device["compute_capability"]
+        usable = [arch for arch in MULTIPROCESSORS if int(arch[3:]) // 10 == major and int(arch[3:]) % 10 <= minor]
+        found += usable[-1:]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,149 @@
+"""Kernels compiled ahead of time, and the directory of such kernels that is only read."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpusoftmax
+from gpusoftmax import _dry_run, _info, cli
+from tests import codegen
+from tests.test_arrays import WARM_CALL
+
+CALL = re.sub(r"gpusoftmax.cross_entropy_with_grad.*\n", "", WARM_CALL).replace(">= 2", ">= 1")
+"""softmax of float32 on sm_90, with a driver that does nothing; prints whether Numba was imported."""
+
+
+def python(program, **environment):
+    completed = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout, completed.stderr
+
+
+def test_the_list_is_that_of_the_codegen_contract():
+    listed = {(image.kernel, image.signature) for image in _dry_run.images("sm_90", None, None)}
+    assert listed == {(one.kernel, one.signature) for one in codegen.specialisations()}
+
+
+@pytest.mark.parametrize("op", _dry_run.OPS)
+def test_an_op_has_a_bounded_number_of_kernels(op):
+    """Dtypes and a few regimes multiply, and nothing else: a Dockerfile step that takes an hour is one nobody takes."""
+    assert 4 <= len(_dry_run.images("sm_90", [op], None)) <= 64
+
+
+def test_every_public_operation_is_known():
+    assert set(_dry_run.OPS) == set(gpusoftmax.__all__) - {"compile", "explain"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A directory into which the command has compiled softmax of float32 for sm_90."""
+    directory = tmp_path_factory.mktemp("prepared") / "cache"
+    command = [sys.executable, "-m", "gpusoftmax", "compile"]
+    command += ["--arch", "sm_90", "--ops", "softmax", "--dtypes", "float32"]
+    environment = {**os.environ, "GPUSOFTMAX_CACHE_DIR": str(directory)}
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert re.fullmatch(r"\d+ kernels for sm_90 are in the cache\n", completed.stdout)
+    return directory
+
+
+def files(directory):
+    return {path: path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def test_nothing_is_compiled_after_that(prepared, tmp_path):
+    before = files(prepared)
+    assert before
+    assert python(CALL, GPUSOFTMAX_CACHE_DIR=str(prepared)) == ("False\n", "")
+    assert python(CALL, GPUSOFTMAX_CACHE_DIR=str(tmp_path), GPUSOFTMAX_CACHE_PATH=str(prepared)) == ("False\n", "")
+    assert files(prepared) == before and not files(tmp_path)
+
+
+def test_what_is_not_prepared_goes_to_the_users_own_cache(prepared, tmp_path):
+    before = files(prepared)
+    other = CALL.replace('"f4"', '"f8"')
+    assert python(other, GPUSOFTMAX_CACHE_DIR=str(tmp_path), GPUSOFTMAX_CACHE_PATH=str(prepared)) == ("True\n", "")
+    assert python(other, GPUSOFTMAX_CACHE_DIR=str(tmp_path), GPUSOFTMAX_CACHE_PATH=str(prepared)) == ("False\n", "")
+    assert files(prepared) == before and files(tmp_path)
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    directory = tmp_path / "copied"
+    subprocess.run(["cp", "-r", prepared, directory], check=True)
+    return directory
+
+
+def test_a_damaged_entry_is_not_used_and_not_touched(copied, tmp_path):
+    for path in files(copied):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    before = files(copied)
+    out, warning = python(CALL, GPUSOFTMAX_CACHE_DIR=str(tmp_path / "own"), GPUSOFTMAX_CACHE_PATH=str(copied))
+    assert out == "True\n" and "found a damaged entry in its kernel cache" in warning
+    assert files(copied) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
+@pytest.mark.parametrize("reason", ["can be written by other users", "is a symbolic link", "cannot be opened"])
+def test_a_directory_that_is_not_to_be_trusted(copied, tmp_path, reason):
+    path = copied
+    if reason == "can be written by other users":
+        (copied / "cuda").chmod(0o777)
+    elif reason == "is a symbolic link":
+        path = tmp_path / "link"
+        path.symlink_to(copied)
+    else:
+        path = tmp_path / "missing"
+    out, warning = python(CALL, GPUSOFTMAX_CACHE_DIR=str(tmp_path / "own"), GPUSOFTMAX_CACHE_PATH=str(path))
+    assert out == "True\n" and "does not use the kernels of GPUSOFTMAX_CACHE_PATH" in warning and reason in warning
+    assert not path.exists() or path == copied or path.is_symlink(), "nothing is created"
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(_info, "gather", lambda for_path_only: {"driver": {"devices": []}})
+
+
+def test_without_a_gpu_an_architecture_must_be_named(no_gpu, capsys):
+    with pytest.raises(ValueError, match="there is no GPU here .* pass arch"):
+        gpusoftmax.compile()
+    assert cli.main(["compile"]) == 2
+    assert capsys.readouterr().err.startswith("gpusoftmax compile: there is no GPU here")
+
+
+@pytest.mark.parametrize("capability, arch", [((9, 0), "sm_90"), ((8, 7), "sm_86"), ((12, 1), "sm_120")])
+def test_the_architectures_of_this_machine(monkeypatch, capability, arch):
+    devices = [{"compute_capability": list(capability)}] * 2 + [{"compute_capability": [6, 1]}]
+    monkeypatch.setattr(_info, "gather", lambda for_path_only: {"driver": {"devices": devices}})
+    assert _dry_run.archs_here() == [arch]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"arch": "sm_70"}, "arch is 'sm_70', expected one of sm_75,"),
+        ({"arch": "sm_90", "ops": ["softmx"]}, "op is 'softmx', expected one of softmax,"),
+    ],
+)
+def test_unknown_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gpusoftmax.compile(**arguments)
+
+
+def test_without_a_cache_directory(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPUSOFTMAX_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="is not a directory"), pytest.raises(RuntimeError, match="no directory"):
+        gpusoftmax.compile("sm_90", ["logsumexp"], ["float32"])
