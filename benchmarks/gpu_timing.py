@@ -49,7 +49,7 @@ def torch_clock() -> Clock:
         lambda start, stop: 1e-3 * start.elapsed_time(stop),
         torch.cuda.synchronize,
         lambda: target.copy_(source),
-        torch.cuda.get_device_properties().L2_cache_size,
+        torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
     )
 
 

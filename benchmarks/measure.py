@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import arrays, cases, gpu_timing, results, timing
 from benchmarks.cases import Case
-from benchmarks.providers import COPY, OURS, PROVIDERS, Calls
+from benchmarks.providers import COPY, ONE_NUMBER, OURS, PROVIDERS, Calls
 
 Report = Callable[[str], None]
 
@@ -95,8 +95,8 @@ def on_gpu(
                 call()
             calls[name] = made
     calls[COPY] = [_copy_on_gpu(case.bytes_moved // 2, library) for _ in range(rotations)]
-    calls["one number"] = [_copy_on_gpu(1, library)]  # the least that a launch takes
-    for call in (*calls[COPY], *calls["one number"]):
+    calls[ONE_NUMBER] = [_copy_on_gpu(1, library)]
+    for call in (*calls[COPY], *calls[ONE_NUMBER]):
         call()
     bursts: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(effort.attempts):
@@ -154,7 +154,7 @@ def _records(case: Case, target: str, seconds, medians, errors, how: dict[str, A
             **timing.summary(taken),
             "attempts_ms": [1e3 * median for median in medians[name]],
             "samples": len(taken),
-            "bytes": case.bytes_moved,
+            "bytes": 2 if name == ONE_NUMBER else case.bytes_moved,
             **errors.get(name, {}),
             **how,
             **results.environment(target),

@@ -18,6 +18,9 @@ OURS = "gpusoftmax"
 COPY = "copy"
 """A plain copy of as many bytes as the op has to move, by the array library: what the memory can do."""
 
+ONE_NUMBER = "one number"
+"""A copy of a single byte: the least that a launch takes."""
+
 Calls = dict[str, Callable[[Arrays], Callable[[], Any]]]
 """op -> what makes the call for given arrays."""
 
