@@ -78,7 +78,7 @@ def gather(for_path_only: bool = False) -> dict[str, Any]:
         "platform": platform.platform(),
         **facts,
         "cpu": _attempt(_cpu),
-        "caches": {target: _attempt(lambda target=target: _cache(target)) for target in ("cpu", "cuda")},
+        "caches": {name: _attempt(lambda name=name: _cache(name)) for name in ("cpu", "cuda", *_prepared())},
     }
 
 
@@ -126,13 +126,18 @@ def _cpu() -> dict:
     return {"cores": count, "usable": usable, "threads": int(os.environ.get("NUMBA_NUM_THREADS") or usable)}
 
 
-def _cache(target: str) -> dict:
-    """Where compiled kernels of one target are kept, and how much there is; creates the directory, as they would."""
-    from gpusoftmax.kernels.cache_directory import private_directory
+def _prepared() -> tuple[str, ...]:
+    """The name of the CUDA cache that is only read, if the environment names one."""
+    return ("cuda, read only",) if os.environ.get("GPUSOFTMAX_CACHE_PATH") else ()
+
+
+def _cache(name: str) -> dict:
+    """Where compiled kernels are kept, and how much there is; creates the directory, as they would."""
+    from gpusoftmax.kernels.cache_directory import prepared_directory, private_directory
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        directory = private_directory(target)
+        directory = prepared_directory("cuda") if name in _prepared() else private_directory(name)
     if directory is None:
         reason = str(caught[0].message) if caught else "its directory is missing or unsafe (see the other cache)"
         return {"directory": None, "error": reason}

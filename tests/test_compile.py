@@ -147,3 +147,13 @@ def test_without_a_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("GPUSOFTMAX_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(RuntimeWarning, match="is not a directory"), pytest.raises(RuntimeError, match="no directory"):
         gpusoftmax.compile("sm_90", ["logsumexp"], ["float32"])
+
+
+def test_info_shows_the_prepared_directory(prepared, monkeypatch, capsys):
+    monkeypatch.setenv("GPUSOFTMAX_CACHE_PATH", str(prepared))
+    assert cli.main(["info"]) == 0
+    assert re.search(rf"cuda, read only +{prepared}/cuda: \d+ files", capsys.readouterr().out)
+    monkeypatch.setenv("GPUSOFTMAX_CACHE_PATH", str(prepared / "missing"))
+    monkeypatch.setattr("gpusoftmax.kernels.cache_directory._warned", set())
+    assert cli.main(["info"]) == 0
+    assert "because" in (text := capsys.readouterr().out) and "cannot be opened" in text
