@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import gpusoftmax
+from gpusoftmax import _replay
 from tests import inputs, tolerances
 from tests.calls import CALLS, Untouched, arguments, same_bits
 from tests.emulator import emulated_gpu
@@ -554,6 +555,22 @@ def test_cupy_out_and_integers(gpu, cupy):
         gpusoftmax.softmax(cupy.array(X), out=X.copy())
     with pytest.raises(TypeError, match="a CuPy array on GPU 0 and target is a CuPy array on GPU 1"):
         gpusoftmax.cross_entropy(cupy.array(X), cupy.array(np.zeros(3, int), device=1))
+
+
+def test_a_second_cupy_call_is_replayed(gpu, cupy, monkeypatch):
+    """With its own arrays, and results on their device."""
+    labels = np.array([1, 2, 3])
+    for device in (0, 1):
+        gpusoftmax.cross_entropy_with_grad(cupy.array(X, device=device), cupy.array(labels, device=device))
+    monkeypatch.setattr(_replay, "_record", lambda *_: pytest.fail("not replayed"))
+    for device in (0, 1):
+        other = (X + device).astype(F32)
+        call = cupy.array(other, device=device), cupy.array(labels, device=device)
+        loss, dlogits = gpusoftmax.cross_entropy_with_grad(*call)
+        assert isinstance(loss, FakeCupyArray) and loss.device.id == dlogits.device.id == device
+        assert gpu.stats[-1].device == device
+        tolerances.check_loss(loss.get(), other, labels)
+        tolerances.check_dlogits(dlogits.get(), other, labels)
 
 
 def test_cupy_labels_that_are_copied_live_long_enough(gpu, cupy):
