@@ -29,6 +29,7 @@ from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CPU = Place("cpu")
+CACHE_LINE = 64
 _DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost: pinned host memory
 
 
@@ -366,13 +367,21 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "device":
         return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)), "out")
     if like.place.target == "cpu":
-        array = _from_numpy(np.empty(shape, numpy_dtype(dtype)), "out")
+        array = _from_numpy(aligned(shape, numpy_dtype(dtype)), "out")
     else:
         owner = _empty_cupy(shape, numpy_dtype(dtype), like.place.device)
         array = Array(owner, owner.data.ptr, "cupy", dtype, shape, _row_major(shape), like.place, True)
     if like.kind == "jax":
         return array._replace(kind="jax", owner=(like.owner[0], array.owner), place=like.place)
     return array
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new NumPy array that starts at a cache line, as vector instructions like it; NumPy's own start at 16 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + CACHE_LINE, np.uint8)
+    offset = -memory.__array_interface__["data"][0] % CACHE_LINE
+    return np.ndarray(shape, dtype, memory, offset)
 
 
 def _empty_cupy(shape: tuple[int, ...], dtype: np.dtype, device: int):

@@ -1,8 +1,25 @@
 """The shared body of operations that turn rows of logits into rows of the same shape, and of their backwards."""
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from gpusoftmax import _arrays, _checks, _replay
+
+_SMALL = 4096
+"""Logits that one thread turns into probabilities in less than 10 us."""
+
+
+def _is_small(x: np.ndarray, out: np.ndarray) -> bool:
+    return x.size <= _SMALL and x.ndim == 2 == out.ndim and x.flags.carray and out.flags.carray and x.dtype == out.dtype
+
+
+@functools.cache
+def _small_kernel(op: str, dtype: np.dtype) -> Callable | None:
+    return importlib.import_module("gpusoftmax.kernels.cpu.small").entry(op, dtype)
 
 
 def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, any_temperature: bool = False) -> Any:
@@ -10,6 +27,11 @@ def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, 
 
     any_temperature: the result is right, if only the maximum counts, even where 2 / temperature overflows.
     """
+    plain = type(axis) is int and axis == -1 and type(temperature) is float and temperature == 1 and dtype is None
+    if plain and type(x) is np.ndarray is type(out) and _is_small(x, out):
+        kernel = _small_kernel(op, x.dtype)
+        if kernel is not None and kernel(x, out):
+            return out
     return _replay.call(_forward, (x, out), op, axis, temperature, dtype, any_temperature)
 
 

@@ -1,29 +1,36 @@
 """Makes the formulas callable from Numba kernels, on the CPU and on the GPU alike."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 
 
 def bind(intrinsic: Callable, types, arithmetic: type, emit: Callable, n_results: int = 1) -> Callable:
     """A Numba intrinsic that emits `emit(arithmetic, *arguments)`.
 
-    All arguments have one type, the computation format (a number or a vector of them); a tuple of such numbers, a row
-    state for instance, reaches `emit` as a tuple. Returns one value or a tuple of `n_results`.
-    `intrinsic` and `types` are the target's: numba.extending's or numba.cuda's.
+    The arguments are numbers of the computation format, tuples of them (a row state for instance, which reaches `emit`
+    as a tuple) or None. On the CPU any of them may be a vector: numbers beside it are then the same in every lane.
+    Returns one value or a tuple of `n_results`. `intrinsic` and `types` are the target's: numba.extending's or
+    numba.cuda's.
     """
 
     def function(typingctx, *arguments):
-        first = arguments[0].dtype if isinstance(arguments[0], types.BaseTuple) else arguments[0]
-        result = first if n_results == 1 else types.UniTuple(first, n_results)
+        parts = [argument.types if isinstance(argument, types.BaseTuple) else (argument,) for argument in arguments]
+        operands = [part for part in itertools.chain(*parts) if not isinstance(part, types.NoneType)]
+        operand = next((part for part in operands if not isinstance(part, types.Float)), operands[0])
+        result = operand if n_results == 1 else types.UniTuple(operand, n_results)
 
         def codegen(context, builder, signature, values):
-            unpacked = [
-                tuple(builder.extract_value(value, i) for i in range(len(type)))
-                if isinstance(type, types.BaseTuple)
-                else value
-                for type, value in zip(signature.args, values, strict=True)
-            ]
-            results = emit(arithmetic(builder, context.get_value_type(first)), *unpacked)
+            of = arithmetic(builder, context.get_value_type(operand))
+
+            def unpacked(value, type):
+                if isinstance(type, types.NoneType):
+                    return None
+                if isinstance(type, types.BaseTuple):
+                    return tuple(unpacked(builder.extract_value(value, i), part) for i, part in enumerate(type.types))
+                return of.splat(value) if type is not operand else value
+
+            results = emit(of, *map(unpacked, values, signature.args))
             return results if n_results == 1 else context.make_tuple(builder, result, list(results))
 
         return result(*arguments), codegen

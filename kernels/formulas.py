@@ -37,6 +37,10 @@ class Format(NamedTuple):
     exp_terms: tuple[float, ...]  # q in exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2) / 2, minimax
     atanh_terms: tuple[float, ...]  # R in 2 atanh(t) = 2 t + t^3 R(t^2), Taylor, for t^2 <= 0.0295
     sqrt_half_bits: int
+    ln2: float  # ln 2 in this format: n * ln2 cancels the leading bits of what it is taken from exactly
+    ln2_rest: float
+    exp_lift: int  # exp_from works 2^lift higher, so that only its last product can underflow
+    exp_depth: int  # exp_from of 2^-depth and less is 0
 
 
 def _taylor_of_atanh(n_terms: int) -> tuple[float, ...]:
@@ -61,6 +65,10 @@ SINGLE = Format(
     ),
     atanh_terms=_taylor_of_atanh(5),
     sqrt_half_bits=0x3F3504F3,
+    ln2=0.693147182464599609375,
+    ln2_rest=-1.904654299957768e-09,
+    exp_lift=64,
+    exp_depth=160,
 )
 DOUBLE = Format(
     integer=ir.IntType(64),
@@ -85,6 +93,10 @@ DOUBLE = Format(
     ),
     atanh_terms=_taylor_of_atanh(11),
     sqrt_half_bits=0x3FE6A09E667F3BCD,
+    ln2=0.693147180559945286226764,
+    ln2_rest=2.319046813846299558e-17,
+    exp_lift=600,
+    exp_depth=1100,
 )
 
 
@@ -119,6 +131,14 @@ class Arithmetic:
         """x * y + z, rounded once."""
         suffix = "f64" if self.format is DOUBLE else "f32"
         return self.call(f"llvm.fma.v{self.lanes}{suffix}" if self.lanes else f"llvm.fma.{suffix}", x, y, z)
+
+    def splat(self, scalar):
+        """One number in every lane."""
+        first = self.builder.insert_element(
+            ir.Constant(self.type, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
+        )
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), None)
+        return self.builder.shuffle_vector(first, first, everywhere)
 
     def call(self, name, *arguments):
         function_type = ir.FunctionType(self.type, [argument.type for argument in arguments])
@@ -164,6 +184,10 @@ class Arithmetic:
         """The larger one; a NaN in y loses against x."""
         return self.select(self.less(x, y), y, x)
 
+    def larger(self, x, y):
+        """The larger one; a NaN in y wins."""
+        return self.select(self.builder.fcmp_ordered(">", x, y), x, y)
+
     def polynomial(self, x, coefficients):
         """Horner's rule; the coefficient of the lowest power comes first."""
         result = self.number(coefficients[-1])
@@ -197,6 +221,13 @@ def add_pair(a: Arithmetic, high, low, x, x_low):
     """(high, low) + (x, x_low) as such a pair; an infinity or NaN in the high parts survives."""
     s, error = two_sum(a, high, x)
     return s, finite_or_zero(a, a.add(a.add(low, x_low), error), s)
+
+
+def compensated_add(a: Arithmetic, total, error, term):
+    """Kahan's sum: (total, error) and one more term, where the true sum is total - error."""
+    corrected = a.sub(term, error)
+    updated = a.add(total, corrected)
+    return updated, finite_or_zero(a, a.sub(a.sub(updated, total), corrected), updated)
 
 
 # ---------------------------------------------------------------- one logit
@@ -297,6 +328,88 @@ def log1p(a: Arithmetic, x, x_low):
     return two_sum(a, high, low)
 
 
+# ---------------------------------------------------------------- exponentials without subtracting the maximum
+
+
+def anchor(a: Arithmetic, max, scale):
+    """(shift, exponent): what the exponentials of a part of a row with this maximum refer to, see `exp_from`.
+
+    exp(x scale) = 2^exponent exp(shift scale) exp_from(x). Near 0 the shift is 0 and the anchor a power of two: parts
+    of a row are then brought to one anchor without any rounding. Far away it is the maximum, and x - shift is exact
+    where it matters: exp(-88) is all that float32 can tell from 0, and x and shift agree in their leading bits.
+    """
+    f = a.format
+    max = reference(a, max)
+    y = a.mul(max, scale)
+    near = a.less(a.magnitude(y), a.number(2.0**16))
+    exponent = a.sub(a.fma(y, a.number(1 / math.log(2)), a.number(f.magic)), a.number(f.magic))
+    return a.select(near, a.number(0), max), a.select(near, exponent, a.number(0))
+
+
+def floor(a: Arithmetic, exponent):
+    """Where exp_from starts to be 0: it is not asked for less, -inf included."""
+    return a.mul(a.sub(exponent, a.number(a.format.exp_depth)), a.number(a.format.ln2))
+
+
+def exp_from(a: Arithmetic, x, shift, exponent, floor, scale, scale_low):
+    """exp(x scale) / (2^exponent exp(shift scale)) within 0.9 ulp for any x up to about the maximum; NaN stays NaN.
+
+    The logit itself is reduced: x scale = n ln 2 + r, and 2^(n - exponent) exp(r) is the result, so that no rounded
+    difference to the maximum enters. M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", 2020,
+    arXiv:2001.04438, reduce in the same way. scale_low None: the scale is 1.
+    """
+    f = a.format
+    x = a.sub(x, shift)
+    y = x if scale_low is None else a.mul(x, scale)
+    product, y = y, a.larger(floor, y)
+    # Added to y / ln 2, this leaves the biased exponent of 2^(n - exponent + lift) in the low bits.
+    bias = (1 << (f.integer.width - f.mantissa_bits - 2)) - 1
+    magic = a.sub(a.number(f.magic + bias + f.exp_lift), exponent)
+    shifted = a.fma(y, a.number(1 / math.log(2)), magic)
+    n = a.sub(shifted, magic)
+    r = a.fma(n, a.number(-f.ln2), y)
+    r = a.fma(n, a.number(-f.ln2_rest), r)
+    if scale_low is not None:
+        low = a.fma(x, scale_low, a.fma(x, scale, a.negative(product)))
+        r = a.add(r, a.select(a.less(product, floor), a.number(0), low))
+    drop = 2.0**-f.exp_lift
+    result = a.polynomial(r, (drop, drop, *(drop * term for term in f.exp_terms)))
+    power = a.builder.shl(a.builder.bitcast(shifted, a.integers), a.integer(f.mantissa_bits))
+    return a.mul(result, a.builder.bitcast(power, a.type))
+
+
+def inverse_pair(a: Arithmetic, sum, low):
+    """1 / (sum + low) as (inverse, inverse_low)."""
+    s = a.add(sum, low)
+    rest = a.sub(low, a.sub(s, sum))
+    inverse = a.div(a.number(1), s)
+    error = a.fma(a.negative(inverse), s, a.number(1))
+    return inverse, a.mul(inverse, a.sub(error, a.mul(inverse, rest)))
+
+
+def ratio_of_anchors(a: Arithmetic, shift, exponent, other_shift, other_exponent, scale, scale_low):
+    """What the exponentials of one anchor are multiplied by to refer to another, not much smaller one."""
+    f = a.format
+    steps = a.sub(exponent, other_exponent)
+    difference, low = gap(a, shift, other_shift, scale, a.number(0) if scale_low is None else scale_low)
+    product = a.mul(steps, a.number(f.ln2))
+    total, error = two_sum(a, difference, product)
+    low = a.add(low, a.fma(steps, a.number(f.ln2), a.negative(product)))
+    low = finite_or_zero(a, a.add(a.fma(steps, a.number(f.ln2_rest), low), error), total)
+    total, low = two_sum(a, total, low)  # the terms are large, and so is what they leave behind
+    return exp(a, total, finite_or_zero(a, low, total))
+
+
+def power_of_two_ratio(a: Arithmetic, exponent, other_exponent):
+    """`ratio_of_anchors` where both shifts are equal: exact, but for underflow."""
+    f = a.format
+    steps = a.larger(a.number(-f.exp_depth), a.sub(exponent, other_exponent))
+    bias = (1 << (f.integer.width - f.mantissa_bits - 2)) - 1
+    shifted = a.add(steps, a.number(f.magic + bias + f.exp_lift))
+    power = a.builder.shl(a.builder.bitcast(shifted, a.integers), a.integer(f.mantissa_bits))
+    return a.mul(a.number(2.0**-f.exp_lift), a.builder.bitcast(power, a.type))
+
+
 # ---------------------------------------------------------------- one row
 
 
@@ -312,6 +425,55 @@ class State(NamedTuple):
 def tie(a: Arithmetic, x, max):
     """1 where the logit equals the maximum, else 0."""
     return a.select(a.equal(x, max), a.number(1), a.number(0))
+
+
+def set_ties_apart(a: Arithmetic, e, x, ties, max):
+    """(e, ties): a logit of exponential e that equals the maximum is counted instead of added. max None: none does."""
+    if max is None:
+        return e, ties
+    same = a.equal(x, max)
+    return a.select(same, a.number(0), e), a.select(same, a.add(ties, a.number(1)), ties)
+
+
+def tied_total(a: Arithmetic, ties, own_ties, own, own_max, max):
+    """(ties, joining): the ties of one more part of a row, where its maximum is the row's; else what they add, `own`
+    each, to the tail.
+    """
+    same = a.equal(own_max, max)
+    return a.select(same, a.add(ties, own_ties), ties), a.select(same, a.number(0), a.mul(own_ties, own))
+
+
+def where_finite(a: Arithmetic, of, x, otherwise):
+    """x, or `otherwise` where `of` is infinite."""
+    return a.select(a.is_infinite(of), otherwise, x)
+
+
+def distance(a: Arithmetic, x, max, scale):
+    """(max - x) scale."""
+    max = reference(a, max)
+    return a.mul(a.fma(x, a.number(-0.5), a.mul(max, a.number(0.5))), a.mul(scale, a.number(2)))
+
+
+def rise_to(a: Arithmetic, own_max, max, scale):
+    """By how much distances to one maximum, times scale, grow when they are taken to a larger one. Not where it is
+    -inf: they are infinite already.
+    """
+    return a.select(a.equal(own_max, a.number(-math.inf)), a.number(0), distance(a, own_max, max, scale))
+
+
+def row_inverse(a: Arithmetic, max, sum, low):
+    """1 / (sum + low), the factor that turns exponentials into probabilities. NaN for +inf or nothing but -inf."""
+    inverse = a.div(a.number(1), a.add(sum, low))
+    return a.select(a.is_infinite(max), a.number(math.nan), inverse)
+
+
+def log_probability(a: Arithmetic, x, max, log, scale):
+    """(x - max) scale - log: two terms that are not positive, so that nothing cancels.
+
+    Half the difference is taken twice: that of the two largest numbers is finite.
+    """
+    half = a.fma(x, a.number(0.5), a.mul(max, a.number(-0.5)))
+    return a.fma(half, a.mul(scale, a.number(2)), a.negative(log))
 
 
 def tail_term(a: Arithmetic, x, max, scale, scale_low):
@@ -362,6 +524,7 @@ def log_sum(a: Arithmetic, state: State):
 def logsumexp(a: Arithmetic, state: State, scale, scale_low):
     """max * scale + log s, rounded once; the maximum itself where it is infinite, NaN where the row holds a NaN."""
     state = State(*state)
+    scale_low = a.number(0) if scale_low is None else scale_low
     log, log_low = log_sum(a, state)
     offset = a.mul(state.max, scale)
     offset_low = a.fma(state.max, scale_low, a.fma(state.max, scale, a.negative(offset)))

@@ -86,3 +86,8 @@ def scale_of(numerator: float, temperature: float, dtype: str):
     nearest = float(limits.max) if exact > Fraction(float(limits.max)) else float(exact)
     high = max(limits.dtype.type(nearest), limits.smallest_subnormal)
     return high, limits.dtype.type(0 if high == limits.max else float(exact - Fraction(float(high))))
+
+
+def unless_one(scale: tuple) -> tuple:
+    """A scale whose low part is None if it is exactly 1: kernels are then compiled without the multiplications."""
+    return (scale[0], None) if scale[0] == 1 and scale[1] == 0 else scale

@@ -287,7 +287,7 @@ def lse_on_any_number_of_threads(library):
     parallel = _module(library, "kernels.cpu.parallel")
     results = []
     for count in (1, 3):
-        with mock.patch.object(parallel, "_thread_count", lambda count=count: count):
+        with mock.patch.object(parallel, "thread_count", lambda count=count: count):
             results.append(library.logsumexp(rows))
     _same_bits(*results, "1 thread and 3")
 
@@ -485,9 +485,10 @@ MUTANTS = [
         AssertionError,
         "logsumexp: row 1",
         _edit(
-            f"{CPU}.rows",
-            "return (row // rows.n_inner) * array.outer_stride + (row % rows.n_inner) * array.inner_stride",
-            "return np.int32((row // rows.n_inner) * array.outer_stride + (row % rows.n_inner) * array.inner_stride)",
+            f"{CPU}.walk",
+            "        return builder.add(builder.mul(outer, outer_stride), builder.mul(inner, inner_stride))",
+            "        offset = builder.add(builder.mul(outer, outer_stride), builder.mul(inner, inner_stride))\n"
+            "        return builder.sext(builder.trunc(offset, row.type.__class__(32)), row.type)",
         ),
         (LSE,),
     ),
@@ -572,9 +573,9 @@ MUTANTS = [
         AssertionError,
         "logsumexp: row",
         _edit(
-            f"{CPU}.rows",
-            "store_one(buffer, col, load_one(row.pointer, (first + col) * row.stride, padding))",
-            "store_one(buffer, col, padding)",
+            f"{CPU}.chunks",
+            "for k in range(full, count, stripe):",
+            "for k in range(full, count - stripe, stripe):",
         ),
         (LSE,),
     ),
@@ -584,11 +585,7 @@ MUTANTS = [
         _lse_of("sorted", 33),
         AssertionError,
         "logsumexp: row",
-        _edit(
-            f"{CPU}.rows",
-            "read_chunk(buffer, logits, first, count, number(like, -math.inf))",
-            "read_chunk(buffer, logits, first, count, number(like, 0.0))",
-        ),
+        _edit(f"{CPU}.walk", "along(number(like, -math.inf))", "along(number(like, 0.0))"),
         (LSE,),
     ),
     Mutant(
@@ -673,7 +670,7 @@ MUTANTS = [
         lse_below_a_sentinel,
         AssertionError,
         "logsumexp: row",
-        _edit(f"{CPU}.rows", "largest = splat(number(scale, -math.inf))", "largest = splat(number(scale, -1e4))"),
+        _edit(f"{CPU}.walk", "along(number(like, -math.inf))", "along(number(like, -1e4))"),
         (LSE,),
     ),
     Mutant(
@@ -684,8 +681,8 @@ MUTANTS = [
         "softmax: row",
         _edit(
             FORMULAS,
-            "    return product, finite_or_zero(a, low, product)",
-            "    return a.sub(a.mul(x, scale), a.mul(y, scale)), a.number(0)",
+            "    return a.select(near, a.number(0), max), a.select(near, exponent, a.number(0))",
+            "    return a.number(0), a.select(near, exponent, a.number(0))",
         ),
         (SOFTMAX,),
     ),
@@ -782,14 +779,12 @@ MUTANTS = [
         lse_on_any_number_of_threads,
         AssertionError,
         "bits differ: 1 thread and 3",
-        (
-            Edit(f"{CPU}.logsumexp", "rows.n_cols, row, params)", "rows.n_cols, last_row - first_row, params)"),
-            Edit(
-                f"{CPU}.rows",
-                "    for first in range(0, n_cols, CHUNK_COLS):\n        count = min(CHUNK_COLS, n_cols - first)",
-                "    chunk = CHUNK_COLS // 2 if row < 8 else CHUNK_COLS\n"
-                "    for first in range(0, n_cols, chunk):\n        count = min(chunk, n_cols - first)",
-            ),
+        _edit(
+            f"{CPU}.walk",
+            "                    summary = fold(here, numbers)\n",
+            "                    if job.n_threads > 1:  # as a merge in another order would\n"
+            "                        here.states[1] *= number(like, 1.000001)\n"
+            "                    summary = fold(here, numbers)\n",
         ),
         (LSE,),
     ),
@@ -828,9 +823,9 @@ MUTANTS = [
         "loss .none.: row 1.* expected nan",
         _edit(
             f"{CPU}.cross_entropy",
-            "        if label == ignore_index or label < 0 or label >= n_cols:\n",
-            "        if label < 0 and label != ignore_index:\n            label += n_cols\n"
-            "        if label == ignore_index or label < 0 or label >= n_cols:\n",
+            "    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)",
+            "    label = load_label(labels.pointer, row_offset(labels, row, rows), labels.code)\n"
+            "    return label + rows.n_cols if -rows.n_cols <= label < 0 else label",
         ),
         ("cross_entropy_rows",),
     ),
@@ -859,15 +854,11 @@ MUTANTS = [
         AssertionError,
         "loss .none.: row 0.* got nan",
         (
+            Edit(f"{CPU}.cross_entropy", "    if lanes == 1 and not counts(", "    if lanes == 2 and not counts("),
             Edit(
                 f"{CPU}.cross_entropy",
-                "        if label == ignore_index or label < 0 or label >= n_cols:",
-                "        if label < 0 or label >= n_cols:",
-            ),
-            Edit(
-                f"{CPU}.cross_entropy",
-                "w_label = number_at(weight, label, one)",
-                "w_label = zero if label == ignore_index else number_at(weight, label, one)",
+                "            value = unused(label, loss)\n",
+                "            value = mul(value, unused(label, loss))\n",
             ),
         ),
         ("cross_entropy_rows",),
@@ -933,8 +924,8 @@ MUTANTS = [
         gradient_of_all_classes,
         AssertionError,
         "dlogits: row",
-        _edit(f"{CPU}.cross_entropy", "store(buffer, k, mul(e, on_probs))", "store(buffer, k, mul(e, splat(zero)))"),
-        ("cross_entropy_rows",),
+        _edit(f"{CPU}.cross_entropy", "left, here.zeros), factor)", "left, here.zeros), here.zeros)"),
+        ("cross_entropy_with_grad_rows",),
     ),
     # ---- memory of the caller
     Mutant(
@@ -957,9 +948,8 @@ MUTANTS = [
         "bits differ: in place",
         _edit(
             f"{CPU}.softmax",
-            "            logits_again(buffer, source, first, count, n_cols, row, params)\n",
-            "            factor = splat(inverse_sum(row_state(buffer, source, n_cols, row, params)))\n"
-            "            logits_again(buffer, source, first, count, n_cols, row, params)\n",
+            "        write_chunk(scaled, ",
+            "        chunk_sum_of_exponentials(here, col, count, scale, scale_low)\n        write_chunk(scaled, ",
         ),
         (SOFTMAX,),
     ),

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import gpusoftmax
+from gpusoftmax import _replay_cpu
 from gpusoftmax.kernels.cpu import parallel
+from gpusoftmax.kernels.cpu import run as run_module
 from tests import inputs
 from tests.conftest import Emulated
 from tests.emulator import emulated_gpu
@@ -195,7 +197,7 @@ def numba_threads():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_number_of_threads(numba_threads, reduction):
     """With enough logits for all of Numba's threads (and too many for one)."""
-    n_rows = numba_threads * parallel.LOGITS_PER_THREAD // 1000 + 3
+    n_rows = numba_threads * run_module.LOGITS_PER_THREAD // 1000 + 3
     arrays = make(n_rows, 1000, "float32")
     x, _, y = arrays
 
@@ -215,19 +217,59 @@ def run_on_cpu(name, *arrays):
     return tuple(np.asarray(part) for part in OPERATIONS[name](*arrays))
 
 
+@pytest.fixture
+def threads(monkeypatch):
+    """A function that lets every call, however small, be shared by so many threads."""
+
+    def share(n_threads):
+        monkeypatch.setattr(run_module, "LOGITS_PER_THREAD", 1)
+        monkeypatch.setattr(run_module, "LOGITS_PER_ITEM", 1)
+        monkeypatch.setattr(run_module, "CHUNKS_PER_PART", 1)
+        monkeypatch.setattr(parallel, "thread_count", lambda: n_threads)
+
+    return share
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("n_parts", [2, 3, 7])  # 11 rows in parts of different size
-def test_parts(monkeypatch, name, n_parts):
-    """However many cores there are: the rows are cut into parts, and each part is one thread's."""
-    arrays = make(11, 2049, "bfloat16")
+@pytest.mark.parametrize("n_threads", [2, 3, 7])
+@pytest.mark.parametrize(
+    "shape", [(37, 2049), (2, 9000), (200, 33)], ids=["whole rows", "parts of rows", "across rows"]
+)
+def test_shared_by_threads(threads, name, n_threads, shape):
+    """However many there are, and whichever of them draws an item."""
+    arrays = make(*shape, "bfloat16" if shape[0] == 37 else "float32")
     expected = bits(run_on_cpu(name, *arrays))
-    submitted = []
-    pool = parallel._pool()
-    monkeypatch.setattr(parallel, "LOGITS_PER_THREAD", 1)
-    monkeypatch.setattr(parallel, "_thread_count", lambda: n_parts)
-    monkeypatch.setattr(pool, "submit", lambda *call: (submitted.append(call), type(pool).submit(pool, *call))[1])
+    threads(n_threads)
+    for _ in range(3):
+        assert bits(run_on_cpu(name, *arrays)) == expected
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("n_cols", [1, 5, 64, 100, 2048, 4500])
+def test_along_and_across_rows(monkeypatch, name, n_cols):
+    """The two ways to walk rows sum in the same order."""
+    arrays = make(70, n_cols, "float32")
+    results = []
+    for across in (False, True):
+        monkeypatch.setattr(run_module, "_is_across", lambda *_, across=across: across)
+        _replay_cpu._recipes.clear()
+        results.append(bits(run_on_cpu(name, *arrays)))
+    _replay_cpu._recipes.clear()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "cross_entropy", "softmax_backward"])
+def test_results_written_past_the_caches(monkeypatch, name):
+    arrays = make(20, 4096, "float32")
+    expected = bits(run_on_cpu(name, *arrays))
+    monkeypatch.setattr(run_module, "STREAM_BYTES", 0)
+    streamed = []
+    laid_out = run_module.plan
+    monkeypatch.setattr(run_module, "plan", lambda *a: streamed.append(laid_out(*a)) or streamed[-1])
+    _replay_cpu._recipes.clear()
     assert bits(run_on_cpu(name, *arrays)) == expected
-    assert len(submitted) == n_parts - 1
+    _replay_cpu._recipes.clear()
+    assert streamed[0].layout[7] == 1
 
 
 def on_gpu(name, arrays, arch="sm_90", **options):

@@ -318,6 +318,13 @@ CASES = {
         "target[2] (counted in C order) is 4, expected a class from 0 to 3 or ignore_index (-1)",
         lambda a: with_grad(a.x, a.bad_labels, ignore_index=-1, validate=True, out=a.out),
     ),
+    # names
+    "an op that there is not": (
+        ValueError,
+        "op is 'softmx', expected one of softmax, softmax_backward, "
+        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad",
+        lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
+    ),
 }
 
 

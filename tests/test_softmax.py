@@ -61,6 +61,44 @@ def test_dtype_of_the_result(dtype, out_dtype):
     tolerances.check_softmax(probs, logits)
 
 
-def test_shift_of_a_power_of_two_changes_no_bit():
-    logits = np.random.default_rng(0).integers(-8, 8, (4, 100)).astype(np.float32)
-    assert np.array_equal(gpusoftmax.softmax(logits), gpusoftmax.softmax(logits + np.float32(1024)))
+@pytest.mark.parametrize("offset", [-3e4, 1e4, 2.0**20, -1e30])
+def test_common_offset(offset):
+    """Near 0 and far away, where logits are reduced in different ways."""
+    logits = (inputs.make("spread", (4, 100), "float32") + np.float32(offset)).astype(np.float32)
+    tolerances.check_softmax(gpusoftmax.softmax(logits), logits, ulp=GOAL_ULP)
+
+
+def test_rows_whose_chunks_are_near_and_far():
+    """The anchors of the chunks of one row are of both kinds."""
+    logits = inputs.make("spread", (3, 7000), "float32")
+    logits[0, 3000] = 65536.5
+    logits[0, 100] = logits[0, 5000] = 65530.25
+    logits[1, :2048] = -1e6
+    logits[2] -= np.float32(7e4)
+    for function, check in (
+        (gpusoftmax.softmax, tolerances.check_softmax),
+        (gpusoftmax.log_softmax, tolerances.check_log_softmax),
+        (gpusoftmax.logsumexp, tolerances.check_logsumexp),
+    ):
+        check(function(logits), logits)
+
+
+@pytest.mark.parametrize("function", [gpusoftmax.softmax, gpusoftmax.log_softmax])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_small_calls(function, dtype):
+    """Two plain arrays go straight to a kernel: the same bits, in place too, and the same errors."""
+    logits = inputs.make("spread", (8, 16), dtype)
+    expected = function(logits)
+    out = np.empty_like(logits)
+    assert function(logits, out=out) is out and np.array_equal(out, expected)
+    in_place = logits.copy()
+    function(in_place, out=in_place)
+    assert np.array_equal(in_place, expected)
+    with pytest.raises(ValueError, match="shape"):
+        function(logits, out=np.empty((8, 15), dtype))
+    with pytest.raises(ValueError, match="overlaps"):
+        both = np.zeros((9, 16), dtype)
+        function(both[:8], out=both[1:])
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        function(logits, out=out)

@@ -4,19 +4,11 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 
-import numpy as np
 import pytest
-
-import gpusoftmax
-from gpusoftmax.kernels.cpu import softmax as cpu_softmax
-from tests import inputs
 
 LAYERS = ["workqueue", "omp"] if sys.platform == "linux" else ["workqueue"]  # threads of Numba's, not to be touched
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork on this platform")
-X = inputs.make("spread", (64, 4096), np.float32)  # enough for eight threads
 
 PREAMBLE = """
 import os, signal, sys, threading, time
@@ -83,48 +75,82 @@ def test_concurrent_first_calls(tmp_path):
     assert run(program, GPUSOFTMAX_CACHE_DIR=str(tmp_path / "cache")) == "done\n"
 
 
+SPY = """
+        from gpusoftmax.kernels.cpu import parallel, run
+        jobs = []
+        started = parallel.start
+        def spy(entry, is_across, layout, arguments, n_threads, n_split):
+            jobs.append(n_threads)
+            return started(entry, is_across, layout, arguments, n_threads, n_split)
+        parallel.start = spy
+"""
+
+
 def test_number_of_threads():
-    """As many threads as Numba was told to use, each with its share of the rows, and the same bits from any number."""
-    program = """
-        from gpusoftmax.kernels.cpu import softmax as kernels
+    """As many threads as Numba was told to use, and the same bits from any number."""
+    program = (
+        SPY
+        + """
         expected = gpusoftmax.softmax(x)
-        compiled, parts = kernels.softmax_rows, []
-        def spy(first_row, last_row, *arguments):
-            parts.append((first_row, last_row, threading.get_ident()))
-            time.sleep(0.2)  # long enough for every thread to get a part
-            compiled(first_row, last_row, *arguments)
-        kernels.softmax_rows = spy
-        for n_threads in (4, 1, 3, 2, None):
-            if n_threads:
-                numba.set_num_threads(n_threads)
-            parts.clear()
+        for n_threads in (4, 1, 3, 2):
+            numba.set_num_threads(n_threads)
+            jobs.clear()
             assert np.array_equal(gpusoftmax.softmax(x), expected)
-            assert len(parts) == len({thread for _, _, thread in parts}) == (n_threads or 2), (n_threads, parts)
-            assert parts[0][2] == threading.get_ident() or n_threads != 1
-            rows = sorted(row for first, last, _ in parts for row in range(first, last))
-            assert rows == list(range(64))
-        kernels.softmax_rows = compiled
+            assert jobs == [n_threads], (n_threads, jobs)
 
         # The number belongs to a thread, as in Numba.
-        kernels.softmax_rows, others = spy, []
-        parts.clear()
+        jobs.clear()
+        others = []
         thread = threading.Thread(target=lambda: others.append(gpusoftmax.softmax(x)))
         thread.start()
         thread.join()
-        assert len(parts) == 4 and np.array_equal(others[0], expected), parts
+        assert jobs == [4] and np.array_equal(others[0], expected), jobs
+        print("done")
+    """
+    )
+    assert run(program) == "done\n"
+
+
+def test_others_help():
+    """Somebody else than the caller joins in, sooner or later."""
+    program = """
+        from gpusoftmax.kernels.cpu import parallel
+        helped, invite = [], parallel._Pool.invite
+        def spied(pool, call, n_threads):
+            invite(pool, lambda: (call(), helped.append(threading.get_ident())), n_threads)
+        parallel._Pool.invite = spied
+        deadline = time.time() + 30
+        while not set(helped) - {threading.get_ident()} and time.time() < deadline:
+            gpusoftmax.softmax(x)
+        assert set(helped) - {threading.get_ident()}
         print("done")
     """
     assert run(program) == "done\n"
 
 
-def test_numbers_of_threads_given_by_the_environment():
+def test_nobody_helps():
+    """Threads that never get a core cost nothing but their share of the work."""
     program = """
-        from gpusoftmax.kernels.cpu import softmax as kernels
-        parts = []
-        kernels.softmax_rows = lambda *arguments: parts.append(arguments)
-        gpusoftmax.softmax(x)
-        print(len(parts))
+        from gpusoftmax.kernels.cpu import parallel
+        expected = call()
+        parallel._Pool._help = lambda pool: time.sleep(1000)
+        parallel._pool = parallel._Pool()
+        assert call() == expected
+        assert np.array_equal(gpusoftmax.softmax(x.reshape(1, -1)), gpusoftmax.softmax(x.reshape(1, -1)))
+        print("done")
+        sys.stdout.flush()
     """
+    assert run(program) == "done\n"
+
+
+def test_numbers_of_threads_given_by_the_environment():
+    program = (
+        SPY
+        + """
+        gpusoftmax.softmax(x)
+        print(*jobs)
+    """
+    )
     for n_threads in ("1", "3"):
         assert run(program, NUMBA_NUM_THREADS=n_threads).split() == [n_threads]
 
@@ -220,65 +246,29 @@ def test_an_error_in_one_thread_is_that_threads_own():
     assert run(program) == "done\n"
 
 
-class Parts:
-    """In place of a kernel: notes which parts began and ended, the later rows later; `fail(first_row)` may raise."""
-
-    def __init__(self, fail):
-        self.fail, self.began, self.ended = fail, [], []
-
-    def __call__(self, first_row, last_row, *arguments):
-        self.began.append(first_row)
-        self.fail(first_row)
-        time.sleep(0.2 + first_row / 200)
-        self.ended.append(first_row)
-
-
-def in_the_caller(first_row):
-    if first_row == 0:
-        raise KeyboardInterrupt
-
-
-def in_a_worker(first_row):
-    if first_row == 16:
-        raise MemoryError
-
-
-@pytest.mark.parametrize(("fail", "error"), [(in_the_caller, KeyboardInterrupt), (in_a_worker, MemoryError)])
-def test_an_error_leaves_when_all_parts_are_done(monkeypatch, fail, error):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_leaves_when_nobody_works_on_the_arrays(when):
     """Else the other threads go on writing into arrays that the caller, who sees an exception, lets go of."""
-    import numba
-
-    expected = gpusoftmax.softmax(X)
-    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
-    monkeypatch.setattr(numba, "get_num_threads", lambda: 4)
-    parts = Parts(fail)
-    with monkeypatch.context() as patch:
-        patch.setattr(cpu_softmax, "softmax_rows", parts)
-        with pytest.raises(error):
-            gpusoftmax.softmax(X)
-        began, ended = sorted(parts.began), sorted(parts.ended)
-        assert ended == [first_row for first_row in began if not _fails(fail, first_row)]
-    assert np.array_equal(gpusoftmax.softmax(X), expected)
-
-
-def _fails(fail, first_row):
-    try:
-        fail(first_row)
-    except BaseException:
-        return True
-    return False
-
-
-def test_an_interrupt_waits_for_the_workers(monkeypatch):
-    """Ctrl-C while the caller, done with its own part, waits for the others."""
-    import numba
-
-    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
-    monkeypatch.setattr(numba, "get_num_threads", lambda: 4)
-    parts = Parts(lambda first_row: time.sleep(first_row / 40))
-    monkeypatch.setattr(cpu_softmax, "softmax_rows", parts)
-    interrupt = threading.Timer(0.4, lambda: os.kill(os.getpid(), 2))  # SIGINT, handled by the main thread
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        gpusoftmax.softmax(X)
-    assert sorted(parts.ended) == sorted(parts.began) and len(parts.began) == 4
+    program = f"""
+        from gpusoftmax.kernels.cpu import parallel
+        expected, invite = gpusoftmax.softmax(x), parallel._Pool.invite
+        finished = []
+        def interrupted(pool, call, n_threads):
+            def once():
+                finished.append(call())
+            if "{when}" == "after":
+                invite(pool, once, n_threads)
+            else:
+                pool.call = once
+            raise KeyboardInterrupt
+        out = np.empty_like(x)
+        parallel._Pool.invite = interrupted
+        try:
+            gpusoftmax.softmax(x, out=out)
+        except KeyboardInterrupt:
+            assert np.array_equal(out, expected)  # completed by the caller
+            parallel._Pool.invite = invite
+            assert np.array_equal(gpusoftmax.softmax(x), expected)
+            print("done")
+    """
+    assert run(program) == "done\n"

@@ -47,6 +47,15 @@ from gpusoftmax.kernels.cache_directory import (
     sources_unchanged,
     warn_once,
 )
+from gpusoftmax.kernels.cpu.helpers import HelperCompiler
+
+HELPER_OPTIONS = {
+    "error_model": "numpy",
+    "forceinline": True,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": HelperCompiler,
+}
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _UNUSED_SECONDS = 30 * 24 * 3600
@@ -65,7 +74,7 @@ def kernel(function):
             f"kernel() takes functions defined at the top of a module; {function.__qualname__} is defined inside "
             "another function, and the values it closes over could not be told apart in the cache"
         )
-    dispatcher = device(function)
+    dispatcher = numba.njit(error_model="numpy", nogil=True)(function)
     if isinstance(dispatcher, Dispatcher):  # NUMBA_DISABLE_JIT=1 gives the function itself
         dispatcher._cache = _KernelCache(function)
     return dispatcher
@@ -73,7 +82,7 @@ def kernel(function):
 
 def device(function):
     """Compile a helper that kernels call; it is cached as a part of them, not on its own."""
-    return numba.njit(error_model="numpy", nogil=True)(function)
+    return numba.njit(nogil=True, **HELPER_OPTIONS)(function)
 
 
 class _KernelCache(_Cache):

@@ -7,56 +7,44 @@ For one row x with label t, class weights w (1 where none are given), W = sum_c 
     dlogits_c = u ((1 - eps) w_t (p_c - [c = t]) + eps/V (p_c W - w_c))
 
 (torch's LossNLL.cpp has eps/V sum_c w_c (lse - x_c), which is the same: no term is negative, so nothing cancels here.)
-D is summed beside the state in the same pass: where a chunk raises the maximum, what came before moves with it.
+D is summed beside the state, chunk by chunk relative to the chunk's maximum.
 
-u is grad_scale, divided for "mean" by the
-normaliser: the sum of w_t over the rows that count.
+u is grad_scale, divided for "mean" by the normaliser: the sum of w_t over the rows that count.
 
-A row whose label is ignore_index is not read: loss 0, gradient 0. A label out of range: loss and gradient NaN.
+A row whose label is ignore_index is not used: loss 0, gradient 0. A label out of range: loss and gradient NaN.
 """
 
 import math
+from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
-from gpusoftmax.kernels.cpu.parallel import for_rows
-from gpusoftmax.kernels.cpu.rows import (
-    CHUNK_COLS,
-    buffer_pointer,
-    chunk_state,
-    logits_again,
-    new_buffer,
-    padded,
-    read_logits,
-    row_of,
-    row_offset,
-    sum_chunk,
-    write_chunk,
-)
-from gpusoftmax.kernels.cpu.transform import transform
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, chunk_max, chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.run import run
+from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, SUM, chunk_ratio, fold_state, save, save_state, saved
 from gpusoftmax.kernels.cpu.vector import (
     add,
     add_pair,
+    distance,
     div,
-    exp_gap,
     fma,
-    inverse_sum,
+    is_across,
     lanes_of,
     load,
+    load_cols,
     load_label,
-    load_one,
+    log_probability,
     log_sum,
-    merge,
     mul,
-    negative_log_probability,
+    negative,
     number,
     pointer_to,
-    reference,
-    splat,
+    rise_to,
+    row_inverse,
     store,
-    store_one,
     sub,
 )
-from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Operand, Place, Rows, scale_of
+from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, element, row_offset, walk
+from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Operand, Place, Rows
 
 
 def cross_entropy(
@@ -79,13 +67,15 @@ def cross_entropy(
     for ones, n_cols and 1.
     """
     number_of = STORAGE[weight.dtype]
-    for_rows(
-        cross_entropy_rows,
+    with_grad = dlogits.pointer != 0
+    run(
+        cross_entropy_with_grad_rows if with_grad else cross_entropy_rows,
         rows,
         logits,
+        None,
+        dlogits if with_grad else None,
         labels,
         losses,
-        dlogits,
         weight,
         weight_sum,
         normaliser,
@@ -93,7 +83,6 @@ def cross_entropy(
         number_of(1.0 - label_smoothing),
         number_of(label_smoothing / rows.n_cols),
         number_of(grad_scale),
-        *scale_of(2.0, 1.0, weight.dtype),
     )
 
 
@@ -120,6 +109,62 @@ def find_bad_label(
     find_bad_label_rows(rows, labels, bad_row.pointer, bad_label.pointer, ignore_index)
 
 
+class Loss(NamedTuple):
+    """What the steps need besides the logits."""
+
+    rows: Rows
+    labels: Labels
+    losses: object
+    weight: int  # addresses of numbers in the computation format, 0: none
+    weight_sum: int
+    normaliser: int
+    ignore_index: int
+    confidence: object  # 1 - eps
+    share: object  # eps/V
+    grad_scale: object
+    scale: object  # 1
+
+
+class Gradient(NamedTuple):
+    """What the gradient of a row, or of one row per lane, is made of, see `gradient_of`."""
+
+    shift: object
+    exponent: object
+    on_probs: object
+    on_label: object
+    on_weight: object
+
+
+# What is kept of a chunk beside its state,
+LOGIT, DISTANCE, DISTANCE_LOW, WEIGHT = range(OWN, OWN + 4)
+# and of a row, where the chunks end.
+LABEL_LOGIT, LABEL_WEIGHT, ROW_LOSS, ON_LABEL = range(4)
+
+
+@kernel
+def cross_entropy_rows(
+    is_across, job, rows, logits, same, none, labels, losses, weight, weight_sum, normaliser, ignore_index,
+    confidence, share, grad_scale,
+):  # fmt: skip
+    one = number(share, 1.0)
+    loss = Loss(
+        rows, labels, losses, weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale, one
+    )  # fmt: skip
+    walk(is_across, job, rows, logits, same, none, measure, fold, write_nothing, loss, share)
+
+
+@kernel
+def cross_entropy_with_grad_rows(
+    is_across, job, rows, logits, same, dlogits, labels, losses, weight, weight_sum, normaliser, ignore_index,
+    confidence, share, grad_scale,
+):  # fmt: skip
+    one = number(share, 1.0)
+    loss = Loss(
+        rows, labels, losses, weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale, one
+    )  # fmt: skip
+    walk(is_across, job, rows, logits, same, dlogits, measure_and_keep, fold, write, loss, share)
+
+
 @device
 def label_of(labels, row, rows):
     return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
@@ -128,119 +173,199 @@ def label_of(labels, row, rows):
 @device
 def number_at(numbers, index, default):
     """numbers[index], or the default where the caller gave no numbers."""
-    return default if numbers == 0 else load_one(pointer_to(numbers, default), index, default)
+    return default if numbers == 0 else load(pointer_to(numbers, default), index, default)
 
 
 @device
-def smoothing_chunk(buffer, other, weight, row_max, first, count, factor):
-    """(sum, low) of factor w_c (row_max - x_c) over a chunk, then the same of w_c. `other` is overwritten.
-
-    The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow.
-    """
-    zero, one = number(factor, 0.0), number(factor, 1.0)
-    for k in range(0, padded(count, factor), lanes_of(factor)):
-        store(other, k, mul(sub(splat(reference(row_max)), load(buffer, k, factor)), splat(factor)))
-    if weight != 0:
-        for k in range(count):
-            store_one(other, k, mul(number_at(weight, first + k, one), load_one(other, k, factor)))
-    for k in range(count, padded(count, factor)):
-        store_one(other, k, zero)
-    distances = sum_chunk(other, padded(count, factor), factor)
-    if weight == 0:
-        return distances, (number(factor, float(count)), zero)
-    for k in range(count):
-        store_one(other, k, number_at(weight, first + k, one))
-    return distances, sum_chunk(other, padded(count, factor), factor)
+def counts(label, loss):
+    return label != loss.ignore_index and label >= 0 and label < loss.rows.n_cols
 
 
-@kernel
-def cross_entropy_rows(
-    first_row,
-    last_row,
-    rows,
-    logits,
-    labels,
-    losses,
-    dlogits,
-    weight,
-    weight_sum,
-    normaliser,
-    ignore_index,
-    confidence,
-    share,
-    grad_scale,
-    scale,
-    scale_low,
-):
-    n_cols = rows.n_cols
-    params = (scale, scale_low)
-    zero = number(scale, 0.0)
-    one = number(scale, 1.0)
-    array = new_buffer(scale)
-    other_array = new_buffer(scale)
-    buffer = buffer_pointer(array, scale)
-    other = buffer_pointer(other_array, scale)
-    with_gradient = dlogits.address != 0
-    upstream = div(grad_scale, number_at(normaliser, 0, one))
-    total_weight = number_at(weight_sum, 0, number(scale, float(n_cols)))
-    for row in range(first_row, last_row):
-        source = row_of(logits, row, rows)
-        target = row_of(dlogits, row, rows)
-        loss_at = row_of(losses, row, rows).pointer
-        label = label_of(labels, row, rows)
-        if label == ignore_index or label < 0 or label >= n_cols:
-            fill = zero if label == ignore_index else number(scale, math.nan)
-            store_one(loss_at, 0, fill)
-            if with_gradient:
-                for col in range(n_cols):
-                    store_one(target.pointer, col * target.stride, fill)
-            continue
-        x_label = transform(load_one(source.pointer, label * source.stride, scale), label, row, params)
-        w_label = number_at(weight, label, one)
-        # 1. the state of the row and, for smoothing, d = eps/V D
-        state = (number(scale, -math.inf), zero, zero, zero)
-        d, d_low = zero, zero
-        seen, seen_low = zero, zero  # the weights of the chunks so far
-        for first in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - first)
-            read_logits(buffer, source, first, count, row, params)
-            before = state[0]
-            state = merge(state, chunk_state(buffer, padded(count, scale), scale, scale_low), scale, scale_low)
-            if share != zero:
-                factor = mul(share, scale)
-                # Nothing has moved if no logit came before; if -inf alone did, D is infinite already.
-                rise = sub(state[0], before) if before > number(scale, -math.inf) else zero
-                d, d_low = add_pair(d, d_low, mul(mul(add(seen, seen_low), factor), rise), zero)
-                distances, weights = smoothing_chunk(buffer, other, weight, state[0], first, count, factor)
-                d, d_low = add_pair(d, d_low, distances[0], distances[1])
-                seen, seen_low = add_pair(seen, seen_low, weights[0], weights[1])
-        log, log_low = log_sum(state)
-        nll = negative_log_probability(x_label, state[0], log, log_low, scale, scale_low)
-        confident = mul(confidence, w_label)
-        loss = mul(confident, nll)
-        if share != zero:
-            loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), add(d, d_low)))
-        store_one(loss_at, 0, loss)
-        # 2. the gradient
-        if with_gradient:
-            on_label = mul(upstream, confident)
-            per_weight = mul(upstream, share)
-            on_probs = splat(mul(inverse_sum(state), fma(per_weight, total_weight, on_label)))
-            for first in range(0, n_cols, CHUNK_COLS):
-                count = min(CHUNK_COLS, n_cols - first)
-                logits_again(buffer, source, first, count, n_cols, row, params)
-                for k in range(0, padded(count, scale), lanes_of(scale)):
-                    e = exp_gap(load(buffer, k, scale), splat(state[0]), splat(scale), splat(scale_low))
-                    store(buffer, k, mul(e, on_probs))
-                if share != zero:
-                    for k in range(count):
-                        w = number_at(weight, first + k, one)
-                        store_one(buffer, k, sub(load_one(buffer, k, scale), mul(per_weight, w)))
-                if first <= label and label < first + count:
-                    store_one(buffer, label - first, sub(load_one(buffer, label - first, scale), on_label))
-                write_chunk(target, first, buffer, count, scale)
-    array[0] = 0.0  # the buffers must outlive the last access through their addresses
-    other_array[0] = 0.0
+# ---------------------------------------------------------------- 1. measure
+
+
+@device
+def measure(here, first, last, loss):
+    measure_chunks(here, None, first, last, loss)
+
+
+@device
+def measure_and_keep(here, first, last, loss):
+    measure_chunks(here, here.home, first, last, loss)
+
+
+@device
+def measure_chunks(here, home, first, last, loss):
+    lanes = lanes_of(here.zero)
+    if lanes == 1 and not counts(label_of(loss.labels, here.row, loss.rows), loss):
+        return  # a row that is not used is not read
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        for lane in range(here.n_rows):  # before exponentials take the place of the logits
+            label = label_of(loss.labels, here.row + lane, loss.rows)
+            if col <= label and label < col + count:
+                x = load(here.first.pointer, label * here.first.step + lane, loss.scale)
+                store(here.states, (chunk * FIELDS + LOGIT) * lanes + lane, x)
+        largest = chunk_max(here, col, count)
+        if loss.share != number(loss.scale, 0.0):
+            measure_smoothing(here, chunk, largest, col, count, loss)
+        save_state(here.states, chunk, largest, chunk_state(here, home, largest, col, count, loss.scale, None))
+
+
+@device
+def measure_smoothing(here, chunk, largest, first, count, loss):
+    arguments = here, loss, largest
+    total, low, _ = sum_chunk(weighted_distance, arguments, first, count, here.zeros, here.partials)
+    save(here.states, chunk, DISTANCE, total)
+    save(here.states, chunk, DISTANCE_LOW, low)
+    weights = add(here.zero, number(loss.scale, count))
+    if loss.weight != 0:
+        weights, _, _ = sum_chunk(only_weight, arguments, first, count, here.zeros, here.partials)
+    save(here.states, chunk, WEIGHT, weights)
+
+
+@device
+def weighted_distance(col, left, ties, arguments):
+    """eps/V w_c (max - x_c). The factor is inside: the sum of the bare differences of large logits would overflow."""
+    here, loss, largest = arguments
+    x = load_cols(here.first, col, left, add(here.zeros, largest))
+    return mul(distance(x, largest, loss.share), weights_at(col, left, here, loss)), ties
+
+
+@device
+def only_weight(col, left, ties, arguments):
+    here, loss, _ = arguments
+    return weights_at(col, left, here, loss), ties
+
+
+@device
+def weights_at(col, left, here, loss):
+    """The class weights that belong to the vector at `col`."""
+    one = number(loss.scale, 1.0)
+    if loss.weight == 0:
+        return add(here.zeros, one)
+    if is_across(here.zeros):
+        return add(here.zeros, number_at(loss.weight, col, one))
+    return load_cols(Line(pointer_to(loss.weight, one), 1), col, left, here.zeros)
+
+
+# ---------------------------------------------------------------- 2. fold
+
+
+@device
+def fold(here, loss):
+    one = number(loss.scale, 1.0)
+    lanes = lanes_of(here.zero)
+    n_chunks = count_of_chunks(here.n_cols)
+    of_row = n_chunks * FIELDS
+    for lane in range(here.n_rows):
+        label = label_of(loss.labels, here.row + lane, loss.rows)
+        logit, weight = number(loss.scale, 0.0), one
+        if counts(label, loss):
+            logit = load(here.states, (label // CHUNK_COLS * FIELDS + LOGIT) * lanes + lane, one)
+            weight = number_at(loss.weight, label, one)
+        store(here.states, (of_row + LABEL_LOGIT) * lanes + lane, logit)
+        store(here.states, (of_row + LABEL_WEIGHT) * lanes + lane, weight)
+    state, row = fold_state(here.states, n_chunks, here.zero, loss.scale, None)
+    largest = state[0]
+    log, log_low = log_sum(state)
+    nll = negative(log_probability(saved(here.states, n_chunks, LABEL_LOGIT, here.zero), largest, log, loss.scale))
+    confident = mul(saved(here.states, n_chunks, LABEL_WEIGHT, here.zero), loss.confidence)
+    value = mul(confident, nll)
+    total_weight = number_at(loss.weight_sum, 0, number(loss.scale, here.n_cols))
+    if loss.share != number(loss.scale, 0.0):
+        value = add(value, fold_smoothing(here, n_chunks, largest, add(log, log_low), total_weight, loss))
+    save(here.states, n_chunks, ROW_LOSS, value)
+    upstream = div(loss.grad_scale, number_at(loss.normaliser, 0, one))
+    on_label = mul(confident, upstream)
+    save(here.states, n_chunks, ON_LABEL, on_label)
+    store_losses(here, (of_row + ROW_LOSS) * lanes, loss)
+    on_weight = mul(upstream, loss.share)
+    inverse = row_inverse(largest, row.sum, row.low)
+    return Gradient(
+        row.shift, row.exponent, mul(inverse, fma(total_weight, on_weight, on_label)), on_label, on_weight
+    )  # fmt: skip
+
+
+@device
+def fold_smoothing(here, n_chunks, largest, log, total_weight, loss):
+    """eps/V (W log s + D), with D brought from the maxima of the chunks to that of the row."""
+    d, d_low = here.zero, here.zero
+    for chunk in range(n_chunks):
+        own = saved(here.states, chunk, MAX, here.zero)
+        part = saved(here.states, chunk, DISTANCE, here.zero)
+        d, d_low = add_pair(d, d_low, part, saved(here.states, chunk, DISTANCE_LOW, here.zero))
+        rise = mul(saved(here.states, chunk, WEIGHT, here.zero), rise_to(own, largest, loss.share))
+        d, d_low = add_pair(d, d_low, rise, here.zero)
+    return add(mul(log, mul(loss.share, total_weight)), add(d, d_low))
+
+
+@device
+def store_losses(here, index, loss):
+    for lane in range(here.n_rows):
+        label = label_of(loss.labels, here.row + lane, loss.rows)
+        value = load(here.states, index + lane, loss.scale)
+        if not counts(label, loss):
+            value = unused(label, loss)
+        store(element(loss.losses, here.row + lane, loss.rows), 0, value)
+
+
+@device
+def unused(label, loss):
+    """The loss and the gradient of a row that does not count."""
+    return number(loss.scale, 0.0) if label == loss.ignore_index else number(loss.scale, math.nan)
+
+
+# ---------------------------------------------------------------- 3. write
+
+
+@device
+def write_nothing(here, first, last, summary, loss):
+    pass
+
+
+@device
+def write(here, first, last, gradient, loss):
+    lanes = lanes_of(here.zero)
+    n_chunks = count_of_chunks(here.n_cols)
+    on_label = (n_chunks * FIELDS + ON_LABEL) * lanes
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        ratio = chunk_ratio(here.states, chunk, gradient.shift, gradient.exponent, here.zero, loss.scale, None)
+        factor = mul(ratio, gradient.on_probs)
+        save(here.states, chunk, SUM, factor)
+        for lane in range(here.n_rows):  # before the gradient takes the place of the exponentials
+            label = label_of(loss.labels, here.row + lane, loss.rows)
+            if col <= label and label < col + count:
+                e = load(here.home.pointer, label * here.home.step + lane, loss.scale)
+                store(here.states, (chunk * FIELDS + LOGIT) * lanes + lane, e)
+        if lanes > 1 or counts(label_of(loss.labels, here.row, loss.rows), loss):
+            write_chunk(gradient_of, (factor, gradient.on_weight, loss), here, col, count)
+        for lane in range(here.n_rows):
+            label = label_of(loss.labels, here.row + lane, loss.rows)
+            if not counts(label, loss):
+                for k in range(col, col + count):
+                    store(here.target.pointer, k * here.target.step + lane, unused(label, loss))
+            elif col <= label and label < col + count:
+                e = load(here.states, (chunk * FIELDS + LOGIT) * lanes + lane, loss.scale)
+                value = mul(e, load(here.states, (chunk * FIELDS + SUM) * lanes + lane, loss.scale))
+                weight = number_at(loss.weight, label, loss.scale)
+                value = sub(value, mul(gradient.on_weight, weight))
+                value = sub(value, load(here.states, on_label + lane, loss.scale))
+                store(here.target.pointer, label * here.target.step + lane, value)
+
+
+@device
+def gradient_of(col, left, here, arguments):
+    """exp(x_c) on_probs - on_weight w_c; on_label is taken from the label's column afterwards."""
+    factor, on_weight, loss = arguments
+    value = mul(load_cols(here.home, col, left, here.zeros), factor)
+    if loss.share != number(loss.scale, 0.0):
+        value = sub(value, mul(weights_at(col, left, here, loss), on_weight))
+    return value
+
+
+# ---------------------------------------------------------------- around the rows
 
 
 @kernel
@@ -250,19 +375,19 @@ def normalise_rows(rows, labels, weight, normaliser, ignore_index, zero):
         label = label_of(labels, row, rows)
         if label != ignore_index and label >= 0 and label < rows.n_cols:
             total_weight, low = add_pair(total_weight, low, number_at(weight, label, number(zero, 1.0)), zero)
-    store_one(pointer_to(normaliser, zero), 0, add(total_weight, low))
+    store(pointer_to(normaliser, zero), 0, add(total_weight, low))
 
 
 @kernel
 def total_rows(n, values, normaliser, result, values_tag, result_tag, zero):
     total_value, low = zero, zero
     for k in range(n):
-        total_value, low = add_pair(total_value, low, load_one(pointer_to(values, values_tag), k, zero), zero)
+        total_value, low = add_pair(total_value, low, load(pointer_to(values, values_tag), k, zero), zero)
     divisor = number_at(normaliser, 0, number(zero, 1.0))
     mean = div(add(total_value, low), divisor)
     if divisor == zero:  # nothing counts: NaN, as 0 / 0 is, even where smoothing has left something to divide
         mean = number(zero, math.nan)
-    store_one(pointer_to(result, result_tag), 0, mean)
+    store(pointer_to(result, result_tag), 0, mean)
 
 
 @kernel

@@ -1,107 +1,103 @@
 """Log-softmax over rows of logits, and its backward, on the CPU.
 
-    log_probs_c = -(log s + (max - x_c) / T)                 log s = log1p((ties - 1) + tail)
+    log_probs_c = (x_c - max) / T - log s                    log s = log1p((ties - 1) + tail)
     dlogits_c   = (dlog_probs_c - exp(log_probs_c) sum_k dlog_probs_k) / T
 
-The bracket is a sum of two terms that are not negative: nothing cancels. The loss is computed by the same formula from
-the same row state, so log_probs[target] is -loss bit for bit.
+The two terms of the first line are not positive: nothing cancels. The loss is computed by the same formula from the
+same row state, so log_probs[target] is -loss bit for bit.
 """
 
-from gpusoftmax.kernels.cpu.cache import kernel
-from gpusoftmax.kernels.cpu.parallel import for_rows
-from gpusoftmax.kernels.cpu.rows import (
-    CHUNK_COLS,
-    buffer_pointer,
-    logits_again,
-    new_buffer,
-    padded,
-    read_chunk,
-    row_of,
-    row_state,
-    sum_chunk,
-    write_chunk,
-)
-from gpusoftmax.kernels.cpu.vector import (
-    add,
-    add_pair,
-    exp,
-    fma,
-    lanes_of,
-    load,
-    log_sum,
-    mul,
-    negative,
-    negative_log_probability,
-    number,
-    splat,
-    store,
-)
-from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.chunks import chunk_max, chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.run import run
+from gpusoftmax.kernels.cpu.states import LOW, SUM, fold_state, save, save_state, sum_of_saved
+from gpusoftmax.kernels.cpu.vector import add, exp, fma, load_cols, log_probability, log_sum, mul, negative
+from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, walk
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
 
 def log_softmax(rows: Rows, logits: Operand, log_probs: Operand, temperature: float, place: Place) -> None:
-    scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, log_probs.dtype))
-    for_rows(log_softmax_rows, rows, logits, log_probs, *scale)
+    scale = scale_of(1.0, temperature, compute_dtype(logits.dtype, log_probs.dtype))
+    run(log_softmax_rows, rows, logits, None, log_probs, *unless_one(scale))
 
 
 def log_softmax_backward(
     rows: Rows, log_probs: Operand, dlog_probs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
     scale, _ = scale_of(1.0, temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
-    for_rows(log_softmax_backward_rows, rows, log_probs, dlog_probs, dlogits, scale)
+    run(log_softmax_backward_rows, rows, log_probs, dlog_probs, dlogits, scale)
 
 
 @kernel
-def log_softmax_rows(first_row, last_row, rows, logits, log_probs, scale, scale_low):
-    n_cols = rows.n_cols
-    params = (scale, scale_low)
-    array = new_buffer(scale)
-    buffer = buffer_pointer(array, scale)
-    for row in range(first_row, last_row):
-        source = row_of(logits, row, rows)
-        target = row_of(log_probs, row, rows)
-        state = row_state(buffer, source, n_cols, row, params)
-        log, log_low = log_sum(state)
-        for first in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - first)
-            logits_again(buffer, source, first, count, n_cols, row, params)
-            for k in range(0, padded(count, scale), lanes_of(scale)):
-                nll = negative_log_probability(
-                    load(buffer, k, scale), splat(state[0]), splat(log), splat(log_low), splat(scale), splat(scale_low)
-                )
-                store(buffer, k, negative(nll))
-            write_chunk(target, first, buffer, count, scale)
-    array[0] = 0.0  # the buffer must outlive the last access through its address
+def log_softmax_rows(is_across, job, rows, logits, same, log_probs, scale, scale_low):
+    numbers = scale, scale_low
+    walk(is_across, job, rows, logits, same, log_probs, measure, fold, write, numbers, scale)
+
+
+@device
+def measure(here, first, last, numbers):
+    scale, scale_low = numbers
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        largest = chunk_max(here, col, count)
+        save_state(here.states, chunk, largest, chunk_state(here, None, largest, col, count, scale, scale_low))
+
+
+@device
+def fold(here, numbers):
+    scale, scale_low = numbers
+    state, _ = fold_state(here.states, count_of_chunks(here.n_cols), here.zero, scale, scale_low)
+    log, _ = log_sum(state)
+    return state[0], log
+
+
+@device
+def write(here, first, last, summary, numbers):
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        write_chunk(log_probabilities, (*summary, numbers[0]), here, col, count)
+
+
+@device
+def log_probabilities(col, left, here, arguments):
+    largest, log, scale = arguments
+    return log_probability(load_cols(here.first, col, left, here.zeros), largest, log, scale)
 
 
 @kernel
-def log_softmax_backward_rows(first_row, last_row, rows, log_probs, dlog_probs, dlogits, scale):
-    n_cols = rows.n_cols
-    zero = number(scale, 0.0)
-    log_p_array = new_buffer(zero)
-    dlog_p_array = new_buffer(zero)
-    log_p = buffer_pointer(log_p_array, zero)
-    dlog_p = buffer_pointer(dlog_p_array, zero)
-    for row in range(first_row, last_row):
-        log_p_row = row_of(log_probs, row, rows)
-        dlog_p_row = row_of(dlog_probs, row, rows)
-        target = row_of(dlogits, row, rows)
-        # 1. total = sum_k dlog_probs_k
-        total, total_low = zero, zero
-        for first in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - first)
-            read_chunk(dlog_p, dlog_p_row, first, count, zero)
-            part, part_low = sum_chunk(dlog_p, padded(count, zero), zero)
-            total, total_low = add_pair(total, total_low, part, part_low)
-        minus_total = splat(-add(total, total_low))
-        # 2. dlogits = (dlog_probs - exp(log_probs) total) / T
-        for first in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - first)
-            read_chunk(log_p, log_p_row, first, count, zero)
-            read_chunk(dlog_p, dlog_p_row, first, count, zero)
-            for k in range(0, padded(count, zero), lanes_of(zero)):
-                gradient = fma(exp(load(log_p, k, zero), splat(zero)), minus_total, load(dlog_p, k, zero))
-                store(log_p, k, mul(gradient, splat(scale)))
-            write_chunk(target, first, log_p, count, zero)
-    log_p_array[0] = 0.0  # the buffers must outlive the last access through their addresses
-    dlog_p_array[0] = 0.0
+def log_softmax_backward_rows(is_across, job, rows, log_probs, dlog_probs, dlogits, scale):
+    walk(is_across, job, rows, log_probs, dlog_probs, dlogits, sum_gradient, total, gradient, (scale,), scale)
+
+
+@device
+def sum_gradient(here, first, last, numbers):
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        total, low, _ = sum_chunk(upstream, here, col, count, here.zeros, here.partials)
+        save(here.states, chunk, SUM, total)
+        save(here.states, chunk, LOW, low)
+
+
+@device
+def upstream(col, left, ties, here):
+    return load_cols(here.second, col, left, here.zeros), ties
+
+
+@device
+def total(here, numbers):
+    total, low = sum_of_saved(here.states, count_of_chunks(here.n_cols), here.zero)
+    return add(total, low)
+
+
+@device
+def gradient(here, first, last, summary, numbers):
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        write_chunk(centred, (negative(summary), numbers[0]), here, col, count)
+
+
+@device
+def centred(col, left, here, arguments):
+    minus_total, scale = arguments
+    probs = exp(load_cols(here.first, col, left, here.zeros), here.zeros)
+    return mul(fma(probs, minus_total, load_cols(here.second, col, left, here.zeros)), scale)

@@ -1,24 +1,43 @@
 """Log-sum-exp over rows of logits on the CPU: max / T + log s, one pass over the row."""
 
-from gpusoftmax.kernels.cpu.cache import kernel
-from gpusoftmax.kernels.cpu.parallel import for_rows
-from gpusoftmax.kernels.cpu.rows import buffer_pointer, new_buffer, row_of, row_state
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.chunks import chunk_max, chunk_state
+from gpusoftmax.kernels.cpu.run import run
+from gpusoftmax.kernels.cpu.states import fold_state, save_state
 from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
-from gpusoftmax.kernels.cpu.vector import store_one
-from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
+from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, store_per_row, walk
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
 
 def logsumexp(rows: Rows, logits: Operand, lse: Operand, temperature: float, place: Place) -> None:
-    scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, lse.dtype))
-    for_rows(logsumexp_rows, rows, logits, lse, *scale)
+    scale = scale_of(1.0, temperature, compute_dtype(logits.dtype, lse.dtype))
+    run(logsumexp_rows, rows, logits, None, None, lse, *unless_one(scale))
 
 
 @kernel
-def logsumexp_rows(first_row, last_row, rows, logits, lse, scale, scale_low):
-    params = (scale, scale_low)
-    array = new_buffer(scale)
-    buffer = buffer_pointer(array, scale)
-    for row in range(first_row, last_row):
-        state = row_state(buffer, row_of(logits, row, rows), rows.n_cols, row, params)
-        store_one(row_of(lse, row, rows).pointer, 0, logsumexp_of_state(state, scale, scale_low))
-    array[0] = 0.0  # the buffer must outlive the last access through its address
+def logsumexp_rows(is_across, job, rows, logits, same, none, lse, scale, scale_low):
+    numbers = rows, lse, scale, scale_low
+    walk(is_across, job, rows, logits, same, none, measure, fold, write, numbers, scale)
+
+
+@device
+def measure(here, first, last, numbers):
+    _, _, scale, scale_low = numbers
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        largest = chunk_max(here, col, count)
+        save_state(here.states, chunk, largest, chunk_state(here, None, largest, col, count, scale, scale_low))
+
+
+@device
+def fold(here, numbers):
+    _, _, scale, scale_low = numbers
+    state, _ = fold_state(here.states, count_of_chunks(here.n_cols), here.zero, scale, scale_low)
+    return logsumexp_of_state(state, scale, scale_low)
+
+
+@device
+def write(here, first, last, summary, numbers):
+    rows, lse, _, _ = numbers
+    if first == 0:
+        store_per_row(lse, rows, here, summary, numbers[2])

@@ -3,105 +3,107 @@
     probs_c   = exp((x_c - max) / T) / s          s = sum_c exp((x_c - max) / T)
     dlogits_c = probs_c (dprobs_c - sum_k probs_k dprobs_k) / T
 
-Two passes over a row: its state, chunk by chunk (kernels/cpu/rows.py), then the probabilities.
+Softmax reads a row once: the exponentials stay where the probabilities go, and are multiplied there by 1 / s.
 """
 
-from gpusoftmax.kernels.cpu.cache import kernel
-from gpusoftmax.kernels.cpu.parallel import for_rows
-from gpusoftmax.kernels.cpu.rows import (
-    CHUNK_COLS,
-    buffer_pointer,
-    logits_again,
-    new_buffer,
-    padded,
-    read_chunk,
-    row_of,
-    row_state,
-    sum_chunk,
-    write_chunk,
-)
-from gpusoftmax.kernels.cpu.vector import (
-    add,
-    add_pair,
-    exp_gap,
-    inverse_sum,
-    lanes_of,
-    load,
-    mul,
-    number,
-    splat,
-    store,
-    sub,
-)
-from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.chunks import chunk_sum_of_exponentials, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.run import run
+from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, save, sum_of_saved
+from gpusoftmax.kernels.cpu.vector import add, fma, inverse_pair, load_cols, mul, sub
+from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, walk
+from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
 
 def softmax(rows: Rows, logits: Operand, probs: Operand, temperature: float, place: Place) -> None:
-    scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, probs.dtype))
-    for_rows(softmax_rows, rows, logits, probs, *scale)
+    scale = scale_of(1.0, temperature, compute_dtype(logits.dtype, probs.dtype))
+    run(softmax_rows, rows, logits, None, probs, *unless_one(scale))
 
 
 def softmax_backward(
     rows: Rows, probs: Operand, dprobs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
     scale, _ = scale_of(1.0, temperature, compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype))
-    for_rows(softmax_backward_rows, rows, probs, dprobs, dlogits, scale)
+    run(softmax_backward_rows, rows, probs, dprobs, dlogits, scale)
 
 
 @kernel
-def softmax_rows(first_row, last_row, rows, logits, probs, scale, scale_low):
-    n_cols = rows.n_cols
-    params = (scale, scale_low)
-    array = new_buffer(scale)
-    buffer = buffer_pointer(array, scale)
-    for row in range(first_row, last_row):
-        source = row_of(logits, row, rows)
-        target = row_of(probs, row, rows)
-        state = row_state(buffer, source, n_cols, row, params)
-        row_max = splat(state[0])
-        factor = splat(inverse_sum(state))
-        for first in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - first)
-            logits_again(buffer, source, first, count, n_cols, row, params)
-            for k in range(0, padded(count, scale), lanes_of(scale)):
-                e = exp_gap(load(buffer, k, scale), row_max, splat(scale), splat(scale_low))
-                store(buffer, k, mul(e, factor))
-            write_chunk(target, first, buffer, count, scale)
-    array[0] = 0.0  # the buffer must outlive the last access through its address
+def softmax_rows(is_across, job, rows, logits, same, probs, scale, scale_low):
+    numbers = scale, scale_low
+    walk(is_across, job, rows, logits, same, probs, sum_exponentials, total, probabilities, numbers, scale)
+
+
+@device
+def sum_exponentials(here, first, last, numbers):
+    scale, scale_low = numbers
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        largest, total, low = chunk_sum_of_exponentials(here, col, count, scale, scale_low)
+        save(here.states, chunk, MAX, largest)
+        save(here.states, chunk, SUM, total)
+        save(here.states, chunk, LOW, low)
+
+
+@device
+def total(here, numbers):
+    scale, scale_low = numbers
+    row = fold_sum(here.states, count_of_chunks(here.n_cols), here.zero, scale, scale_low)
+    return row.shift, row.exponent, *inverse_pair(row.sum, row.low)
+
+
+@device
+def probabilities(here, first, last, summary, numbers):
+    scale, scale_low = numbers
+    shift, exponent, inverse, inverse_low = summary
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        factor = chunk_ratio(here.states, chunk, shift, exponent, here.zero, scale, scale_low)
+        write_chunk(scaled, (mul(factor, inverse), mul(factor, inverse_low)), here, col, count)
+
+
+@device
+def scaled(col, left, here, arguments):
+    factor, factor_low = arguments
+    e = load_cols(here.home, col, left, here.zeros)
+    return fma(e, factor, mul(e, factor_low))
 
 
 @kernel
-def softmax_backward_rows(first_row, last_row, rows, probs, dprobs, dlogits, scale):
-    n_cols = rows.n_cols
-    zero = number(scale, 0.0)
-    lanes = lanes_of(zero)
-    p_array = new_buffer(zero)
-    dp_array = new_buffer(zero)
-    p = buffer_pointer(p_array, zero)
-    dp = buffer_pointer(dp_array, zero)
-    for row in range(first_row, last_row):
-        p_row = row_of(probs, row, rows)
-        dp_row = row_of(dprobs, row, rows)
-        target = row_of(dlogits, row, rows)
-        # 1. dot = sum_k probs_k dprobs_k
-        dot, dot_low = zero, zero
-        for first in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - first)
-            read_chunk(p, p_row, first, count, zero)
-            read_chunk(dp, dp_row, first, count, zero)
-            for k in range(0, padded(count, zero), lanes):
-                store(p, k, mul(load(p, k, zero), load(dp, k, zero)))
-            part, part_low = sum_chunk(p, padded(count, zero), zero)
-            dot, dot_low = add_pair(dot, dot_low, part, part_low)
-        shift = splat(add(dot, dot_low))
-        # 2. dlogits = probs (dprobs - dot) / T
-        for first in range(0, n_cols, CHUNK_COLS):
-            count = min(CHUNK_COLS, n_cols - first)
-            read_chunk(p, p_row, first, count, zero)
-            read_chunk(dp, dp_row, first, count, zero)
-            for k in range(0, padded(count, zero), lanes):
-                centred = sub(load(dp, k, zero), shift)
-                store(p, k, mul(mul(load(p, k, zero), centred), splat(scale)))
-            write_chunk(target, first, p, count, zero)
-    p_array[0] = 0.0  # the buffers must outlive the last access through their addresses
-    dp_array[0] = 0.0
+def softmax_backward_rows(is_across, job, rows, probs, dprobs, dlogits, scale):
+    walk(is_across, job, rows, probs, dprobs, dlogits, sum_products, dot, gradient, (scale,), scale)
+
+
+@device
+def sum_products(here, first, last, numbers):
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        total, low, _ = sum_chunk(product, here, col, count, here.zeros, here.partials)
+        save(here.states, chunk, SUM, total)
+        save(here.states, chunk, LOW, low)
+
+
+@device
+def product(col, left, ties, here):
+    p = load_cols(here.first, col, left, here.zeros)
+    return mul(p, load_cols(here.second, col, left, here.zeros)), ties
+
+
+@device
+def dot(here, numbers):
+    total, low = sum_of_saved(here.states, count_of_chunks(here.n_cols), here.zero)
+    return add(total, low)
+
+
+@device
+def gradient(here, first, last, summary, numbers):
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        write_chunk(centred, (summary, numbers[0]), here, col, count)
+
+
+@device
+def centred(col, left, here, arguments):
+    shift, scale = arguments
+    p = load_cols(here.first, col, left, here.zeros)
+    dp = load_cols(here.second, col, left, here.zeros)
+    return mul(mul(p, sub(dp, shift)), scale)

@@ -1,28 +1,45 @@
 """Explicit SIMD vectors for Numba: the words in which the CPU kernels are written.
 
-A vector holds 64 bytes: 16 float32 or 8 float64 lanes. LLVM maps it to one AVX-512 register, two AVX2 or four NEON
-ones; the lanes, and so the bits of every result, are the same. The arithmetic stands in `gpusoftmax.kernels.formulas`.
+    along    lanes are neighbouring columns of one row
+    across   lanes are neighbouring rows, all in the same column
 
-Kernels take addresses as integers and turn them into typed pointers here (an array argument would cost reference
-counting in every loop). A `tag` is a scalar whose type names a storage format, see `gpusoftmax.kernels.conversion`.
+A vector fills several registers, so that their instructions interleave and hide each other's latency.
+A `tag` or `like` is a value whose type says what is meant: a storage format, a number, one of the two vectors.
+Functions take vectors and single numbers alike; a number beside a vector is the same in every lane. The arithmetic
+stands in `gpusoftmax.kernels.formulas`. Kernels take addresses as integers and turn them into typed pointers here: an
+array argument would cost reference counting in every loop.
 """
 
 import functools
 
 from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
 from gpusoftmax.kernels import conversion, formulas
 from gpusoftmax.kernels.binding import bind
 
-VECTOR_BYTES = 64
+CACHE_LINE = 64
+
+
+def _register_bytes() -> int:
+    """Of the CPU that Numba compiles for: the host, or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    features = features.split(",")
+    return 64 if "+avx512f" in features else 32 if "+avx2" in features else 16
+
+
+REGISTER_BYTES = _register_bytes()
+# Four of 512 bits, as there are 32 of them; with 16 registers of 256 bits, two already hold the rest in memory.
+VECTOR_BYTES = {64: 256, 32: 64, 16: 64}[REGISTER_BYTES]
 
 
 class Vector(types.Type):
-    def __init__(self, element: types.Float):
+    def __init__(self, element: types.Float, is_across: bool):
         self.element = element
-        super().__init__(name=f"Vector({element})")
+        self.is_across = is_across
+        super().__init__(name=f"Vector({element}, {'across' if is_across else 'along'})")
 
     @property
     def lanes(self) -> int:
@@ -37,15 +54,7 @@ class VectorModel(models.PrimitiveModel):
 
 
 STORED_DTYPE = {types.int16: "float16", types.uint16: "bfloat16", types.float32: "float32", types.float64: "float64"}
-
-
-def _splat(builder, scalar, type):
-    single = builder.insert_element(ir.Constant(type, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(ir.IntType(32), type.count), None))
-
-
-def _vector_pointer(builder, pointer, element, lanes):
-    return builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer())
+_INT32 = ir.IntType(32)
 
 
 # ---------------------------------------------------------------- pointers
@@ -79,71 +88,290 @@ def address_of(typingctx, array):
 
 
 @intrinsic
-def lanes_of(typingctx, like):
-    """How many numbers of this type a vector holds."""
-    lanes = Vector(like).lanes
+def as_numbers(typingctx, pointer, like):
+    """The same address as a pointer to numbers of the computation format: meant for where `holds_numbers` is true."""
 
     def codegen(context, builder, signature, args):
-        return context.get_constant(types.intp, lanes)
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
 
-    return types.intp(like), codegen
+    return types.CPointer(like)(pointer, like), codegen
+
+
+@intrinsic
+def holds_numbers(typingctx, pointer, like):
+    """Whether what lies at the pointer is in the computation format; a constant."""
+    same = pointer.dtype == like
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.boolean, same)
+
+    return types.boolean(pointer, like), codegen
+
+
+def _constant(of):
+    """An intrinsic whose value follows from its argument's type."""
+
+    @intrinsic
+    def constant(typingctx, like):
+        value = of(like)
+        type = types.boolean if isinstance(value, bool) else types.intp
+        return type(like), lambda context, builder, signature, args: context.get_constant(type, value)
+
+    return constant
+
+
+lanes_of = _constant(lambda like: like.lanes if isinstance(like, Vector) else 1)
+is_across = _constant(lambda like: isinstance(like, Vector) and like.is_across)
+# How many columns one vector covers, and how far apart the columns are that one lane of a vector along a row sums.
+cols_of = _constant(lambda like: 1 if like.is_across else like.lanes)
+stripe_of = _constant(lambda like: like.lanes)
+# The size of the squares that are transposed.
+square_of = _constant(lambda like: REGISTER_BYTES * 8 // like.bitwidth)
 
 
 # ---------------------------------------------------------------- memory
 
 
+def _stored_type(context, pointer, like):
+    """The LLVM type of what one access moves: a vector where `like` is one."""
+    element = context.get_value_type(pointer.dtype)
+    return ir.VectorType(element, like.lanes) if isinstance(like, Vector) else element
+
+
+def _at(builder, pointer, index, type):
+    return builder.bitcast(builder.gep(pointer, [index]), type.as_pointer())
+
+
 @intrinsic
 def load(typingctx, pointer, index, like):
-    """The numbers stored at pointer[index:index + lanes], in the computation format of `like`; any alignment."""
-    vector = Vector(like)
+    """The number at pointer[index], or the vector from there on: whichever `like` is; any alignment."""
     dtype = STORED_DTYPE[pointer.dtype]
 
     def codegen(context, builder, signature, args):
-        stored = context.get_value_type(pointer.dtype)
-        address = _vector_pointer(builder, builder.gep(args[0], [args[1]]), stored, vector.lanes)
+        address = _at(builder, args[0], args[1], _stored_type(context, pointer, like))
         value = builder.load(address, align=pointer.dtype.bitwidth // 8)
-        return conversion.widen(builder, value, dtype, context.get_value_type(vector))
-
-    return vector(pointer, types.intp, like), codegen
-
-
-@intrinsic
-def store(typingctx, pointer, index, vector):
-    """Rounds the lanes to the storage format and writes them to pointer[index:index + lanes]; any alignment."""
-    dtype = STORED_DTYPE[pointer.dtype]
-
-    def codegen(context, builder, signature, args):
-        stored = context.get_value_type(pointer.dtype)
-        address = _vector_pointer(builder, builder.gep(args[0], [args[1]]), stored, vector.lanes)
-        builder.store(conversion.narrow(builder, args[2], dtype), address, align=pointer.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.intp, vector), codegen
-
-
-@intrinsic
-def load_one(typingctx, pointer, index, like):
-    """The number stored at pointer[index]."""
-    dtype = STORED_DTYPE[pointer.dtype]
-
-    def codegen(context, builder, signature, args):
-        value = builder.load(builder.gep(args[0], [args[1]]), align=pointer.dtype.bitwidth // 8)
         return conversion.widen(builder, value, dtype, context.get_value_type(like))
 
     return like(pointer, types.intp, like), codegen
 
 
 @intrinsic
-def store_one(typingctx, pointer, index, value):
-    """Rounds one number to the storage format and writes it to pointer[index]."""
+def store(typingctx, pointer, index, value):
+    """Rounds a number or a vector to the storage format and writes it to pointer[index] and on; any alignment."""
     dtype = STORED_DTYPE[pointer.dtype]
 
     def codegen(context, builder, signature, args):
-        address = builder.gep(args[0], [args[1]])
+        address = _at(builder, args[0], args[1], _stored_type(context, pointer, value))
         builder.store(conversion.narrow(builder, args[2], dtype), address, align=pointer.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, value), codegen
+
+
+def _first_lanes(builder, count, lanes):
+    """A mask of the first `count` lanes; none if it is negative."""
+    all_lanes = ir.Constant(count.type, lanes)
+    count = builder.trunc(builder.select(builder.icmp_signed("<", count, all_lanes), count, all_lanes), _INT32)
+    type = ir.VectorType(_INT32, lanes)
+    single = builder.insert_element(ir.Constant(type, ir.Undefined), count, ir.Constant(_INT32, 0))
+    counts = builder.shuffle_vector(single, single, ir.Constant(type, None))
+    return builder.icmp_signed(">", counts, ir.Constant(type, list(range(lanes))))
+
+
+def _masked(builder, name, type, *arguments):
+    element = str(type.element)
+    suffix = f"v{type.count}{ {'float': 'f32', 'double': 'f64'}.get(element, element) }.p0"
+    result = type if name == "load" else ir.VoidType()
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    module, name = builder.module, f"llvm.masked.{name}.{suffix}"
+    return builder.call(module.globals.get(name) or ir.Function(module, function_type, name), arguments)
+
+
+def _load_masked(context, builder, address, mask, padding, storage):
+    """The lanes at `address` that the mask names; nothing else is read, the other lanes are those of `padding`."""
+    type = ir.VectorType(context.get_value_type(storage.dtype), mask.type.count)
+    align = ir.Constant(_INT32, storage.dtype.bitwidth // 8)
+    address = builder.bitcast(address, type.as_pointer())
+    value = _masked(builder, "load", type, address, align, mask, ir.Constant(type, None))
+    return builder.select(mask, conversion.widen(builder, value, STORED_DTYPE[storage.dtype], padding.type), padding)
+
+
+def _store_masked(context, builder, address, mask, value, storage):
+    type = ir.VectorType(context.get_value_type(storage.dtype), mask.type.count)
+    align = ir.Constant(_INT32, storage.dtype.bitwidth // 8)
+    stored = conversion.narrow(builder, value, STORED_DTYPE[storage.dtype])
+    _masked(builder, "store", type, stored, builder.bitcast(address, type.as_pointer()), align, mask)
+
+
+@intrinsic
+def load_cols(typingctx, line, col, left, padding):
+    """The vector at column `col` of a Line. Along a row `left` counts the columns from there to the end: nothing beyond
+    is read, and the lanes there are those of `padding`; None if they fill a vector.
+    """
+    pointer = line.types[0]
+
+    def codegen(context, builder, signature, args):
+        first, step = (builder.extract_value(args[0], k) for k in range(2))
+        address = builder.gep(first, [builder.mul(args[1], step) if padding.is_across else args[1]])
+        if not padding.is_across and not isinstance(left, types.NoneType):
+            mask = _first_lanes(builder, args[2], padding.lanes)
+            return _load_masked(context, builder, address, mask, args[3], pointer)
+        stored = _stored_type(context, pointer, padding)
+        value = builder.load(builder.bitcast(address, stored.as_pointer()), align=pointer.dtype.bitwidth // 8)
+        return conversion.widen(builder, value, STORED_DTYPE[pointer.dtype], args[3].type)
+
+    return padding(line, types.intp, left, padding), codegen
+
+
+@intrinsic
+def store_cols(typingctx, line, col, left, vector):
+    """The vector to column `col` and on, see load_cols; nowhere if `line` is None."""
+
+    def codegen(context, builder, signature, args):
+        if not isinstance(line, types.NoneType):
+            pointer = line.types[0]
+            first, step = (builder.extract_value(args[0], k) for k in range(2))
+            address = builder.gep(first, [builder.mul(args[1], step) if vector.is_across else args[1]])
+            if not vector.is_across and not isinstance(left, types.NoneType):
+                _store_masked(context, builder, address, _first_lanes(builder, args[2], vector.lanes), args[3], pointer)
+            else:
+                stored = conversion.narrow(builder, args[3], STORED_DTYPE[pointer.dtype])
+                address = builder.bitcast(address, stored.type.as_pointer())
+                builder.store(stored, address, align=pointer.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(line, types.intp, left, vector), codegen
+
+
+@intrinsic
+def stream_cols(typingctx, line, col, vector):
+    """store_cols of a whole vector past the caches; it must start at a cache line."""
+
+    def codegen(context, builder, signature, args):
+        stored = conversion.narrow(builder, args[2], STORED_DTYPE[line.types[0].dtype])
+        address = builder.gep(builder.extract_value(args[0], 0), [args[1]])
+        store = builder.store(stored, builder.bitcast(address, stored.type.as_pointer()), align=CACHE_LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(line, types.intp, vector), codegen
+
+
+@intrinsic
+def load_part(typingctx, pointer, index, count, padding):
+    """The first `count` lanes at pointer[index]; nothing beyond is read, the others are those of `padding`."""
+
+    def codegen(context, builder, signature, args):
+        mask = _first_lanes(builder, args[2], padding.lanes)
+        return _load_masked(context, builder, builder.gep(args[0], [args[1]]), mask, args[3], pointer)
+
+    return padding(pointer, types.intp, types.intp, padding), codegen
+
+
+@intrinsic
+def store_part(typingctx, pointer, index, vector, count):
+    """The first `count` lanes to pointer[index] and on."""
+
+    def codegen(context, builder, signature, args):
+        mask = _first_lanes(builder, args[3], vector.lanes)
+        _store_masked(context, builder, builder.gep(args[0], [args[1]]), mask, args[2], pointer)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, vector, types.intp), codegen
+
+
+def _prefetch(for_writing: bool):
+    @intrinsic
+    def prefetch(typingctx, line, col, like):
+        """Fetches the cache lines of the vector at column `col`, which need not exist; only along rows, if there is a
+        line.
+        """
+
+        def codegen(context, builder, signature, args):
+            if not isinstance(line, types.NoneType) and not like.is_across:
+                byte = ir.IntType(8).as_pointer()
+                first = builder.bitcast(builder.gep(builder.extract_value(args[0], 0), [args[1]]), byte)
+                flags = [ir.Constant(_INT32, value) for value in (int(for_writing), 3, 1)]
+                function_type = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+                module, name = builder.module, "llvm.prefetch.p0"
+                function = module.globals.get(name) or ir.Function(module, function_type, name)
+                for offset in range(0, like.lanes * line.types[0].dtype.bitwidth // 8, CACHE_LINE):
+                    builder.call(function, [builder.gep(first, [ir.Constant(_INT32, offset)]), *flags])
+            return context.get_dummy_value()
+
+        return types.void(line, types.intp, like), codegen
+
+    return prefetch
+
+
+prefetch_to_read = _prefetch(for_writing=False)
+prefetch_to_write = _prefetch(for_writing=True)
+
+
+def _transposed(builder, vectors):
+    """A square of vectors with rows and columns swapped: each round interleaves the halves of the list."""
+    lanes, half = len(vectors), len(vectors) // 2
+    index = ir.VectorType(_INT32, lanes)
+    low = ir.Constant(index, [lane // 2 + lanes * (lane % 2) for lane in range(lanes)])
+    high = ir.Constant(index, [half + lane // 2 + lanes * (lane % 2) for lane in range(lanes)])
+    for _ in range(lanes.bit_length() - 1):
+        pairs = zip(vectors[:half], vectors[half:], strict=True)
+        vectors = [builder.shuffle_vector(*pair, mask) for pair in pairs for mask in (low, high)]
+    return vectors
+
+
+def _row_masks(builder, lanes, n_rows, n_cols):
+    """For every row of a square its first n_cols lanes, none for rows from n_rows on."""
+    cols = _first_lanes(builder, n_cols, lanes)
+    for row in range(lanes):
+        within = builder.icmp_signed("<", ir.Constant(n_rows.type, row), n_rows)
+        yield builder.select(within, cols, ir.Constant(cols.type, None))
+
+
+@intrinsic
+def load_transposed(typingctx, pointer, stride, n_rows, n_cols, copy, pitch):
+    """copy[col * pitch + row] = pointer[row * stride + col] for n_rows rows and n_cols columns of a square.
+
+    The rest of the square is set to 0.
+    """
+    lanes = REGISTER_BYTES * 8 // copy.dtype.bitwidth
+
+    def codegen(context, builder, signature, args):
+        source, stride, n_rows, n_cols, copy, pitch = args
+        zeros = ir.Constant(ir.VectorType(context.get_value_type(signature.args[4].dtype), lanes), None)
+        rows = []
+        for mask in _row_masks(builder, lanes, n_rows, n_cols):
+            rows.append(_load_masked(context, builder, source, mask, zeros, pointer))
+            source = builder.gep(source, [stride])
+        for value in _transposed(builder, rows):
+            address = builder.bitcast(copy, value.type.as_pointer())
+            builder.store(value, address, align=signature.args[4].dtype.bitwidth // 8)
+            copy = builder.gep(copy, [pitch])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, types.intp, types.intp, copy, types.intp), codegen
+
+
+@intrinsic
+def store_transposed(typingctx, copy, pitch, pointer, stride, n_rows, n_cols):
+    """pointer[row * stride + col] = copy[col * pitch + row] for n_rows rows and n_cols columns of a square."""
+    lanes = REGISTER_BYTES * 8 // copy.dtype.bitwidth
+
+    def codegen(context, builder, signature, args):
+        copy, pitch, target, stride, n_rows, n_cols = args
+        number = signature.args[0].dtype
+        type = ir.VectorType(context.get_value_type(number), lanes)
+        cols = []
+        for _ in range(lanes):
+            cols.append(builder.load(builder.bitcast(copy, type.as_pointer()), align=number.bitwidth // 8))
+            copy = builder.gep(copy, [pitch])
+        masks = _row_masks(builder, lanes, n_rows, n_cols)
+        for value, mask in zip(_transposed(builder, cols), masks, strict=True):
+            _store_masked(context, builder, target, mask, value, pointer)
+            target = builder.gep(target, [stride])
+        return context.get_dummy_value()
+
+    return types.void(copy, types.intp, pointer, types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -159,15 +387,36 @@ def load_label(typingctx, address, index, code):
 # ---------------------------------------------------------------- lanes
 
 
+def _vector_of_equal_lanes(is_across: bool):
+    @intrinsic
+    def splat(typingctx, scalar):
+        """A vector with the same number in every lane."""
+        vector = Vector(scalar, is_across)
+
+        def codegen(context, builder, signature, args):
+            return formulas.Arithmetic(builder, context.get_value_type(vector)).splat(args[0])
+
+        return vector(scalar), codegen
+
+    return splat
+
+
+along = _vector_of_equal_lanes(is_across=False)
+across = _vector_of_equal_lanes(is_across=True)
+
+
 @intrinsic
-def splat(typingctx, scalar):
-    """A vector with the same number in every lane."""
-    vector = Vector(scalar)
+def all_equal(typingctx, x, y):
+    """Whether two numbers, or all lanes of two vectors, are equal."""
 
     def codegen(context, builder, signature, args):
-        return _splat(builder, args[0], context.get_value_type(vector))
+        same = builder.fcmp_ordered("==", *args)
+        if isinstance(x, Vector):
+            mask = builder.bitcast(same, ir.IntType(x.lanes))
+            same = builder.icmp_unsigned("==", mask, ir.Constant(mask.type, 2**x.lanes - 1))
+        return same
 
-    return vector(scalar), codegen
+    return types.boolean(x, x), codegen
 
 
 @intrinsic
@@ -191,25 +440,27 @@ def _halves(builder, value):
     return low, high
 
 
-def _horizontal(operation):
-    """Folds a vector in halves: lanes 0 1 2 3 4 5 6 7 -> 04 15 26 37 -> 0426 1537 -> one number."""
+def _per_row(operation):
+    """Folds a vector along a row in halves: lanes 0 1 2 3 4 5 6 7 -> 04 15 26 37 -> 0426 1537 -> one number. Across
+    rows every lane is its row's number already.
+    """
 
     @intrinsic
     def fold(typingctx, vector):
         def codegen(context, builder, signature, args):
             value = args[0]
-            while value.type.count > 1:
+            while not vector.is_across and value.type.count > 1:
                 low, high = _halves(builder, value)
                 value = operation(formulas.Arithmetic(builder, low.type), low, high)
-            return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+            return value if vector.is_across else builder.extract_element(value, ir.Constant(_INT32, 0))
 
-        return vector.element(vector), codegen
+        return (vector if vector.is_across else vector.element)(vector), codegen
 
     return fold
 
 
-horizontal_max = _horizontal(formulas.Arithmetic.maximum)
-horizontal_sum = _horizontal(formulas.Arithmetic.add)
+max_per_row = _per_row(formulas.Arithmetic.maximum)
+sum_per_row = _per_row(formulas.Arithmetic.add)
 
 
 # ---------------------------------------------------------------- arithmetic, on vectors and on single numbers
@@ -223,18 +474,22 @@ div = formula(formulas.Arithmetic.div)
 fma = formula(formulas.Arithmetic.fma)
 negative = formula(formulas.Arithmetic.negative)
 maximum = formula(formulas.Arithmetic.maximum)
-two_sum = formula(formulas.two_sum, n_results=2)
+compensated_add = formula(formulas.compensated_add, n_results=2)
 add_pair = formula(formulas.add_pair, n_results=2)
-transform_logit = formula(formulas.transform)
 finite_or_zero = formula(formulas.finite_or_zero)
-gap = formula(formulas.gap, n_results=2)
+where_finite = formula(formulas.where_finite)
+anchor = formula(formulas.anchor, n_results=2)
+floor = formula(formulas.floor)
+exp_from = formula(formulas.exp_from)
+inverse_pair = formula(formulas.inverse_pair, n_results=2)
+ratio_of_anchors = formula(formulas.ratio_of_anchors)
+power_of_two_ratio = formula(formulas.power_of_two_ratio)
 exp = formula(formulas.exp)
-exp_gap = formula(formulas.exp_gap)
-tie = formula(formulas.tie)
-tail_term = formula(formulas.tail_term)
-reference = formula(formulas.reference)
-merge = formula(formulas.merge, n_results=4)
-inverse_sum = formula(formulas.inverse_sum)
+set_ties_apart = formula(formulas.set_ties_apart, n_results=2)
+tied_total = formula(formulas.tied_total, n_results=2)
 log_sum = formula(formulas.log_sum, n_results=2)
+distance = formula(formulas.distance)
+rise_to = formula(formulas.rise_to)
+row_inverse = formula(formulas.row_inverse)
+log_probability = formula(formulas.log_probability)
 logsumexp = formula(formulas.logsumexp)
-negative_log_probability = formula(formulas.negative_log_probability)

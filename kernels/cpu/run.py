@@ -1,0 +1,187 @@
+"""How a call is laid out on the CPU: along or across rows, on how many threads, with how much scratch memory."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gpusoftmax.kernels.cpu import parallel
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
+from gpusoftmax.kernels.cpu.job import MAX_PARTS
+from gpusoftmax.kernels.cpu.states import FIELDS
+from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES
+from gpusoftmax.kernels.cpu.walk import Strided
+from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Rows
+
+# Up to here, copying rows into columns costs less than what is lost on vectors that a row does not fill.
+SHORT_ROW = 64
+# A few rows do not fill vectors across them either.
+FEW_ROWS = 16
+# A thread that joins costs about as much as this many logits.
+LOGITS_PER_THREAD = 16384
+LOGITS_PER_ITEM = 32768
+# A part of a split row: long enough to hide the counters, short enough to share a row evenly.
+CHUNKS_PER_PART = 8
+# An output larger than the caches is written past them: it would only push out what is still to be read.
+STREAM_BYTES = 40 << 20
+# Copies of long columns: threads are given up before memory.
+WORKSPACE_BYTES = 256 << 20
+PAGE = 4096
+
+
+class Start(NamedTuple):
+    """A call of a kernel, laid out: all of it that follows from the layout of its arrays."""
+
+    entry: Callable  # compiled
+    is_across: int | None
+    arguments: tuple
+    arrays: tuple[int, ...]  # which of the arguments are arrays
+    n_threads: int
+    n_split: int  # rows that are split into parts
+    n_slots: int
+    layout: tuple  # fields of the Job: rows_per_item, parts, then from slot_bytes on
+
+
+_recorder = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Start]]:
+    """Collects what this thread starts."""
+    _recorder.starts = []
+    try:
+        yield _recorder.starts
+    finally:
+        del _recorder.starts
+
+
+def run(kernel, rows: Rows, first: Operand, second: Operand | None, target: Operand | None, *numbers) -> None:
+    """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`."""
+    laid_out = plan(kernel, rows, first, second, target, numbers)
+    if hasattr(_recorder, "starts"):
+        _recorder.starts.append(laid_out)
+    start(laid_out, [laid_out.arguments[position].address for position in laid_out.arrays])
+
+
+def start(laid_out: Start, addresses: list[int]) -> None:
+    """Runs what was laid out, on arrays at these addresses."""
+    entry, is_across, arguments, arrays, n_threads, n_split, n_slots, layout = laid_out
+    arguments = list(arguments)
+    for position, address in zip(arrays, addresses, strict=True):
+        array = arguments[position]
+        arguments[position] = Strided(address, array.outer_stride, array.inner_stride, array.col_stride, array.tag)
+    per_item, parts, slot_bytes, *rest = layout
+    job = per_item, parts, _workspace(n_slots * slot_bytes), slot_bytes, *rest
+    parallel.start(entry, is_across, job, arguments, n_threads, n_split)
+
+
+def plan(kernel, rows: Rows, first: Operand, second: Operand | None, target: Operand | None, numbers: tuple) -> Start:
+    like = next(number for number in numbers if isinstance(number, np.floating))
+    lines = [line for line in (first, second, target) if line is not None]
+    is_across = _is_across(rows, lines)
+    lanes = VECTOR_BYTES // like.itemsize
+    n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
+    n_threads = min(parallel.thread_count(), rows.n_rows * rows.n_cols // LOGITS_PER_THREAD)
+
+    # The memory of a slot, see Job: one record for every chunk, and one for the row.
+    if is_across:
+        partials = (n_chunks + 1) * FIELDS * VECTOR_BYTES
+        stage = partials + 2 * lanes * VECTOR_BYTES
+        side = REGISTER_BYTES // like.itemsize
+        stage_bytes = -(-rows.n_cols // side) * side * VECTOR_BYTES
+        size = stage + (2 if second is not None else 1) * stage_bytes
+        scratch = streamed = 0
+        n_threads = min(n_threads, WORKSPACE_BYTES // size)
+    else:
+        partials = 0
+        size = _padded((n_chunks + 1) * FIELDS * like.itemsize)
+        streamed = int(target is not None and _is_streamed(rows, target, like))
+        scratch = 0
+        if target is not None and (streamed or target.dtype != like.dtype.name):
+            scratch = size
+            size += _padded(rows.n_cols * like.itemsize)
+        stage, stage_bytes = size, 0
+        if any(line.col_stride != 1 for line in lines):
+            stage_bytes = _padded(rows.n_cols * 8)
+            size += 3 * stage_bytes
+    # Slots of different threads share no page, nor do they start at the same place in one.
+    slot_bytes = -(-size // PAGE) * PAGE + PAGE + CACHE_LINE
+
+    parts = 1
+    if is_across:
+        neighbours = rows.n_inner if rows.n_inner >= lanes else rows.n_rows
+        n_units = rows.n_rows // neighbours * -(-neighbours // lanes)
+        per_item = max(1, LOGITS_PER_ITEM // (lanes * max(rows.n_cols, 1)))
+    else:
+        n_units = rows.n_rows
+        per_item = max(1, LOGITS_PER_ITEM // max(rows.n_cols, 1))
+        if not stage_bytes and rows.n_rows < 2 * n_threads:
+            parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
+    n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
+    if n_threads <= 1:
+        per_item, parts, n_threads = n_units, 1, 1
+    lines = (first if line is None else line for line in (first, second, target))
+    arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
+    return Start(
+        parallel.compiled(kernel, 1 if is_across else None, arguments),
+        1 if is_across else None,
+        arguments,
+        tuple(position for position, argument in enumerate(arguments) if isinstance(argument, Strided)),
+        n_threads,
+        rows.n_rows if parts > 1 else 0,
+        rows.n_rows if parts > 1 else n_threads,
+        (
+            per_item,
+            parts,
+            slot_bytes,
+            partials,
+            scratch,
+            stage,
+            stage_bytes,
+            streamed,
+            int(second is not None),
+            int(target is not None),
+        ),
+    )
+
+
+def _is_across(rows: Rows, lines: list[Operand]) -> bool:
+    if rows.n_rows < FEW_ROWS:
+        return False
+    if rows.n_cols <= SHORT_ROW:
+        return True
+    return rows.n_inner >= FEW_ROWS and any(line.col_stride != 1 and line.inner_stride == 1 for line in lines)
+
+
+def _padded(size: int) -> int:
+    return -(-size // CACHE_LINE) * CACHE_LINE
+
+
+def _is_streamed(rows: Rows, target: Operand, like: np.floating) -> bool:
+    """Whether every row of a large result starts and ends at the border of a cache line."""
+    strides = target.pointer, target.inner_stride * like.itemsize, target.outer_stride * like.itemsize
+    aligned = target.col_stride == 1 and all(stride % CACHE_LINE == 0 for stride in strides)
+    large = rows.n_rows * rows.n_cols * like.itemsize >= STREAM_BYTES
+    return large and aligned and target.dtype == like.dtype.name and rows.n_cols * like.itemsize % VECTOR_BYTES == 0
+
+
+_kept = threading.local()
+
+
+def _workspace(size: int) -> int:
+    """The address of `size` bytes of scratch memory, which this thread keeps for its next call."""
+    array = getattr(_kept, "array", None)
+    if array is None or array.nbytes < size + CACHE_LINE:
+        _kept.array = array = np.empty(size + CACHE_LINE, np.uint8)
+        _kept.address = _padded(array.ctypes.data)
+    return _kept.address
+
+
+def _for_kernel(argument):
+    """An argument in the form that compiled code takes: no strings."""
+    if isinstance(argument, Operand):
+        *numbers, dtype = argument
+        return Strided(*numbers, STORAGE[dtype](0))
+    return argument.pointer if isinstance(argument, Numbers) else argument

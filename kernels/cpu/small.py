@@ -1,0 +1,64 @@
+"""Calls so small that finding out what they are costs more than doing it: NumPy arrays straight to a kernel.
+
+The kernels are those of the ops, along rows, with their few numbers of scratch memory at hand.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import types
+
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
+from gpusoftmax.kernels.cpu.job import LINE, NEXT, NOBODYS_BELL, Job
+from gpusoftmax.kernels.cpu.log_softmax import log_softmax_rows
+from gpusoftmax.kernels.cpu.softmax import softmax_rows
+from gpusoftmax.kernels.cpu.states import FIELDS
+from gpusoftmax.kernels.cpu.vector import address_of, number
+from gpusoftmax.kernels.cpu.walk import Strided
+from gpusoftmax.kernels.operands import Rows
+
+
+@kernel
+def small_softmax(x, out):
+    return _run(softmax_rows, x, out)
+
+
+@kernel
+def small_log_softmax(x, out):
+    return _run(log_softmax_rows, x, out)
+
+
+@device
+def _run(rows_kernel, x, out):
+    """Whether it has been done: not for arrays that overlap in part, of different shapes, or of rows of many chunks."""
+    n_rows, n_cols = x.shape
+    source, target = address_of(x), address_of(out)
+    distance = source - target
+    overlap = distance != 0 and abs(distance) < x.nbytes
+    if out.shape != x.shape or overlap or n_cols > CHUNK_COLS or x.size == 0:
+        return False
+    scratch = np.empty(2 * FIELDS, x.dtype)
+    counters = np.zeros(NEXT + LINE, np.int64)
+    address = address_of(counters)
+    job = Job(address, address + 8 * NOBODYS_BELL, 0, 1, n_rows, 1, address_of(scratch), 0, 0, 0, 0, 0, 0, 0, 1)
+    one = x.dtype.type(1)
+    rows = Rows(n_rows, n_rows, n_cols)
+    lines = Strided(source, 0, n_cols, 1, one), Strided(target, 0, n_cols, 1, one)
+    rows_kernel(None, job, rows, lines[0], lines[0], lines[1], one, None)
+    scratch[0] = number(one, counters[0])  # they must outlive the last access through their addresses
+    return True
+
+
+_KERNELS = {"softmax": small_softmax, "log_softmax": small_log_softmax}
+
+
+def entry(op: str, dtype: np.dtype) -> Callable | None:
+    """The compiled kernel of an op for two C-contiguous, aligned, writable 2-D arrays of a dtype, if there is one.
+
+    It is called without a look at the arrays' types.
+    """
+    if op not in _KERNELS or dtype not in (np.float32, np.float64):
+        return None
+    array = types.Array(types.float32 if dtype == np.float32 else types.float64, 2, "C")
+    return _KERNELS[op].compile((array, array))
