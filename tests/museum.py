@@ -247,14 +247,26 @@ def lse_far_apart(library):
 
 
 def lse_with_a_small_grid(library):
-    """More rows than blocks, on the GPU."""
+    """More rows than the blocks of one launch hold, on the GPU."""
     plan = _module(library, "kernels.cuda.plan")
-    logits = _random(5, 20)
+    logits = _random(40, 20)
     plan.row_plan.cache_clear()
     with mock.patch.object(plan, "MAX_BLOCKS", 2):
         got = _emulated(library.logsumexp, logits)
     plan.row_plan.cache_clear()
     tolerances.check_logsumexp(got, logits)
+
+
+def lse_of_two_chunks(library):
+    """A block of two warps, on the GPU."""
+    logits = _random(2, 1500)
+    tolerances.check_logsumexp(_emulated(library.logsumexp, logits), logits)
+
+
+def lse_of_a_cluster(library):
+    """Few long rows: several blocks share each, on the GPU."""
+    logits = _random(1, 40_000)
+    tolerances.check_logsumexp(_emulated(library.logsumexp, logits), logits)
 
 
 def _near_zero(rows):
@@ -275,7 +287,7 @@ def lse_at_any_alignment(library):
 
 
 def lse_in_any_batch(library):
-    rows = _near_zero(_random(8, 700))
+    rows = _near_zero(_random(8, 300))
     with emulated_gpu("sm_90", track=False) as gpu:
         together = gpu.get(library.logsumexp(gpu.array(rows)))
         alone = [gpu.get(library.logsumexp(gpu.array(row))) for row in rows]
@@ -462,7 +474,7 @@ def _ptx(kernel, check):
 
 def _links(ptx):
     entry = codegen.compile.entry_of(ptx)
-    codegen.check_link(codegen.link_ptx(ptx, "sm_90"), entry, "sm_90", MAX_THREADS)
+    codegen.check_link(codegen.link_ptx(ptx, "sm_90"), entry, "sm_90", MAX_THREADS, 1)
 
 
 # ---- the collection
@@ -509,17 +521,12 @@ MUTANTS = [
         ("normalise_rows",),
     ),
     Mutant(
-        "one row for each block",
+        "one launch",
         "rows beyond the grid",
         lse_with_a_small_grid,
         errors.UninitialisedRead,
         "never written",
-        _edit(
-            f"{GPU}.device.logsumexp",
-            "range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x)",
-            "range(cuda.blockIdx.x, cuda.blockIdx.x + 1)",
-        ),
-        (LSE,),
+        _edit(f"{GPU}.launch", "range(0, rows.n_rows, plan.rows)", "range(1)"),
     ),
     Mutant(
         "columns taken to be neighbours",
@@ -553,8 +560,8 @@ MUTANTS = [
         "4-byte|16-byte",
         _edit(
             f"{GPU}.softmax",
-            "rows, probs, dprobs, dlogits, scale)",
-            "rows, probs, probs._replace(pointer=dprobs.pointer), dlogits, scale)",
+            "rows, probs, dprobs, dlogits, scale, reads=2)",
+            "rows, probs, probs._replace(pointer=dprobs.pointer), dlogits, scale, reads=2)",
         ),
     ),
     Mutant(
@@ -563,7 +570,7 @@ MUTANTS = [
         lse_of_unaligned_rows,
         errors.Misaligned,
         "16-byte access",
-        _edit(f"{GPU}.device.rows", " and is_vector_aligned(pointer)", ""),
+        _edit(f"{GPU}.device.rows", "misalignment(pointer) if array.col_stride == 1 else 0", "0"),
         (LSE,),
     ),
     Mutant(
@@ -589,12 +596,12 @@ MUTANTS = [
         (LSE,),
     ),
     Mutant(
-        "writes past the end of the row",
+        "reads past the end of the row",
         "last columns",
         softmax_backward_of_unaligned_rows,
         errors.OutOfBounds,
-        "4-byte access",
-        _edit(f"{GPU}.device.rows", "                if col + i < n_cols:\n", "                if col < n_cols:\n"),
+        "16-byte access",
+        _edit(f"{GPU}.device.rows", "col + (1 << bits) <= n_cols:", "col < n_cols:"),
         ("softmax_backward_rows",),
     ),
     # ---- the online sum
@@ -755,23 +762,28 @@ MUTANTS = [
         lse_at_any_alignment,
         AssertionError,
         "bits differ: rows",
-        _edit(
-            f"{GPU}.device.logsumexp",
-            "        state = row_state(held, scratch, source, rows.n_cols, width, row, (scale, scale_low))\n",
-            "        if source.vectorised:\n"
-            "            state = row_state(held, scratch, source, rows.n_cols, width, row, (scale, scale_low))\n"
-            "        else:\n"
-            "            state = row_state(held, scratch, source, rows.n_cols, 1, row, (scale, scale_low))\n",
+        (
+            Edit(
+                f"{GPU}.device.rows",
+                "    place = at + (source.shift + team.lane) * element_size(source.pointer)\n",
+                "    lane = team.lane ^ 1 if source.shift > 0 and team.lane < 2 else team.lane\n"
+                "    place = at + (source.shift + lane) * element_size(source.pointer)\n",
+            ),
+            Edit(f"{GPU}.device.rows", "piece.count - team.lane\n", "piece.count - lane\n"),
         ),
         (LSE,),
     ),
     Mutant(
-        "block size that depends on the batch",
+        "lanes that depend on the batch",
         "batch invariance",
         lse_in_any_batch,
         AssertionError,
         "bits differ: rows alone",
-        _edit(f"{GPU}.plan", "    threads = WARP_SIZE\n", "    threads = MAX_THREADS if n_rows < 4 else WARP_SIZE\n"),
+        _edit(
+            f"{GPU}.plan",
+            "= tree_of(n_cols, compute), limits_of",
+            "= tree_of(n_cols * min(n_rows, 2), compute), limits_of",
+        ),
     ),
     Mutant(
         "chunks that depend on the number of threads",
@@ -800,6 +812,29 @@ MUTANTS = [
             "",
         ),
         ("total_rows",),
+    ),
+    Mutant(
+        "merging the states of chunks before all are there",
+        "barriers",
+        lse_of_two_chunks,
+        errors.SharedRace,
+        "no barrier between",
+        _edit(f"{GPU}.device.rows", "    else:\n        cuda.syncthreads()\n", ""),
+        (LSE,),
+    ),
+    Mutant(
+        "sending states to a block that may not have started",
+        "barriers",
+        lse_of_a_cluster,
+        errors.ClusterError,
+        "before any cluster barrier",
+        (
+            Edit(f"{GPU}.device.rows", "    if split_cluster(split) > 1:\n        cluster_wait()\n", "    pass\n"),
+            Edit(
+                f"{GPU}.device.rows", "    if split_cluster(split) > 1:\n        cluster_arrive()\n\n", "    pass\n\n"
+            ),
+        ),
+        (LSE,),
     ),
     Mutant(
         "writing scratch before all warps have read it",
@@ -973,8 +1008,8 @@ MUTANTS = [
         "launch without blocks",
         "empty arrays",
         lse_of_no_rows,
-        errors.InvalidLaunch,
-        "block",
+        ValueError,
+        "must not be zero",
         _edit(
             "gpusoftmax._arrays",
             "if math.prod(dim.size for dim in batch) == 0:",
@@ -1032,9 +1067,9 @@ MUTANTS = [
         AssertionError,
         "uses of local memory",
         _edit(
-            f"{GPU}.device.copy",
-            "width = vector_width(source.pointer)",
-            "width = min(vector_width(source.pointer), rows.n_cols)",
+            f"{GPU}.device.rows",
+            "read_granule(values, sources[0], at, col, width)",
+            "read_granule(values, sources[0], at, col, min(width, piece.count))",
         ),
         ("copy_rows",),
     ),
@@ -1044,7 +1079,7 @@ MUTANTS = [
         _ptx("copy_rows", functools.partial(codegen.check_vectors, loads=True, stores=True)),
         AssertionError,
         "0 loads of 16 bytes",
-        _edit(f"{GPU}.device.rows", "vector_width(pointer) == width and", "vector_width(pointer) != width and"),
+        _edit(f"{GPU}.device.rows", "copy_vector(source.pointer, col,", "copy_element(source.pointer, col,"),
         ("copy_rows",),
     ),
     Mutant(

@@ -27,7 +27,7 @@ OPERATIONS = {
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
 }
-# dtype, n_cols, n_rows: every dtype; less than a warp, a part of a block, two chunks of the GPU and three of the CPU.
+# dtype, n_cols, n_rows: every dtype; a few lanes, half a warp, and five chunks of the GPU, which are three of the CPU.
 KINDS = [("float32", 31, 64), ("float16", 300, 7), ("float64", 33, 7), ("bfloat16", 4097, 4)]
 
 

@@ -12,7 +12,7 @@ N_COLS = [
     1,  # a row of one class: exactly 0
     31,  # less than a warp, less than a vector strip
     512,  # all that the smallest block holds
-    4099,  # two chunks of the GPU, three of the CPU; rows of 16-byte vectors never align
+    4099,  # five chunks of the GPU, three of the CPU; rows of 16-byte vectors never align
 ]
 
 

@@ -13,7 +13,7 @@ N_COLS = [
     31,  # less than a warp, less than a vector strip
     512,  # all that the smallest block holds
     513,  # one more
-    4099,  # two chunks of the GPU, three of the CPU; rows of 16-byte vectors never align
+    4099,  # five chunks of the GPU, three of the CPU; rows of 16-byte vectors never align
 ]
 ROW_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 

@@ -10,7 +10,7 @@ N_COLS = [
     1,  # a row of one class: exactly 1
     31,  # less than a warp, less than a vector strip
     513,  # one more than the smallest block holds
-    4096,  # a whole chunk of the GPU, two of the CPU
+    4096,  # four whole chunks of the GPU, two of the CPU
     4099,  # a chunk and three columns: 16-byte rows never align
 ]
 GOAL_ULP = 4  # design goal for float32 and float64, met by both targets

@@ -9,7 +9,7 @@ import json
 import re
 
 from gpusoftmax.kernels.cuda import cache
-from gpusoftmax.kernels.cuda.plan import MAX_THREADS
+from gpusoftmax.kernels.cuda.plan import MAX_THREADS, MIN_BLOCKS, Long, Short
 from gpusoftmax.kernels.operands import STORAGE, Labels, Rows
 
 
@@ -61,7 +61,8 @@ def image(kernel: str, signature: tuple[str, ...], arch: str) -> Image:
     """The image of `kernel`, "<file>.<function>" under kernels/cuda/device.
 
     `signature` holds one word per argument: "rows", "labels", "strided bfloat16" (an Operand), "*float32" (Numbers: a
-    pointer), "int64", "float32" or "float64". The first three take several parameters of the compiled kernel.
+    pointer), "short" or "long" (how rows are split, see plan.py), "int64", "float32" or "float64". Tuples take several
+    parameters of the compiled kernel.
     """
     return Image(kernel, signature, arch)
 
@@ -80,6 +81,11 @@ def link(ptx: str, arch: str) -> tuple[bytes, str]:
     return cubin, linker.get_info_log()
 
 
+def min_blocks(signature: tuple[str, ...], arch: str) -> int:
+    """How many blocks of MAX_THREADS the registers of a kernel must leave room for."""
+    return 1 if arch != "sm_90" or "float64" in " ".join(signature) else MIN_BLOCKS
+
+
 @functools.cache
 def _ptx(kernel: str, signature: tuple[str, ...], arch: str) -> str:
     key = cache.key(kernel, signature, arch, "ptx")
@@ -95,7 +101,7 @@ def _ptx(kernel: str, signature: tuple[str, ...], arch: str) -> str:
         function,
         tuple(_numba_type(types, word) for word in signature),
         (compute // 10, compute % 10),
-        MAX_THREADS,
+        (MAX_THREADS, min_blocks(signature, arch)),
     )
     cache.put(key, ptx.encode())
     return ptx
@@ -107,6 +113,9 @@ def _numba_type(types, word: str):
     if word in ("rows", "labels"):
         fields = Rows if word == "rows" else Labels
         return types.NamedUniTuple(types.int64, len(fields._fields), fields)
+    if word in ("short", "long"):
+        fields = Short if word == "short" else Long
+        return types.NamedUniTuple(types.int32, len(fields._fields), fields)
     if word.startswith("strided "):
         strides = (types.int64,) * 3
         return types.NamedTuple((_pointer_type(types, word.removeprefix("strided ")), *strides), Strided)

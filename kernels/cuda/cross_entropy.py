@@ -23,7 +23,7 @@ def cross_entropy(
 ) -> None:
     number_of = STORAGE[weight.dtype]
     launch_rows(
-        "cross_entropy.cross_entropy_rows",
+        f"cross_entropy.{'smoothed_' if label_smoothing else ''}cross_entropy_rows",
         place,
         rows,
         logits,
@@ -38,6 +38,7 @@ def cross_entropy(
         number_of(label_smoothing / rows.n_cols),
         number_of(grad_scale),
         *scale_of(2.0, 1.0, weight.dtype),
+        passes=2 if dlogits.pointer else 1,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpusoftmax.kernels.cuda import compile, driver
 from gpusoftmax.kernels.cuda.compile import Image
-from gpusoftmax.kernels.cuda.plan import Plan, row_plan
+from gpusoftmax.kernels.cuda.plan import Long, Plan, Short, row_plan
 from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Place, Rows
 
 _STRIDED = {dtype: f"strided {dtype}" for dtype in STORAGE}
@@ -75,6 +75,9 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
         elif kind is Rows or kind is Labels:
             signature.append("rows" if kind is Rows else "labels")
             words += argument
+        elif kind is Short or kind is Long:
+            signature.append("short" if kind is Short else "long")
+            words += map(np.int32, argument)
         else:
             signature.append(_SCALARS[kind])
             words.append(argument)
@@ -87,6 +90,13 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
         _recorder.launches.append(Launch(image, plan, words, addresses))
 
 
-def launch_rows(kernel: str, place: Place, rows: Rows, *arguments) -> None:
-    """Starts a kernel that takes one block per row."""
-    launch(kernel, row_plan(rows.n_rows, rows.n_cols), place, rows, *arguments)
+def launch_rows(kernel: str, place: Place, rows: Rows, *arguments, reads: int = 1, passes: int = 2) -> None:
+    """Starts a kernel that goes over rows: those of the first `reads` arguments, once or (passes) twice."""
+    device = device_of(place)
+    formats = tuple(argument.dtype for argument in arguments[:reads])
+    compute = "float64" if any(isinstance(argument, np.float64) for argument in arguments) else "float32"
+    shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes
+    plan = row_plan(rows.n_rows, *shape)
+    for start in range(0, rows.n_rows, plan.rows):  # once, unless there are more rows than blocks
+        last = row_plan(min(plan.rows, rows.n_rows - start), *shape)
+        launch(kernel, last, place, rows, last.split, start, *arguments)

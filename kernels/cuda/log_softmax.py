@@ -13,4 +13,4 @@ def log_softmax_backward(
     rows: Rows, log_probs: Operand, dlog_probs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
     scale, _ = scale_of(1.0, temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
-    launch_rows("log_softmax.log_softmax_backward_rows", place, rows, log_probs, dlog_probs, dlogits, scale)
+    launch_rows("log_softmax.log_softmax_backward_rows", place, rows, log_probs, dlog_probs, dlogits, scale, reads=2)

@@ -6,4 +6,4 @@ from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, sca
 
 def logsumexp(rows: Rows, logits: Operand, lse: Operand, temperature: float, place: Place) -> None:
     scale = scale_of(2.0, temperature, compute_dtype(logits.dtype, lse.dtype))
-    launch_rows("logsumexp.logsumexp_rows", place, rows, logits, lse, *scale)
+    launch_rows("logsumexp.logsumexp_rows", place, rows, logits, lse, *scale, passes=1)

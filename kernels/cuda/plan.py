@@ -1,36 +1,256 @@
-"""How a launch is laid out: a pure function of the row's shape and the device. No CUDA, no Numba."""
+"""How a launch is laid out: a pure function of the rows, their formats and the device. No CUDA, no Numba.
+
+A row is a tree: columns -> pieces (what the lanes of a warp hold in registers at a time) -> chunks (the pieces that one
+warp merges in order; one, below a million columns) -> the row. `tree_of` decides it from n_cols and the computation
+format alone, and with it the bits. `row_plan` decides who computes what, and may look at anything.
+
+    short     a row is one piece: a warp or a part of one for each row, several rows in a block
+    held      a block for each row, which stays in its shared memory: read once
+    cluster   sm_90: a cluster of 2 to 16 blocks for each row, which stays in their shared memory
+    online    what does not fit stays away: a first pass and a last one, that begins with what is still there
+"""
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gpusoftmax.kernels.operands import STORAGE
 
 WARP_SIZE = 32
-# Columns that a thread holds in registers at a time: 64 bytes of float32, four 16-byte accesses.
-COLS_PER_THREAD = 16
-# Eight warps of up to 128 registers (float32) leave room for two blocks on an SM, to cover each other's barriers.
+GROUP = 8
+"""So many of a lane's numbers are added in a balanced tree, and left out together where there are no columns."""
+STATE_NUMBERS = 5
+"""Numbers of a chunk that go through shared memory: max, ties, tail and, for smoothed losses, distance and weight."""
+MAX_CHUNKS = 1024
+"""Beyond, chunks have several pieces: the states of a row take 20 KiB of shared memory at most (float64: 40)."""
 MAX_THREADS = 256
-# The launch limit of the grid's first axis; further rows are taken by a stride loop.
+MIN_BLOCKS = 2
+"""Blocks of MAX_THREADS that the registers must leave room for: one loads while the other computes. 128 registers are
+what the kernels take without spilling (kernels/README.md); float64 takes up to twice as many and runs alone.
+"""
 MAX_BLOCKS = 2**31 - 1
+"""The launch limit of the grid's first axis; further rows take further launches."""
+RING_BYTES = 64 * 1024
+"""Slots of a block that reads its rows once and need not keep them: two such blocks have 128 KiB under way, five times
+what 4.3 TB/s and 800 ns ask of each of 132 multiprocessors."""
+
+
+class Limits(NamedTuple):
+    """Of an architecture (CUDA programming guide, compute capabilities): shared memory in bytes, clusters in blocks."""
+
+    block_bytes: int
+    multiprocessor_bytes: int
+    cluster: int
+
+
+LIMITS = {
+    75: Limits(65536, 65536, 1),
+    80: Limits(166912, 167936, 1),
+    86: Limits(101376, 102400, 1),
+    89: Limits(101376, 102400, 1),
+    90: Limits(232448, 233472, 16),
+    100: Limits(232448, 233472, 16),
+    120: Limits(101376, 102400, 8),
+}
+BLOCK_RESERVE = 1024
+"""Shared memory that the system takes from each block."""
+
+
+def limits_of(arch: str) -> Limits:
+    """Those of the architecture, or of the newest one that is not newer."""
+    number = int(arch.removeprefix("sm_").rstrip("af"))
+    return LIMITS[max(known for known in LIMITS if known <= number)]
+
+
+# ---------------------------------------------------------------- what decides the bits
+
+
+class Tree(NamedTuple):
+    lanes: int  # of a warp, that share a piece
+    piece_cols: int
+    chunk_cols: int
+    n_chunks: int
+
+
+def values_per_lane(compute: str) -> int:
+    """Columns of a piece that a lane holds: 32 registers in either format."""
+    return 16 if compute == "float64" else 32
+
+
+@functools.lru_cache(maxsize=4096)
+def tree_of(n_cols: int, compute: str) -> Tree:
+    """How a row is cut, whatever the batch, the device and the place in memory."""
+    values = values_per_lane(compute)
+    for lanes in (4, 8, 16, 32):
+        if n_cols <= lanes * values:
+            return Tree(lanes, lanes * values, lanes * values, 1)
+    piece_cols = WARP_SIZE * values
+    chunk_cols = piece_cols
+    while _ratio(n_cols, chunk_cols) > MAX_CHUNKS:
+        chunk_cols *= 2
+    return Tree(WARP_SIZE, piece_cols, chunk_cols, _ratio(n_cols, chunk_cols))
+
+
+# ---------------------------------------------------------------- who computes what
+
+
+class Short(NamedTuple):
+    """A kernel's view of a plan: rows of one piece."""
+
+    lanes: int
+    slot_bytes: int
+
+
+class Long(NamedTuple):
+    """A kernel's view of a plan: rows of several chunks."""
+
+    n_chunks: int
+    piece_bits: int  # log2 of the pieces of a chunk
+    cluster: int
+    slots: int
+    slot_bytes: int
+    first_slot: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch. chunk_cols decides the bits of a row and depends on n_cols alone; everything else may vary freely."""
+    """One launch, of `rows` rows. chunk_cols decides the bits of a row and depends on n_cols and the format alone;
+    everything else may vary freely. `held`: every element is read from global memory once.
+    """
 
+    regime: str
     threads: int
     blocks: int
     chunk_cols: int
+    rows: int = 0
     shared_bytes: int = 0
     cluster: int = 1
+    held: bool = True
+    split: Short | Long | None = None
+
+
+SINGLE_BLOCK = Plan(regime="single", threads=MAX_THREADS, blocks=1, chunk_cols=0)
+"""For the small kernels around a loss: a sum over all rows in a fixed order."""
 
 
 @functools.lru_cache(maxsize=4096)
-def row_plan(n_rows: int, n_cols: int) -> Plan:
-    """One block per row. The smallest block that holds the row in one chunk, 256 threads for longer rows."""
-    threads = WARP_SIZE
-    while threads < MAX_THREADS and threads * COLS_PER_THREAD < n_cols:
-        threads *= 2
-    return Plan(threads=threads, blocks=min(n_rows, MAX_BLOCKS), chunk_cols=threads * COLS_PER_THREAD)
+def row_plan(
+    n_rows: int,
+    n_cols: int,
+    formats: tuple[str, ...],
+    compute: str,
+    arch: str,
+    multiprocessors: int,
+    passes: int = 2,
+) -> Plan:
+    """The launch of a kernel that reads rows.
+
+    Parameters
+    ----------
+    n_rows, n_cols : int
+        The rows.
+    formats : tuple of str
+        Of the arrays whose rows are read: one or two, of the same size.
+    compute : str
+        "float32" or "float64".
+    arch, multiprocessors : str, int
+        Of the device.
+    passes : int
+        1: the rows are only summed up; 2: results are computed from the columns after that.
+    """
+    tree, limits = tree_of(n_cols, compute), limits_of(arch)
+    itemsize = np.dtype(STORAGE[formats[0]]).itemsize
+    slot_bytes = _rounded(min(n_cols, tree.piece_cols) * itemsize) + 16  # 16: rows that begin beside a boundary
+    if tree.n_chunks == 1:
+        return _short(n_rows, tree, slot_bytes, len(formats), limits, multiprocessors)
+    return _long(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
 
 
-SINGLE_BLOCK = Plan(threads=MAX_THREADS, blocks=1, chunk_cols=MAX_THREADS * COLS_PER_THREAD)
-"""For the small kernels around a loss: a sum over all rows in a fixed order."""
+def _short(n_rows, tree, slot_bytes, n_sources, limits, multiprocessors):
+    threads = MAX_THREADS
+    part_bytes = n_sources * slot_bytes
+
+    def too_large():
+        parts = threads // tree.lanes
+        few = _ratio(n_rows, parts) < multiprocessors  # rather one row on each multiprocessor
+        return few or parts * part_bytes > limits.block_bytes
+
+    while threads > WARP_SIZE and too_large():
+        threads //= 2
+    parts = threads // tree.lanes
+    return Plan(
+        regime="short",
+        threads=threads,
+        blocks=min(_ratio(n_rows, parts), MAX_BLOCKS),
+        chunk_cols=tree.chunk_cols,
+        rows=min(n_rows, MAX_BLOCKS * parts),
+        shared_bytes=parts * part_bytes,
+        split=Short(tree.lanes, slot_bytes),
+    )
+
+
+def _long(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
+    pieces = tree.chunk_cols // tree.piece_cols
+    number_bytes = 8 if compute == "float64" else 4
+    states = tree.n_chunks + _ratio(tree.n_chunks, WARP_SIZE)
+    first_slot = _rounded(states * STATE_NUMBERS * number_bytes)
+    slot_bytes_of_all = n_sources * slot_bytes
+    most_warps = min(MAX_THREADS // WARP_SIZE, (limits.block_bytes - first_slot) // slot_bytes_of_all)
+    shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
+
+    def turns(cluster):
+        """Chunks of the busiest warp; as few warps as that takes are used."""
+        return _ratio(tree.n_chunks, cluster * most_warps)
+
+    def warps(cluster):
+        return _ratio(tree.n_chunks, cluster * turns(cluster))
+
+    def bytes_of(cluster, slots):
+        return first_slot + warps(cluster) * slots * slot_bytes_of_all
+
+    def fitting_slots(cluster, room):
+        return max((min(room, limits.block_bytes) - first_slot) // (warps(cluster) * slot_bytes_of_all), 1)
+
+    clusters = [size for size in (1, 2, 4, 8, 16) if size <= limits.cluster and size <= tree.n_chunks]
+    if passes == 1:
+        fits = [1]
+    else:
+        # Two blocks on a multiprocessor, if a cluster is large enough for that; one, if not.
+        fits = [size for size in clusters if bytes_of(size, turns(size) * pieces) <= shared]
+        fits = fits or [size for size in clusters if bytes_of(size, turns(size) * pieces) <= limits.block_bytes]
+    cluster = fits[0] if fits else clusters[-1]
+    # Few rows: more blocks for each, down to two chunks for each warp.
+    while cluster * 2 in clusters and n_rows * cluster * 2 <= multiprocessors and turns(cluster) > 2:
+        cluster *= 2
+    needed = turns(cluster) * pieces
+    if passes == 1:
+        slots = min(needed, max(RING_BYTES // (warps(cluster) * slot_bytes_of_all), 2), fitting_slots(cluster, shared))
+    elif fits:
+        slots = needed
+    else:
+        # All of a multiprocessor where that keeps most of the row; two blocks where it is read twice anyway.
+        slots = min(needed, fitting_slots(cluster, limits.block_bytes if cluster > 1 else shared))
+    held = passes == 1 or slots >= needed
+    return Plan(
+        regime="online" if not held else "cluster" if cluster > 1 else "held",
+        threads=warps(cluster) * WARP_SIZE,
+        blocks=min(n_rows, MAX_BLOCKS // cluster) * cluster,
+        chunk_cols=tree.chunk_cols,
+        rows=min(n_rows, MAX_BLOCKS // cluster),
+        shared_bytes=bytes_of(cluster, slots),
+        cluster=cluster,
+        held=held,
+        split=Long(tree.n_chunks, pieces.bit_length() - 1, cluster, slots, slot_bytes, first_slot),
+    )
+
+
+def _ratio(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def _rounded(size: int) -> int:
+    """The size in bytes, up to the next 16-byte boundary."""
+    return _ratio(size, 16) * 16

@@ -13,4 +13,4 @@ def softmax_backward(
     rows: Rows, probs: Operand, dprobs: Operand, dlogits: Operand, temperature: float, place: Place
 ) -> None:
     scale, _ = scale_of(1.0, temperature, compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype))
-    launch_rows("softmax.softmax_backward_rows", place, rows, probs, dprobs, dlogits, scale)
+    launch_rows("softmax.softmax_backward_rows", place, rows, probs, dprobs, dlogits, scale, reads=2)

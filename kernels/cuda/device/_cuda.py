@@ -15,8 +15,10 @@ device = cuda.jit(device=True, forceinline=True)
 _compiling = threading.Lock()
 
 
-def compile_to_ptx(kernel: Callable, signature: tuple, compute_capability: tuple[int, int], max_threads: int) -> str:
-    """PTX for one architecture. Needs no driver."""
+def compile_to_ptx(
+    kernel: Callable, signature: tuple, compute_capability: tuple[int, int], bounds: tuple[int, int]
+) -> str:
+    """PTX for one architecture; bounds = (threads of a block, blocks on a multiprocessor). Needs no driver."""
     # A helper is compiled for the current device, which asks the driver; here it is told. The helpers are LLVM code and
     # know no architecture, so those of an earlier kernel serve a later one of another architecture.
     with _compiling:
@@ -29,7 +31,7 @@ def compile_to_ptx(kernel: Callable, signature: tuple, compute_capability: tuple
                 device=False,
                 abi="numba",
                 cc=compute_capability,
-                launch_bounds=max_threads,
+                launch_bounds=bounds,
             )
         finally:
             dispatcher.get_current_device = ask_the_driver

@@ -53,7 +53,6 @@ merge = formula(formulas.merge, n_results=4)
 inverse_sum = formula(formulas.inverse_sum)
 log_sum = formula(formulas.log_sum, n_results=2)
 logsumexp = formula(formulas.logsumexp)
-negative_log_probability = formula(formulas.negative_log_probability)
 
 
 @intrinsic

@@ -1,18 +1,21 @@
-"""One block per row: a copy between layouts and formats."""
+"""A copy between layouts and formats."""
 
-from gpusoftmax.kernels.cuda.device._cuda import cuda
-from gpusoftmax.kernels.cuda.device.arithmetic import number
-from gpusoftmax.kernels.cuda.device.memory import thread_numbers, vector_width
-from gpusoftmax.kernels.cuda.device.rows import load_chunk, row_of, store_chunk
-from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD
+from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device.rows import fetch_last, own_row, row_of, row_writer, team_of
 
 
-def copy_rows(rows, source, target, like):
-    held = thread_numbers(like)
-    width = vector_width(source.pointer)
-    for row in range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x):
-        read_from = row_of(source, row, rows, width)
-        write_to = row_of(target, row, rows, width)
-        for first in range(0, rows.n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-            load_chunk(held, read_from, first, rows.n_cols, width, number(like, 0.0))
-            store_chunk(write_to, held, first, rows.n_cols, width)
+@device
+def unchanged(values, others, col, width, numbers):
+    pass
+
+
+write_copies = row_writer(unchanged)
+
+
+def copy_rows(rows, split, start, source, target, like):
+    team = team_of(split, 1)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    sources = (row_of(source, row, rows),)
+    fetch_last(sources, n_cols, team, split, like)
+    write_copies(row_of(target, row, rows), sources, n_cols, team, split, (like,), like)

@@ -1,4 +1,4 @@
-"""One block per row: cross-entropy and its fused gradient. The mathematics stands in kernels/cpu/cross_entropy.py.
+"""Cross-entropy and its fused gradient. The mathematics stands in kernels/cpu/cross_entropy.py.
 
 The small kernels around it, normalise_rows, total_rows and find_bad_label_rows, run as one block: their sums have a
 fixed order.
@@ -6,36 +6,67 @@ fixed order.
 
 import math
 
+from numpy import int32
+
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
     add_pair,
     div,
-    exp_gap,
     fma,
     inverse_sum,
     log_sum,
     merge,
     mul,
-    negative_log_probability,
     number,
     reference,
     sub,
 )
+from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_gap, half_gap, negative_log_probability
 from gpusoftmax.kernels.cuda.device.memory import (
     block_numbers,
+    element_size,
     is_null,
     load,
     load_label,
+    piece_numbers,
     store,
-    thread_numbers,
-    vector_width,
 )
-from gpusoftmax.kernels.cuda.device.reduce import block_sum, block_sum_pair, first_of_block
-from gpusoftmax.kernels.cuda.device.row_state import chunk_state, load_logits, logits_again
-from gpusoftmax.kernels.cuda.device.rows import column, row_of, row_offset, store_chunk, thread_sum
+from gpusoftmax.kernels.cuda.device.reduce import (
+    block_sum_pair,
+    first_of_block,
+    publish,
+    warp_sum,
+    warp_sum_pair,
+)
+from gpusoftmax.kernels.cuda.device.row_state import (
+    gap_params,
+    loss_piece_state,
+    loss_state,
+    merged_states,
+    publish_state,
+    read_logits,
+    state_place,
+)
+from gpusoftmax.kernels.cuda.device.rows import (
+    announce,
+    chunk_of,
+    exchange_states,
+    meet,
+    open_row,
+    own_row,
+    row_of,
+    row_offset,
+    row_writer,
+    slot_of,
+    stage_next,
+    team_of,
+    wait_for_piece,
+)
+from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
+from gpusoftmax.kernels.cuda.device.staging import get, staged
 from gpusoftmax.kernels.cuda.device.transform import transform
-from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 from gpusoftmax.kernels.operands import NO_BAD_LABEL
 
 
@@ -50,36 +81,184 @@ def number_at(numbers, index, default):
     return default if is_null(numbers) else load(numbers, index, default)
 
 
-@device
-def smoothing_chunk(held, values, scratch, weight, row_max, first, n_cols, width, factor):
-    """The sum of factor w_c (row_max - x_c) over a chunk, and that of w_c. `values` is overwritten.
+# ---------------------------------------------------------------- smoothing
 
-    The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow.
+
+@device
+def smoothing_piece(source, at, piece, piece_max, weight, factor, row, team, split, params):
+    """The sum of factor w_c (max - x_c) over a piece, and that of w_c.
+
+    The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow. The
+    columns come from the slot again, one at a time: with all of a lane's weights beside all of its logits, registers
+    run out.
     """
     zero, one = number(factor, 0.0), number(factor, 1.0)
-    for slice in range(COLS_PER_THREAD // width):
-        for i in range(width):
-            col = column(first, slice, width) + i
-            k = slice * width + i
-            values[k] = zero
-            if col < n_cols:
-                values[k] = mul(number_at(weight, col, one), mul(sub(reference(row_max), held[k]), factor))
-    distances = block_sum(thread_sum(values, zero), scratch, zero)
-    for slice in range(COLS_PER_THREAD // width):
-        for i in range(width):
-            col = column(first, slice, width) + i
-            values[slice * width + i] = number_at(weight, col, one) if col < n_cols else zero
-    return distances, block_sum(thread_sum(values, zero), scratch, zero)
+    total, low, weights, weights_low = zero, zero, zero, zero
+    size = element_size(source.pointer)
+    for col in range(team.lane, piece.count, split_lanes(split)):
+        x = transform(staged(source.pointer, at + (source.shift + col) * size, zero), piece.first + col, row, params)
+        w = number_at(weight, piece.first + col, one)
+        total, low = add_pair(total, low, mul(w, mul(-half_gap(x, reference(piece_max)), factor)), zero)
+        weights, weights_low = add_pair(weights, weights_low, w, zero)
+    return warp_sum(add(total, low), split_lanes(split)), warp_sum(add(weights, weights_low), split_lanes(split))
 
 
 @device
-def fill_row(row, n_cols, value):
-    for col in range(cuda.threadIdx.x, n_cols, cuda.blockDim.x):
-        store(row.pointer, col * row.stride, value)
+def moved(weights, part_max, new_max, factor):
+    """By how much the distances of a part add up to more, when they are measured from a larger maximum than its own."""
+    if part_max > number(factor, -math.inf):
+        return mul(mul(weights, factor), sub(new_max, part_max))
+    # Nothing has moved if there is no column; if -inf alone is there, the sum is infinite already.
+    return number(factor, 0.0)
+
+
+@device
+def merged_distances(row_max, factor, team, split):
+    """The sum of distances of all chunks, measured from the maximum of the row."""
+    total, low = number(factor, 0.0), number(factor, 0.0)
+    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
+        part_max = get(state_place(0, chunk, factor), factor)
+        distances = get(state_place(3, chunk, factor), factor)
+        weights = get(state_place(4, chunk, factor), factor)
+        total, low = add_pair(total, low, distances, number(factor, 0.0))
+        total, low = add_pair(total, low, moved(weights, part_max, row_max, factor), number(factor, 0.0))
+    return warp_sum_pair(total, low)
+
+
+@device
+def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
+    """The state of the row, as loss_state has it, and sum_c factor w_c (max - x_c)."""
+    zero = number(factor, 0.0)
+    held = piece_numbers(factor)
+    state = (number(factor, -math.inf), zero, zero, zero)
+    distances, weights = zero, zero
+    last_piece = int32((1 << split_piece_bits(split)) - 1)
+    announce(split)
+    open_row((source,), n_cols, team, split, zero)
+    meet(split)
+    for k in range(team.n_pieces):
+        wait_for_piece(k, team, split)
+        piece = read_logits(held, source, k, n_cols, row, team, split, params)
+        current = loss_piece_state(source, held, piece, split, params)
+        at = slot_of(k, team, split, 1)
+        current_distances, current_weights = smoothing_piece(
+            source, at, piece, current[0], weight, factor, row, team, split, params
+        )
+        stage_next(k, (source,), n_cols, team, split, zero)
+        if k & last_piece == 0:
+            state, distances, weights = current, current_distances, current_weights
+        else:
+            merged = merge(state, current, params[0], params[1])
+            distances = add(distances, moved(weights, state[0], merged[0], factor))
+            current_distances = add(current_distances, moved(current_weights, current[0], merged[0], factor))
+            state, distances, weights = merged, add(distances, current_distances), add(weights, current_weights)
+        if not is_short(split) and k & last_piece == last_piece:
+            publish_state(k, state, team, split)
+            chunk = chunk_of(k, team, split)
+            publish(state_place(3, chunk, factor), distances, team, split)
+            publish(state_place(4, chunk, factor), weights, team, split)
+    if is_short(split):
+        return state, distances
+    exchange_states(split)
+    state = merged_states(team, split, params)
+    distances, low = merged_distances(state[0], factor, team, split)
+    return state, add(distances, low)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def gradients_with(smoothed):
+    @device
+    def gradients(values, others, col, width, numbers):
+        row, label, row_max, on_probs, on_label, per_weight, weight, params = numbers
+        scale, scale_low, c, c_low = params
+        for k in range(width):
+            x = transform(values[k], col + k, row, params)
+            values[k] = mul(cheap_exp_gap(x, row_max, scale, scale_low, c, c_low), on_probs)
+        if smoothed:
+            for k in range(width):
+                w = number_at(weight, col + k, number(scale, 1.0))
+                values[k] = sub(values[k], mul(per_weight, w))
+        if label >= col and label < col + width:
+            for k in range(width):
+                if col + k == label:
+                    values[k] = sub(values[k], on_label)
+
+    return gradients
+
+
+@device
+def fill_row(target, n_cols, value, team, split):
+    for col in range(team.rank * split_lanes(split) + team.lane, n_cols, team.size * split_lanes(split)):
+        store(target.pointer, col * target.stride, value)
+
+
+def losses_with(smoothed):
+    """The body of the kernels; `smoothed` is a constant, since the other kernel has half the numbers to hold."""
+    write_gradients = row_writer(gradients_with(smoothed))
+
+    @device
+    def losses_of_rows(rows, split, start, logits, labels, losses, dlogits, given, params):
+        weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale = given
+        scale = params[0]
+        zero, one = number(scale, 0.0), number(scale, 1.0)
+        team = team_of(split, 1)
+        writes_loss = team.rank == 0 and team.lane == 0
+        row = own_row(start, split)
+        exists = row < rows.n_rows
+        label = label_of(labels, row, rows) if exists else ignore_index
+        counts = label != ignore_index and label >= 0 and label < rows.n_cols  # the same for the whole team
+        source = row_of(logits, row, rows)
+        target = row_of(dlogits, row, rows)
+        if exists and not counts:
+            fill = zero if label == ignore_index else number(scale, math.nan)
+            if writes_loss:
+                store(row_of(losses, row, rows).pointer, 0, fill)
+            if not is_null(dlogits.pointer):
+                fill_row(target, rows.n_cols, fill, team, split)
+        if not is_short(split) and not counts:
+            return
+        n_cols = rows.n_cols if counts else 0
+        x_label, w_label = zero, one
+        if counts:
+            w_label = number_at(weight, label, one)
+            if writes_loss:  # now: the gradient may be written over the logits
+                x_label = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+        # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (max - x_c)
+        if smoothed:
+            factor = mul(share, scale)
+            state, d = smoothed_state(source, weight, factor, n_cols, row, team, split, params)
+        else:
+            state, d = loss_state(source, n_cols, row, team, split, params), zero
+        total_weight = number_at(weight_sum, 0, number(scale, rows.n_cols))
+        confident = mul(confidence, w_label)
+        if counts and writes_loss:
+            log, log_low = log_sum(state)
+            loss = mul(confident, negative_log_probability(x_label, state[0], log, scale))
+            if smoothed:
+                loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), d))
+            store(row_of(losses, row, rows).pointer, 0, loss)
+        # 2. the gradient
+        if not is_null(dlogits.pointer):
+            upstream = div(grad_scale, number_at(normaliser, 0, one))
+            on_label = mul(upstream, confident)
+            per_weight = mul(upstream, share)
+            on_probs = mul(inverse_sum(state), fma(per_weight, total_weight, on_label))
+            numbers = row, label, reference(state[0]), on_probs, on_label, per_weight, weight, params
+            write_gradients(target, (source,), n_cols, team, split, numbers, scale)
+
+    return losses_of_rows
+
+
+plain_losses = losses_with(smoothed=False)
+smoothed_losses = losses_with(smoothed=True)
 
 
 def cross_entropy_rows(
     rows,
+    split,
+    start,
     logits,
     labels,
     losses,
@@ -94,76 +273,30 @@ def cross_entropy_rows(
     scale,
     scale_low,
 ):
-    n_cols = rows.n_cols
-    params = (scale, scale_low)
-    zero = number(scale, 0.0)
-    one = number(scale, 1.0)
-    scratch = block_numbers(scale)
-    held = thread_numbers(scale)
-    values = thread_numbers(scale)
-    width = vector_width(logits.pointer)
-    chunk_cols = COLS_PER_THREAD * cuda.blockDim.x
-    with_gradient = not is_null(dlogits.pointer)
-    upstream = div(grad_scale, number_at(normaliser, 0, one))
-    total_weight = number_at(weight_sum, 0, number(scale, n_cols))
-    for row in range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x):
-        source = row_of(logits, row, rows, width)
-        target = row_of(dlogits, row, rows, width)
-        loss_at = row_of(losses, row, rows, width).pointer
-        label = label_of(labels, row, rows)
-        if label == ignore_index or label < 0 or label >= n_cols:  # the same for the whole block
-            fill = zero if label == ignore_index else number(scale, math.nan)
-            if cuda.threadIdx.x == 0:
-                store(loss_at, 0, fill)
-            if with_gradient:
-                fill_row(target, n_cols, fill)
-            continue
-        x_label = transform(load(source.pointer, label * source.stride, scale), label, row, params)
-        w_label = number_at(weight, label, one)
-        # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (max - x_c)
-        state = (number(scale, -math.inf), zero, zero, zero)
-        d, d_low = zero, zero
-        seen, seen_low = zero, zero  # the weights of the chunks so far
-        for first in range(0, n_cols, chunk_cols):
-            load_logits(held, source, first, n_cols, width, row, params)
-            before = state[0]
-            state = merge(state, chunk_state(held, scratch, params), scale, scale_low)
-            if share != zero:
-                factor = mul(share, scale)
-                # Nothing has moved if no logit came before; if -inf alone did, the sum is infinite already.
-                rise = sub(state[0], before) if before > number(scale, -math.inf) else zero
-                d, d_low = add_pair(d, d_low, mul(mul(add(seen, seen_low), factor), rise), zero)
-                distances, weights = smoothing_chunk(
-                    held, values, scratch, weight, state[0], first, n_cols, width, factor
-                )
-                d, d_low = add_pair(d, d_low, distances, zero)
-                seen, seen_low = add_pair(seen, seen_low, weights, zero)
-        log, log_low = log_sum(state)
-        nll = negative_log_probability(x_label, state[0], log, log_low, scale, scale_low)
-        confident = mul(confidence, w_label)
-        loss = mul(confident, nll)
-        if share != zero:
-            loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), add(d, d_low)))
-        if cuda.threadIdx.x == 0:
-            store(loss_at, 0, loss)
-        # 2. the gradient
-        if with_gradient:
-            on_label = mul(upstream, confident)
-            per_weight = mul(upstream, share)
-            on_probs = mul(inverse_sum(state), fma(per_weight, total_weight, on_label))
-            for first in range(0, n_cols, chunk_cols):
-                logits_again(held, source, first, n_cols, width, row, params)
-                for slice in range(COLS_PER_THREAD // width):
-                    for i in range(width):
-                        col = column(first, slice, width) + i
-                        k = slice * width + i
-                        gradient = mul(exp_gap(held[k], state[0], scale, scale_low), on_probs)
-                        if share != zero and col < n_cols:
-                            gradient = sub(gradient, mul(per_weight, number_at(weight, col, one)))
-                        if col == label:
-                            gradient = sub(gradient, on_label)
-                        held[k] = gradient
-                store_chunk(target, held, first, n_cols, width)
+    given = weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale
+    plain_losses(rows, split, start, logits, labels, losses, dlogits, given, gap_params(scale, scale_low))
+
+
+def smoothed_cross_entropy_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    losses,
+    dlogits,
+    weight,
+    weight_sum,
+    normaliser,
+    ignore_index,
+    confidence,
+    share,
+    grad_scale,
+    scale,
+    scale_low,
+):
+    given = weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale
+    smoothed_losses(rows, split, start, logits, labels, losses, dlogits, given, gap_params(scale, scale_low))
 
 
 def normalise_rows(rows, labels, weight, normaliser, ignore_index, zero):

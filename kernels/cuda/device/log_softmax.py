@@ -1,64 +1,62 @@
-"""One block per row: log-softmax and its backward. The mathematics stands in kernels/cpu/log_softmax.py."""
+"""Log-softmax and its backward. The mathematics stands in kernels/cpu/log_softmax.py."""
 
-from gpusoftmax.kernels.cuda.device._cuda import cuda
-from gpusoftmax.kernels.cuda.device.arithmetic import (
-    add,
-    add_pair,
-    exp,
-    fma,
-    log_sum,
-    mul,
-    negative_log_probability,
-    number,
-)
-from gpusoftmax.kernels.cuda.device.memory import block_numbers, thread_numbers, vector_width
-from gpusoftmax.kernels.cuda.device.reduce import block_sum
-from gpusoftmax.kernels.cuda.device.row_state import logits_again, row_state
-from gpusoftmax.kernels.cuda.device.rows import load_chunk, row_of, store_chunk, thread_sum
-from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD
+from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device.arithmetic import fma, log_sum, mul, number
+from gpusoftmax.kernels.cuda.device.exponential import cheap_exp, negative_log_probability
+from gpusoftmax.kernels.cuda.device.row_state import gap_params, loss_state
+from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
+from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.transform import transform
 
 
-def log_softmax_rows(rows, logits, log_probs, scale, scale_low):
-    n_cols = rows.n_cols
-    params = (scale, scale_low)
-    scratch = block_numbers(scale)
-    held = thread_numbers(scale)
-    width = vector_width(logits.pointer)
-    for row in range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x):
-        source = row_of(logits, row, rows, width)
-        target = row_of(log_probs, row, rows, width)
-        # 1. the online pass: running maximum and running sum over the chunks
-        state = row_state(held, scratch, source, n_cols, width, row, params)
-        log, log_low = log_sum(state)
-        # 2. the normalise pass
-        for first in range(0, n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-            logits_again(held, source, first, n_cols, width, row, params)
-            for k in range(COLS_PER_THREAD):
-                held[k] = -negative_log_probability(held[k], state[0], log, log_low, scale, scale_low)
-            store_chunk(target, held, first, n_cols, width)
+@device
+def log_probabilities(values, others, col, width, numbers):
+    row, row_max, log, params = numbers
+    for k in range(width):
+        x = transform(values[k], col + k, row, params)
+        # Times -1, not negated: LLVM would move a negation behind the conversion to float16, as a subtraction.
+        values[k] = mul(negative_log_probability(x, row_max, log, params[0]), number(params[0], -1.0))
 
 
-def log_softmax_backward_rows(rows, log_probs, dlog_probs, dlogits, scale):
-    n_cols = rows.n_cols
-    zero = number(scale, 0.0)
-    scratch = block_numbers(zero)
-    log_p = thread_numbers(zero)
-    dlog_p = thread_numbers(zero)
-    width = vector_width(log_probs.pointer)
-    for row in range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x):
-        log_p_row = row_of(log_probs, row, rows, width)
-        dlog_p_row = row_of(dlog_probs, row, rows, width)
-        target = row_of(dlogits, row, rows, width)
-        # 1. total = sum_k dlog_probs_k
-        total, total_low = zero, zero
-        for first in range(0, n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-            load_chunk(dlog_p, dlog_p_row, first, n_cols, width, zero)
-            total, total_low = add_pair(total, total_low, block_sum(thread_sum(dlog_p, zero), scratch, zero), zero)
-        minus_total = -add(total, total_low)
-        # 2. dlogits = (dlog_probs - exp(log_probs) total) / T
-        for first in range(0, n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-            load_chunk(log_p, log_p_row, first, n_cols, width, zero)
-            load_chunk(dlog_p, dlog_p_row, first, n_cols, width, zero)
-            for k in range(COLS_PER_THREAD):
-                log_p[k] = mul(fma(exp(log_p[k], zero), minus_total, dlog_p[k]), scale)
-            store_chunk(target, log_p, first, n_cols, width)
+write_log_probs = row_writer(log_probabilities)
+
+
+def log_softmax_rows(rows, split, start, logits, log_probs, scale, scale_low):
+    params = gap_params(scale, scale_low)
+    team = team_of(split, 1)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    source = row_of(logits, row, rows)
+    # 1. the first pass: maximum and sum
+    state = loss_state(source, n_cols, row, team, split, params)
+    log, _ = log_sum(state)
+    # 2. the last pass
+    numbers = row, state[0], log, params
+    write_log_probs(row_of(log_probs, row, rows), (source,), n_cols, team, split, numbers, scale)
+
+
+@device
+def second(log_p, dlog_p):
+    return dlog_p
+
+
+@device
+def gradients(values, others, col, width, numbers):
+    minus_total, scale = numbers
+    for k in range(width):
+        values[k] = mul(fma(cheap_exp(values[k]), minus_total, others[k]), scale)
+
+
+total_of_rows = row_sum_with(second)
+write_gradients = row_writer(gradients)
+
+
+def log_softmax_backward_rows(rows, split, start, log_probs, dlog_probs, dlogits, scale):
+    team = team_of(split, 2)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    sources = row_of(log_probs, row, rows), row_of(dlog_probs, row, rows)
+    # 1. total = sum_k dlog_probs_k
+    total = total_of_rows(sources, n_cols, team, split, scale)
+    # 2. dlogits = (dlog_probs - exp(log_probs) total) / T
+    write_gradients(row_of(dlogits, row, rows), sources, n_cols, team, split, (-total, scale), scale)

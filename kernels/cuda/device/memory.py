@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from gpusoftmax.kernels import conversion
 from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
-from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD, WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE, values_per_lane
 
 GLOBAL_SPACE, SHARED_SPACE = 1, 3
 VECTOR_BYTES = 16
@@ -19,7 +19,26 @@ def _width(pointer) -> int:
     return VECTOR_BYTES * 8 // pointer.dtype.bitwidth
 
 
-def _global(builder, pointer, index, type):
+def compiled_for(builder, architecture):
+    """Whether the PTX is made for sm_<architecture> or later: a constant by the time there is PTX.
+
+    Helpers are compiled once for all architectures; NVVM answers `__nvvm_reflect` and drops the branch not taken.
+    """
+    module, name = builder.module, "__nvvm_reflect"
+    question = module.globals.get("gpusoftmax_architecture")
+    if question is None:
+        text = bytearray(b"__CUDA_ARCH\0")
+        question = ir.GlobalVariable(module, ir.ArrayType(ir.IntType(8), len(text)), "gpusoftmax_architecture")
+        question.global_constant, question.linkage = True, "private"
+        question.initializer = ir.Constant(question.value_type, text)
+    word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    reflect = module.globals.get(name) or ir.Function(module, ir.FunctionType(word, [byte]), name)
+    answer = builder.call(reflect, [builder.bitcast(question, byte)])
+    return builder.icmp_signed(">=", answer, ir.Constant(word, architecture * 10))
+
+
+def global_address(builder, pointer, index, type):
+    """The address of pointer[index] in global memory, as a pointer to `type`."""
     address = builder.bitcast(builder.gep(pointer, [index]), type.as_pointer())
     return builder.addrspacecast(address, type.as_pointer(GLOBAL_SPACE), str(GLOBAL_SPACE))
 
@@ -35,21 +54,52 @@ def vector_width(typingctx, pointer):
 
 
 @intrinsic
+def stored_in_halves(typingctx, pointer):
+    """Whether the elements have sixteen bits; a constant."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.boolean, pointer.dtype.bitwidth == 16)
+
+    return types.boolean(pointer), codegen
+
+
+@intrinsic
+def vector_bits(typingctx, pointer):
+    """log2(vector_width)."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.int32, _width(pointer).bit_length() - 1)
+
+    return types.int32(pointer), codegen
+
+
+@intrinsic
 def advance(typingctx, pointer, offset):
     """pointer + offset, in elements."""
     return pointer(pointer, types.int64), lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
 
 
 @intrinsic
-def is_vector_aligned(typingctx, pointer):
-    """Whether a 16-byte access at this pointer is allowed."""
+def element_size(typingctx, pointer):
+    """Bytes of an element."""
 
     def codegen(context, builder, signature, args):
-        address = builder.ptrtoint(args[0], ir.IntType(64))
-        low = builder.and_(address, ir.Constant(ir.IntType(64), VECTOR_BYTES - 1))
-        return builder.icmp_unsigned("==", low, ir.Constant(ir.IntType(64), 0))
+        return context.get_constant(types.int64, pointer.dtype.bitwidth // 8)
 
-    return types.boolean(pointer), codegen
+    return types.int64(pointer), codegen
+
+
+@intrinsic
+def misalignment(typingctx, pointer):
+    """How many elements lie between the last 16-byte boundary and this pointer."""
+    size = pointer.dtype.bitwidth // 8
+
+    def codegen(context, builder, signature, args):
+        long = ir.IntType(64)
+        low = builder.and_(builder.ptrtoint(args[0], long), ir.Constant(long, VECTOR_BYTES - 1))
+        return builder.lshr(low, ir.Constant(long, size.bit_length() - 1))
+
+    return types.int64(pointer), codegen
 
 
 @intrinsic
@@ -69,7 +119,7 @@ def load(typingctx, pointer, index, like):
 
     def codegen(context, builder, signature, args):
         stored = context.get_value_type(pointer.dtype)
-        value = builder.load(_global(builder, args[0], args[1], stored), align=pointer.dtype.bitwidth // 8)
+        value = builder.load(global_address(builder, args[0], args[1], stored), align=pointer.dtype.bitwidth // 8)
         return conversion.widen(builder, value, dtype, context.get_value_type(like))
 
     return like(pointer, types.int64, like), codegen
@@ -82,21 +132,22 @@ def store(typingctx, pointer, index, value):
 
     def codegen(context, builder, signature, args):
         stored = context.get_value_type(pointer.dtype)
-        address = _global(builder, args[0], args[1], stored)
+        address = global_address(builder, args[0], args[1], stored)
         builder.store(conversion.narrow(builder, args[2], dtype), address, align=pointer.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, value), codegen
 
 
-def _vector_type(stored, width):
+def vector_type(stored):
     """Half types travel in pairs, as words: NVVM splits a vector of sixteen-bit lanes into several accesses."""
     if isinstance(stored, ir.IntType):
         return ir.VectorType(ir.IntType(32), VECTOR_BYTES // 4)
-    return ir.VectorType(stored, width)
+    return ir.VectorType(stored, 4 if isinstance(stored, ir.FloatType) else 2)
 
 
-def _lanes(builder, vector, stored):
+def lanes_of_vector(builder, vector, stored):
+    """The stored values of a vector of `vector_type`."""
     lanes = [builder.extract_element(vector, ir.Constant(ir.IntType(32), k)) for k in range(vector.type.count)]
     if not isinstance(stored, ir.IntType):
         return lanes
@@ -104,52 +155,50 @@ def _lanes(builder, vector, stored):
     return [builder.trunc(part, stored) for word in lanes for part in (word, builder.lshr(word, sixteen))]
 
 
-def _from_lanes(builder, lanes, type):
-    if isinstance(type.element, ir.IntType):
-        sixteen = ir.Constant(ir.IntType(32), 16)
-        words = [builder.zext(lane, ir.IntType(32)) for lane in lanes]
-        lanes = [
-            builder.or_(low, builder.shl(high, sixteen)) for low, high in zip(words[::2], words[1::2], strict=True)
-        ]
-    vector = ir.Constant(type, ir.Undefined)
-    for k, lane in enumerate(lanes):
-        vector = builder.insert_element(vector, lane, ir.Constant(ir.IntType(32), k))
-    return vector
+def _narrow_pair(builder, low, high, dtype):
+    """Two numbers as one word of a half type, each rounded once: one instruction where there is one (sm_80)."""
+    word, sixteen = ir.IntType(32), ir.Constant(ir.IntType(32), 16)
+
+    def halves():
+        parts = [builder.zext(conversion.narrow(builder, part, dtype), word) for part in (low, high)]
+        return builder.or_(parts[0], builder.shl(parts[1], sixteen))
+
+    if not isinstance(low.type, ir.FloatType):
+        return halves()
+    with builder.if_else(compiled_for(builder, 80)) as (at_once, apart):
+        with at_once:
+            name = {"float16": "f16x2", "bfloat16": "bf16x2"}[dtype]
+            function = ir.FunctionType(word, [low.type, low.type])
+            convert = ir.InlineAsm(function, f"cvt.rn.{name}.f32 $0, $2, $1;", "=r,f,f")
+            both, first = builder.call(convert, [low, high]), builder.block
+        with apart:
+            each, second = halves(), builder.block
+    result = builder.phi(word)
+    result.add_incoming(both, first)
+    result.add_incoming(each, second)
+    return result
 
 
 @intrinsic
-def load_vector(typingctx, pointer, index, held, first):
-    """held[first:] = the `vector_width` numbers at pointer[index:], read in one 16-byte access."""
+def store_vector(typingctx, pointer, index, values):
+    """pointer[index : index + vector_width] = values, each rounded once, written in one 16-byte access."""
     width = _width(pointer)
     dtype = STORED_DTYPE[pointer.dtype]
 
     def codegen(context, builder, signature, args):
-        stored = context.get_value_type(pointer.dtype)
-        vector = _global(builder, args[0], args[1], _vector_type(stored, width))
-        compute = context.get_value_type(held.dtype)
-        for k, lane in enumerate(_lanes(builder, builder.load(vector, align=VECTOR_BYTES), stored)):
-            slot = builder.gep(args[2], [builder.add(args[3], ir.Constant(ir.IntType(64), k))])
-            builder.store(conversion.widen(builder, lane, dtype, compute), slot)
+        numbers = [builder.load(builder.gep(args[2], [ir.Constant(ir.IntType(64), k)])) for k in range(width)]
+        if width == VECTOR_BYTES // 2:
+            pairs = zip(numbers[::2], numbers[1::2], strict=True)
+            lanes = [_narrow_pair(builder, low, high, dtype) for low, high in pairs]
+        else:
+            lanes = [conversion.narrow(builder, number, dtype) for number in numbers]
+        vector = ir.Constant(vector_type(context.get_value_type(pointer.dtype)), ir.Undefined)
+        for k, lane in enumerate(lanes):
+            vector = builder.insert_element(vector, lane, ir.Constant(ir.IntType(32), k))
+        builder.store(vector, global_address(builder, args[0], args[1], vector.type), align=VECTOR_BYTES)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, held, types.int64), codegen
-
-
-@intrinsic
-def store_vector(typingctx, pointer, index, held, first):
-    """pointer[index : index + vector_width] = held[first:], each rounded once, written in one 16-byte access."""
-    width = _width(pointer)
-    dtype = STORED_DTYPE[pointer.dtype]
-
-    def codegen(context, builder, signature, args):
-        slots = [builder.gep(args[2], [builder.add(args[3], ir.Constant(ir.IntType(64), k))]) for k in range(width)]
-        lanes = [conversion.narrow(builder, builder.load(slot), dtype) for slot in slots]
-        type = _vector_type(context.get_value_type(pointer.dtype), width)
-        address = _global(builder, args[0], args[1], type)
-        builder.store(_from_lanes(builder, lanes, type), address, align=VECTOR_BYTES)
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64, held, types.int64), codegen
+    return types.void(pointer, types.int64, values), codegen
 
 
 @intrinsic
@@ -165,17 +214,49 @@ def load_label(typingctx, address, index, code):
 # ---------------------------------------------------------------- memory of one thread and of one block
 
 
+def _numbers(context, builder, like, length):
+    element = context.get_value_type(like)
+    with builder.goto_entry_block():
+        array = builder.alloca(ir.ArrayType(element, length))
+    return builder.bitcast(array, element.as_pointer())
+
+
 @intrinsic
-def thread_numbers(typingctx, like):
-    """COLS_PER_THREAD numbers per thread. They live in registers: every index is a constant once loops are unrolled."""
+def piece_numbers(typingctx, like):
+    """A thread's numbers of a piece. They live in registers: every index is a constant once loops are unrolled."""
 
     def codegen(context, builder, signature, args):
-        type = ir.ArrayType(context.get_value_type(like), COLS_PER_THREAD)
-        with builder.goto_entry_block():
-            array = builder.alloca(type)
-        return builder.bitcast(array, context.get_value_type(like).as_pointer())
+        return _numbers(context, builder, like, values_per_lane(like.name))
 
     return types.CPointer(like)(like), codegen
+
+
+@intrinsic
+def granule_numbers(typingctx, like):
+    """As many numbers as sixteen bytes of any format hold; in registers, as those of `piece_numbers`."""
+
+    def codegen(context, builder, signature, args):
+        return _numbers(context, builder, like, VECTOR_BYTES // 2)
+
+    return types.CPointer(like)(like), codegen
+
+
+@intrinsic
+def number_size(typingctx, like):
+    """Bytes of a number in computation format."""
+    return types.int64(like), lambda context, builder, signature, args: context.get_constant(
+        types.int64, like.bitwidth // 8
+    )
+
+
+@intrinsic
+def n_values(typingctx, like):
+    """plan.values_per_lane, a constant."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.int64, values_per_lane(like.name))
+
+    return types.int64(like), codegen
 
 
 @intrinsic

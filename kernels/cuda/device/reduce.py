@@ -1,31 +1,64 @@
 """The only place where threads talk to each other.
 
-    warp     xor butterfly: after 5 exchanges every lane holds the result, and all lanes hold the same bits
-             (addition commutes bit for bit, and both partners of an exchange add the same two numbers)
+    part     of a warp: xor butterfly. After log2(lanes) exchanges every lane holds the result, and all lanes hold the
+             same bits (addition commutes bit for bit, and both partners of an exchange add the same two numbers)
     block    one number per warp goes through `scratch`; every warp then folds the same 32 entries
+    row      a state for each chunk goes into the shared memory of all blocks that share the row, see row_state.py
 
 Every block_* function ends with all threads holding the result and with `scratch` free for the next call.
 """
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
+from gpusoftmax.kernels.cuda.device.split import split_cluster
+from gpusoftmax.kernels.cuda.device.staging import put, put_in_block
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 FULL_WARP = 0xFFFFFFFF
 
 
 @device
-def warp_max(value):
+def warp_max(value, lanes):
+    """The largest value of `lanes` neighbouring lanes; NaN loses against any number."""
     for offset in (16, 8, 4, 2, 1):
-        value = maximum(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+        if offset < lanes:
+            value = maximum(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
     return value
 
 
 @device
-def warp_sum(value):
+def warp_sum(value, lanes):
+    """The sum over `lanes` neighbouring lanes."""
     for offset in (16, 8, 4, 2, 1):
-        value = add(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+        if offset < lanes:
+            value = add(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
     return value
+
+
+@device
+def warp_sum_pair(total, low):
+    """The sum over a warp of total + low, with the rounding errors of every addition carried along."""
+    for offset in (16, 8, 4, 2, 1):
+        other = cuda.shfl_xor_sync(FULL_WARP, total, offset)
+        other_low = cuda.shfl_xor_sync(FULL_WARP, low, offset)
+        total, low = add_pair(total, low, other, other_low)
+    return total, low
+
+
+@device
+def any_lane(condition):
+    """Whether the condition holds in any lane of the warp."""
+    return cuda.any_sync(FULL_WARP, condition)
+
+
+@device
+def publish(at, value, team, split):
+    """The value, which all lanes hold, goes to a place in the shared memory of each block that shares the row."""
+    if split_cluster(split) > 1:
+        if team.lane < split_cluster(split):
+            put_in_block(at, team.lane, value)
+    elif team.lane == 0:
+        put(at, value)
 
 
 @device
@@ -43,29 +76,11 @@ def exchange(value, scratch, identity):
 
 
 @device
-def block_max(value, scratch, identity):
-    """The largest value of the block; NaN loses against any number. `identity` is -inf."""
-    return warp_max(exchange(warp_max(value), scratch, identity))
-
-
-@device
-def block_sum(value, scratch, identity):
-    """The sum over the block, along the tree above. `identity` is 0."""
-    return warp_sum(exchange(warp_sum(value), scratch, identity))
-
-
-@device
 def block_sum_pair(total, low, scratch, identity):
-    """The sum over the block of total + low, with the rounding errors of every addition carried along."""
-    for offset in (16, 8, 4, 2, 1):
-        other = cuda.shfl_xor_sync(FULL_WARP, total, offset)
-        other_low = cuda.shfl_xor_sync(FULL_WARP, low, offset)
-        total, low = add_pair(total, low, other, other_low)
+    """The sum over the block of total + low."""
+    total, low = warp_sum_pair(total, low)
     total, low = exchange(total, scratch, identity), exchange(low, scratch, identity)
-    for offset in (16, 8, 4, 2, 1):
-        other = cuda.shfl_xor_sync(FULL_WARP, total, offset)
-        other_low = cuda.shfl_xor_sync(FULL_WARP, low, offset)
-        total, low = add_pair(total, low, other, other_low)
+    total, low = warp_sum_pair(total, low)
     return add(total, low)
 
 

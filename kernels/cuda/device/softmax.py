@@ -1,58 +1,70 @@
-"""One block per row: softmax and its backward. The mathematics stands in kernels/cpu/softmax.py."""
+"""Softmax and its backward. The mathematics stands in kernels/cpu/softmax.py."""
 
-from gpusoftmax.kernels.cuda.device._cuda import cuda
-from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, exp_gap, inverse_sum, mul, number, sub
-from gpusoftmax.kernels.cuda.device.memory import block_numbers, thread_numbers, vector_width
-from gpusoftmax.kernels.cuda.device.reduce import block_sum
-from gpusoftmax.kernels.cuda.device.row_state import logits_again, row_state
-from gpusoftmax.kernels.cuda.device.rows import load_chunk, row_of, store_chunk, thread_sum
-from gpusoftmax.kernels.cuda.plan import COLS_PER_THREAD
-
-
-def softmax_rows(rows, logits, probs, scale, scale_low):
-    n_cols = rows.n_cols
-    params = (scale, scale_low)
-    scratch = block_numbers(scale)
-    held = thread_numbers(scale)
-    width = vector_width(logits.pointer)
-    for row in range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x):
-        source = row_of(logits, row, rows, width)
-        target = row_of(probs, row, rows, width)
-        # 1. the online pass: running maximum and running sum over the chunks
-        state = row_state(held, scratch, source, n_cols, width, row, params)
-        factor = inverse_sum(state)
-        # 2. the normalise pass
-        for first in range(0, n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-            logits_again(held, source, first, n_cols, width, row, params)
-            for k in range(COLS_PER_THREAD):
-                held[k] = mul(exp_gap(held[k], state[0], scale, scale_low), factor)
-            store_chunk(target, held, first, n_cols, width)
+from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device.arithmetic import inverse_sum, mul, reference, sub
+from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_gap, exact_exp_gap
+from gpusoftmax.kernels.cuda.device.memory import stored_in_halves
+from gpusoftmax.kernels.cuda.device.row_state import gap_params, softmax_state
+from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
+from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.transform import transform
 
 
-def softmax_backward_rows(rows, probs, dprobs, dlogits, scale):
-    n_cols = rows.n_cols
-    zero = number(scale, 0.0)
-    scratch = block_numbers(zero)
-    p = thread_numbers(zero)
-    dp = thread_numbers(zero)
-    width = vector_width(probs.pointer)
-    for row in range(cuda.blockIdx.x, rows.n_rows, cuda.gridDim.x):
-        p_row = row_of(probs, row, rows, width)
-        dp_row = row_of(dprobs, row, rows, width)
-        target = row_of(dlogits, row, rows, width)
-        # 1. dot = sum_k probs_k dprobs_k
-        dot, dot_low = zero, zero
-        for first in range(0, n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-            load_chunk(p, p_row, first, n_cols, width, zero)
-            load_chunk(dp, dp_row, first, n_cols, width, zero)
-            for k in range(COLS_PER_THREAD):
-                p[k] = mul(p[k], dp[k])
-            dot, dot_low = add_pair(dot, dot_low, block_sum(thread_sum(p, zero), scratch, zero), zero)
-        shift = add(dot, dot_low)
-        # 2. dlogits = probs (dprobs - dot) / T
-        for first in range(0, n_cols, COLS_PER_THREAD * cuda.blockDim.x):
-            load_chunk(p, p_row, first, n_cols, width, zero)
-            load_chunk(dp, dp_row, first, n_cols, width, zero)
-            for k in range(COLS_PER_THREAD):
-                p[k] = mul(mul(p[k], sub(dp[k], shift)), scale)
-            store_chunk(target, p, first, n_cols, width)
+def probabilities_with(exp_gap):
+    @device
+    def probabilities(values, others, col, width, numbers):
+        row, row_max, inverse, params = numbers
+        scale, scale_low, c, c_low = params
+        for k in range(width):
+            x = transform(values[k], col + k, row, params)
+            values[k] = mul(exp_gap(x, row_max, scale, scale_low, c, c_low), inverse)
+
+    return probabilities
+
+
+write_half_probs = row_writer(probabilities_with(cheap_exp_gap))
+write_probs = row_writer(probabilities_with(exact_exp_gap))
+
+
+def softmax_rows(rows, split, start, logits, probs, scale, scale_low):
+    params = gap_params(scale, scale_low)
+    team = team_of(split, 1)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    source = row_of(logits, row, rows)
+    target = row_of(probs, row, rows)
+    # 1. the first pass: maximum and sum
+    state = softmax_state(source, n_cols, row, team, split, params)
+    # 2. the last pass
+    numbers = row, reference(state[0]), inverse_sum(state), params
+    if stored_in_halves(target.pointer):
+        write_half_probs(target, (source,), n_cols, team, split, numbers, scale)
+    else:
+        write_probs(target, (source,), n_cols, team, split, numbers, scale)
+
+
+@device
+def product(p, dp):
+    return mul(p, dp)
+
+
+@device
+def gradients(values, others, col, width, numbers):
+    shift, scale = numbers
+    for k in range(width):
+        values[k] = mul(mul(values[k], sub(others[k], shift)), scale)
+
+
+dot_of_rows = row_sum_with(product)
+write_gradients = row_writer(gradients)
+
+
+def softmax_backward_rows(rows, split, start, probs, dprobs, dlogits, scale):
+    team = team_of(split, 2)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    sources = row_of(probs, row, rows), row_of(dprobs, row, rows)
+    # 1. dot = sum_k probs_k dprobs_k
+    dot = dot_of_rows(sources, n_cols, team, split, scale)
+    # 2. dlogits = probs (dprobs - dot) / T
+    write_gradients(row_of(dlogits, row, rows), sources, n_cols, team, split, (dot, scale), scale)

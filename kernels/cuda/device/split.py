@@ -1,0 +1,45 @@
+"""How rows are split, as a kernel sees it: plan.Short or plan.Long.
+
+The argument's type is a specialisation. What one of the two does not have is a constant here, so that one source gives
+kernels for short rows without anything of the others.
+"""
+
+from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE, Short
+
+
+def _is_short(split) -> bool:
+    return split.instance_class is Short
+
+
+def _field(name, constant):
+    """An intrinsic: the field `name` of the split, or the constant if its type has no such field."""
+
+    def field(typingctx, split):
+        fields = split.instance_class._fields
+
+        def codegen(context, builder, signature, args):
+            if name in fields:
+                return builder.extract_value(args[0], fields.index(name))
+            return context.get_constant(types.int32, constant)
+
+        return types.int32(split), codegen
+
+    field.__name__ = f"split_{name}"
+    return intrinsic(field)
+
+
+@intrinsic
+def is_short(typingctx, split):
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.boolean, _is_short(split))
+
+    return types.boolean(split), codegen
+
+
+split_lanes = _field("lanes", WARP_SIZE)
+split_chunks = _field("n_chunks", 1)
+split_piece_bits = _field("piece_bits", 0)
+split_cluster = _field("cluster", 1)
+split_slots = _field("slots", 1)
+split_first_slot = _field("first_slot", 0)

@@ -1,0 +1,208 @@
+"""The regimes of kernels/cuda/plan.py: which one a shape gets, what it reads and writes; all give the same bits."""
+
+import dataclasses
+import mmap
+import tempfile
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+import gpusoftmax
+from gpusoftmax.kernels.cuda import launch, plan
+from gpusoftmax.kernels.cuda.plan import MAX_THREADS, row_plan, tree_of
+from tests import inputs, tolerances
+from tests.emulator import emulated_gpu
+
+OPERATIONS = {
+    "softmax": lambda x, y: (gpusoftmax.softmax(x),),
+    "softmax_backward": lambda x, y: (gpusoftmax.softmax_backward(x, x),),
+    "log_softmax": lambda x, y: (gpusoftmax.log_softmax(x),),
+    "log_softmax_backward": lambda x, y: (gpusoftmax.log_softmax_backward(x, x),),
+    "logsumexp": lambda x, y: (gpusoftmax.logsumexp(x),),
+    "cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(x, y, reduction="none", validate=False),
+    "smoothed_cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(
+        x, y, reduction="none", label_smoothing=0.1, validate=False
+    ),
+}
+
+
+def run(name, logits, arch="sm_90", **options):
+    """(results, plan, counts of reads of the logits, Stats)"""
+    with emulated_gpu(arch, **options) as gpu:
+        x, y = gpu.array(logits), gpu.array(inputs.targets(*logits.shape))
+        results = [np.asarray(part) for part in gpu.get(OPERATIONS[name](x, y))]
+        reads = gpu.reads(x) if options.get("track", True) else None
+        return results, gpu.stats[-1].plan, reads, gpu.stats[-1]
+
+
+# ---------------------------------------------------------------- which one
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_cols", "dtype", "arch", "passes", "regime"),
+    [
+        (1000, 1000, "float32", "sm_90", 2, "short"),
+        (1000, 8192, "float32", "sm_90", 2, "held"),
+        (1000, 32000, "bfloat16", "sm_90", 2, "held"),
+        (1000, 50257, "float32", "sm_90", 2, "cluster"),
+        (1000, 128256, "bfloat16", "sm_90", 2, "cluster"),
+        (1000, 524288, "float32", "sm_90", 2, "cluster"),
+        (1000, 1048576, "bfloat16", "sm_90", 2, "cluster"),
+        (1000, 1048576, "float32", "sm_90", 2, "online"),
+        (1000, 1048576, "float32", "sm_90", 1, "held"),
+        (1000, 50257, "float32", "sm_80", 2, "online"),
+        (1000, 32000, "bfloat16", "sm_80", 2, "held"),
+        (1, 32000, "bfloat16", "sm_90", 2, "cluster"),
+    ],
+)
+def test_choice(n_rows, n_cols, dtype, arch, passes, regime):
+    chosen = row_plan(n_rows, n_cols, (dtype,), "float32", arch, 132, passes)
+    assert chosen.regime == regime
+    assert chosen.held == (regime != "online")
+
+
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+def test_every_plan_can_be_launched(arch, compute):
+    """Any shape: threads, blocks, shared memory and clusters are what the device has, and every chunk is somebody's."""
+    limits = plan.limits_of(arch)
+    formats = ["float64"] if compute == "float64" else ["float16", "float32"]
+    for n_cols in (1, 31, 512, 513, 1025, 5000, 50257, 151936, 2**20, 2**20 + 1, 5 * 10**6, 2**31):
+        tree = tree_of(n_cols, compute)
+        assert tree.n_chunks * tree.chunk_cols >= n_cols > (tree.n_chunks - 1) * tree.chunk_cols
+        for n_rows in (1, 16, 300, 2**33):
+            for dtype in formats:
+                for sources, passes in ((1, 1), (1, 2), (2, 2)):
+                    one = row_plan(n_rows, n_cols, (dtype,) * sources, compute, arch, 132, passes)
+                    assert one.chunk_cols == tree.chunk_cols
+                    assert one.threads <= MAX_THREADS and one.threads % 32 == 0
+                    assert 0 < one.blocks <= plan.MAX_BLOCKS and one.blocks % one.cluster == 0
+                    assert one.cluster <= limits.cluster
+                    assert one.shared_bytes <= limits.block_bytes
+                    assert 0 < one.rows <= n_rows
+
+
+# ---------------------------------------------------------------- traffic
+
+
+@pytest.mark.parametrize(
+    ("name", "n_rows", "n_cols", "dtype"),
+    [
+        ("softmax", 3, 1024, "float32"),
+        ("log_softmax", 2, 4096, "float32"),
+        ("cross_entropy", 1, 33 * 1024, "float16"),
+        ("logsumexp", 1, 9 * 1024, "bfloat16"),
+    ],
+)
+def test_aligned_rows_are_read_once_in_whole_sectors(name, n_rows, n_cols, dtype):
+    logits = inputs.make("spread", (n_rows, n_cols), dtype, seed=1)
+    _, chosen, reads, stats = run(name, logits)
+    assert chosen.held
+    if name == "cross_entropy":  # the label's logit once more
+        assert (reads == 2).sum() == n_rows
+        reads = np.minimum(reads, 1)
+    assert (reads == 1).all()
+    moved = stats.read["global"] + stats.written["global"]
+    assert moved / (32 * sum(stats.sectors.values())) >= 0.95
+
+
+@pytest.mark.parametrize(("n_cols", "dtype"), [(1001, "float32"), (5003, "bfloat16")])
+def test_rows_at_any_alignment_are_moved_by_16_bytes(n_cols, dtype):
+    """No two rows begin at the same distance from a boundary. Granules that two pieces share are read by both."""
+    logits = inputs.make("spread", (3, n_cols), dtype, seed=1)
+    _, _, reads, stats = run("softmax", logits)
+    assert reads.min() == 1 and reads.max() <= 2 and reads.mean() < 1.01
+    accesses = {op: count for op, count in stats.instructions.items() if op.startswith(("cp.async.cg", "st.global"))}
+    vectors = sum(count for op, count in accesses.items() if ".v4" in op or op.startswith("cp.async"))
+    assert vectors > 0.9 * 2 * logits.nbytes / 16
+
+
+def test_what_is_not_held_is_read_again_and_no_more(monkeypatch):
+    """A warp of two slots with four pieces: the first pass leaves two of them, the last one fetches the others."""
+    logits = inputs.make("spread", (1, 8 * 1024), "float32", seed=1)
+    force(monkeypatch, cluster=1, warps=2, slots=2)
+    _, chosen, reads, _ = run("softmax", logits)
+    assert chosen.split.slots == 2
+    assert (reads == 2).sum() == 4 * 1024 and (reads == 1).sum() == 4 * 1024
+
+
+# ---------------------------------------------------------------- bits
+
+
+def force(monkeypatch, cluster, warps, slots):
+    """Rows of several chunks are launched like this from now on."""
+
+    def forced(n_rows, n_cols, formats, *rest):
+        one = row_plan(n_rows, n_cols, formats, *rest)
+        split = one.split._replace(cluster=cluster, slots=slots)
+        return dataclasses.replace(
+            one,
+            threads=warps * 32,
+            cluster=cluster,
+            blocks=one.rows * cluster,
+            shared_bytes=split.first_slot + warps * slots * len(formats) * split.slot_bytes,
+            split=split,
+        )
+
+    monkeypatch.setattr(launch, "row_plan", forced)
+
+
+# (blocks of a row, warps of a block, slots of a warp), for 18 chunks: held by one block, read twice by one block, a
+# cluster that holds the row, clusters of 8 and 16, and one that holds a part of it.
+WAYS = [(1, 8, 3), (1, 4, 1), (2, 3, 3), (8, 2, 2), (16, 1, 2), (4, 2, 1)]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_regimes_agree(monkeypatch, name):
+    """One tree of chunks: whoever computes them, and whether they are held or read again."""
+    logits = inputs.make("spread", (2, 17 * 1024 + 77), "bfloat16", seed=2)
+    expected = None
+    for cluster, warps, slots in WAYS:
+        force(monkeypatch, cluster, warps, slots)
+        results, chosen, _, _ = run(name, logits, track=False)
+        assert chosen.cluster == cluster and chosen.threads == 32 * warps
+        found = [part.tobytes() for part in results]
+        expected = expected or found
+        assert found == expected, (cluster, warps, slots)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_schedule_of_a_cluster(monkeypatch, name):
+    """Warps and blocks in an order drawn anew with each seed; slots are filled twice."""
+    logits = inputs.make("spread", (1, 11 * 1024 + 5), "float32", seed=3)
+    force(monkeypatch, cluster=2, warps=2, slots=2)
+    results = [run(name, logits, track=False, seed=seed)[0] for seed in (None, 1)]
+    assert [part.tobytes() for part in results[0]] == [part.tobytes() for part in results[1]]
+
+
+def test_chunks_of_several_pieces(monkeypatch):
+    """Rows too long for a chunk per piece, made short by a smaller limit: sums as accurate, every logit counted."""
+    monkeypatch.setattr(plan, "MAX_CHUNKS", 4)
+    plan.tree_of.cache_clear()
+    row_plan.cache_clear()
+    try:
+        logits = inputs.make("spread", (2, 9 * 1024 + 3), "float32", seed=4)
+        with emulated_gpu("sm_90", track=False) as gpu:
+            lse = gpu.get(gpusoftmax.logsumexp(gpu.array(logits)))
+            chosen = gpu.stats[-1].plan
+    finally:
+        plan.tree_of.cache_clear()
+        row_plan.cache_clear()
+    assert chosen.split.piece_bits == 2
+    tolerances.check_logsumexp(lse, logits)
+
+
+@pytest.mark.parametrize("n_cols", [200, 2000])
+def test_rows_far_apart(n_cols):
+    """2^31 elements apart, in a file of which only the touched pages exist, read and written in place."""
+    rows, distance = inputs.make("spread", (2, n_cols), "float16", seed=5), 2**31 + 8
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * (distance + n_cols))
+        memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.float16)
+        apart = as_strided(memory, rows.shape, (2 * distance, 2))
+        apart[...] = rows
+        with emulated_gpu("sm_90", track=False) as gpu:
+            x = gpu.array(apart)
+            probs = gpu.get(gpusoftmax.softmax(x, out=x))
+    tolerances.check_softmax(probs, rows)
