@@ -26,8 +26,8 @@ LOGITS_PER_ITEM = 32768
 CHUNKS_PER_PART = 8
 # An output larger than the caches is written past them: it would only push out what is still to be read.
 STREAM_BYTES = 40 << 20
-# Copies of long columns: threads are given up before memory.
-WORKSPACE_BYTES = 256 << 20
+# Of a thread. Columns whose copies would take more are gathered one by one.
+WORKSPACE_BYTES = 64 << 20
 PAGE = 4096
 
 
@@ -93,7 +93,6 @@ def plan(kernel, rows: Rows, first: Operand, second: Operand | None, target: Ope
         stage_bytes = -(-rows.n_cols // side) * side * VECTOR_BYTES
         size = stage + (2 if second is not None else 1) * stage_bytes
         scratch = streamed = 0
-        n_threads = min(n_threads, WORKSPACE_BYTES // size)
     else:
         partials = 0
         size = _padded((n_chunks + 1) * FIELDS * like.itemsize)
@@ -152,6 +151,8 @@ def _is_across(rows: Rows, lines: list[Operand]) -> bool:
         return False
     if rows.n_cols <= SHORT_ROW:
         return True
+    if rows.n_cols > WORKSPACE_BYTES // (2 * VECTOR_BYTES):
+        return False
     return rows.n_inner >= FEW_ROWS and any(line.col_stride != 1 and line.inner_stride == 1 for line in lines)
 
 
