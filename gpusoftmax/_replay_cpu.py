@@ -47,6 +47,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
             address, is_read_only = interface["data"]
             addresses.append(address)
             key += array.dtype, interface["shape"], interface["strides"], is_read_only, address % _ALIGNMENT
+            key.append(addresses.index(address))  # which other one it is, in a call that works in place
         else:
             return function(*arrays, *options)
     key = (*key, *options, *map(type, options))  # True is equal to 1.0, but no temperature
