@@ -2,6 +2,7 @@
 
 from gpusoftmax.compile import compile
 from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
+from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
 from gpusoftmax.softmax import softmax, softmax_backward
@@ -12,6 +13,7 @@ __all__ = [
     "compile",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "explain",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",

@@ -218,6 +218,16 @@ def bad_label(row: int, label: int, n_cols: int, ignore_index: int) -> IndexErro
     )
 
 
+def shape(value) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(size) for size in value)
+    except TypeError:
+        raise TypeError(f"shape is {_short(value)}, expected a tuple of ints") from None
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"shape is {_short(value)}, expected at least one size, and all of them above 0")
+    return sizes
+
+
 def one_of(value, known: tuple[str, ...], name: str) -> str:
     if value not in known:
         raise ValueError(f"{name} is {_short(value)}, expected one of {', '.join(known)}")

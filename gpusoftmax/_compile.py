@@ -9,7 +9,7 @@ HELP = "compile the CUDA kernels ahead of time, without a GPU too"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    archs = tuple(_dry_run.MULTIPROCESSORS)
+    archs = tuple(_dry_run.DEVICES)
     parser.add_argument(
         "--arch", nargs="+", choices=archs, metavar="ARCH", help=f"{', '.join(archs)} (default: this machine's GPUs)"
     )

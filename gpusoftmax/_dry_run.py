@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,16 +24,28 @@ OPS = (
     "cross_entropy",
     "cross_entropy_with_grad",
 )
-MULTIPROCESSORS = {
-    "sm_75": 40,
-    "sm_80": 108,
-    "sm_86": 84,
-    "sm_89": 142,
-    "sm_90": 132,
-    "sm_100": 148,
-    "sm_120": 170,
+
+
+class Device(NamedTuple):
+    """A GPU that stands for an architecture."""
+
+    name: str
+    multiprocessors: int
+    bytes_per_second: float
+    source: str  # of the bandwidth
+
+
+_DATA_SHEET = "by its data sheet"
+DEVICES = {
+    "sm_75": Device("T4", 40, 0.32e12, _DATA_SHEET),
+    "sm_80": Device("A100 80 GB", 108, 2.039e12, _DATA_SHEET),
+    "sm_86": Device("A40", 84, 0.696e12, _DATA_SHEET),
+    "sm_89": Device("L40S", 142, 0.864e12, _DATA_SHEET),
+    "sm_90": Device("H200", 132, 4.3e12, "measured as a copy"),
+    "sm_100": Device("B200", 148, 8.0e12, _DATA_SHEET),
+    "sm_120": Device("RTX 5090", 170, 1.792e12, _DATA_SHEET),
 }
-"""Of the devices that `explain` names, and the architectures that kernels are linked for."""
+"""The architectures that kernels are linked for."""
 
 
 class _Imagined:
@@ -73,20 +85,39 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
         for n_cols in (64, 100_000):  # rows that one warp holds, and longer ones
             _call(op, (4, n_cols), dtype, {})
             _call(op, (n_cols, 4), dtype, {"axis": 0})
-            if not op.startswith("cross_entropy"):
-                _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # copies
-        if op.startswith("cross_entropy"):
-            for n_cols in (64, 100_000):
+            if op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, (4, n_cols), dtype, {"weight": weight, "label_smoothing": 0.1, "validate": True})
+            else:
+                _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
+
+
+def facts(launch: "Launch") -> dict[str, Any]:
+    """What `explain` says of a launch."""
+    from gpusoftmax.kernels.cuda import compile
+    from gpusoftmax.kernels.cuda.plan import blocks_per_multiprocessor
+
+    plan, image = launch.plan, launch.image
+    registers, static_bytes = compile.resources(image)
+    shared_bytes = plan.shared_bytes + static_bytes
+    return {
+        "kernel": image.kernel,
+        "regime": plan.regime,
+        "grid": plan.blocks,
+        "cluster": plan.cluster,
+        "block": plan.threads,
+        "registers": registers,
+        "shared_bytes": shared_bytes,
+        "blocks_per_multiprocessor": blocks_per_multiprocessor(image.arch, plan.threads, registers, shared_bytes),
+    }
 
 
 def imagined(arch: str):
     """As kernels.cuda.launch.imagined, for a device of an architecture."""
     from gpusoftmax.kernels.cuda import driver, launch
 
-    return launch.imagined(driver.Device(0, arch, MULTIPROCESSORS[arch]))
+    return launch.imagined(driver.Device(0, arch, DEVICES[arch].multiprocessors))
 
 
 def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> None:
@@ -104,7 +135,7 @@ def images(arch: Any, ops: Any, dtypes: Any) -> "list[Image]":
     archs = archs_here() if arch is None else [arch] if isinstance(arch, str) else list(arch)
     if not archs:
         raise ValueError("there is no GPU here whose architecture could be compiled for: pass arch, such as sm_90")
-    archs = [_checks.one_of(one, tuple(MULTIPROCESSORS), "arch") for one in archs]
+    archs = [_checks.one_of(one, tuple(DEVICES), "arch") for one in archs]
     ops = [_checks.one_of(op, OPS, "op") for op in (OPS if ops is None else ops)]
     dtypes = [_checks.dtype_name(dtype) for dtype in (_checks.FLOATING if dtypes is None else dtypes)]
     from gpusoftmax.kernels.cache_directory import private_directory
@@ -122,6 +153,6 @@ def archs_here() -> list[str]:
     found = []
     for device in _info.gather(for_path_only=True)["driver"]["devices"]:
         major, minor = device["compute_capability"]
-        usable = [arch for arch in MULTIPROCESSORS if int(arch[3:]) // 10 == major and int(arch[3:]) % 10 <= minor]
+        usable = [arch for arch in DEVICES if int(arch[3:]) // 10 == major and int(arch[3:]) % 10 <= minor]
         found += usable[-1:]
     return list(dict.fromkeys(found))

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import gpusoftmax
-from gpusoftmax import _compile, _demo, _info, _normalize
+from gpusoftmax import _compile, _demo, _explain, _info, _normalize
 
-COMMANDS = {"info": _info, "demo": _demo, "normalize": _normalize, "compile": _compile}
+COMMANDS = {"info": _info, "demo": _demo, "normalize": _normalize, "compile": _compile, "explain": _explain}
 FAILED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

@@ -414,9 +414,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"gpusoftmax {gpusoftmax.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["info", "--help"], ["demo", "--help"], ["normalize", "--help"], ["compile", "--help"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in cli.COMMANDS)])
 def test_help(arguments, capsys):
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith("usage: gpusoftmax")

@@ -81,6 +81,13 @@ def link(ptx: str, arch: str) -> tuple[bytes, str]:
     return cubin, linker.get_info_log()
 
 
+def resources(image: Image) -> tuple[int, int]:
+    """Registers of a thread and bytes of static shared memory of a block, as the assembler reports them."""
+    _, report = link(image.ptx, image.arch)
+    shared = re.search(r"(\d+) bytes smem", report)
+    return int(re.search(r"Used (\d+) registers", report)[1]), int(shared[1]) if shared else 0
+
+
 def min_blocks(signature: tuple[str, ...], arch: str) -> int:
     """How many blocks of MAX_THREADS the registers of a kernel must leave room for."""
     return 1 if arch != "sm_90" or "float64" in " ".join(signature) else MIN_BLOCKS

@@ -38,21 +38,24 @@ what 4.3 TB/s and 800 ns ask of each of 132 multiprocessors."""
 
 
 class Limits(NamedTuple):
-    """Of an architecture (CUDA programming guide, compute capabilities): shared memory in bytes, clusters in blocks."""
+    """Of an architecture (CUDA programming guide, compute capabilities): shared memory of a block and of a
+    multiprocessor in bytes, blocks of a cluster, threads of a multiprocessor.
+    """
 
     block_bytes: int
     multiprocessor_bytes: int
     cluster: int
+    threads: int
 
 
 LIMITS = {
-    75: Limits(65536, 65536, 1),
-    80: Limits(166912, 167936, 1),
-    86: Limits(101376, 102400, 1),
-    89: Limits(101376, 102400, 1),
-    90: Limits(232448, 233472, 16),
-    100: Limits(232448, 233472, 16),
-    120: Limits(101376, 102400, 8),
+    75: Limits(65536, 65536, 1, 1024),
+    80: Limits(166912, 167936, 1, 2048),
+    86: Limits(101376, 102400, 1, 1536),
+    89: Limits(101376, 102400, 1, 1536),
+    90: Limits(232448, 233472, 16, 2048),
+    100: Limits(232448, 233472, 16, 2048),
+    120: Limits(101376, 102400, 8, 1536),
 }
 BLOCK_RESERVE = 1024
 """Shared memory that the system takes from each block."""
@@ -62,6 +65,16 @@ def limits_of(arch: str) -> Limits:
     """Those of the architecture, or of the newest one that is not newer."""
     number = int(arch.removeprefix("sm_").rstrip("af"))
     return LIMITS[max(known for known in LIMITS if known <= number)]
+
+
+def blocks_per_multiprocessor(arch: str, threads: int, registers: int, shared_bytes: int) -> int:
+    """How many blocks a multiprocessor runs at a time (CUDA programming guide, compute capabilities)."""
+    limits = limits_of(arch)
+    warps = threads // WARP_SIZE
+    warp_registers = _ratio(registers * WARP_SIZE, 256) * 256  # allocated by the 256
+    by_registers = 65536 // warp_registers // warps
+    by_shared_memory = limits.multiprocessor_bytes // (shared_bytes + BLOCK_RESERVE)
+    return min(by_registers, by_shared_memory, limits.threads // threads)
 
 
 # ---------------------------------------------------------------- what decides the bits
@@ -129,6 +142,11 @@ class Plan:
     cluster: int = 1
     held: bool = True
     split: Short | Long | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of its row, what a block keeps in shared memory between a first and a second pass."""
+        return self.shared_bytes - self.split.first_slot if isinstance(self.split, Long) else 0
 
 
 SINGLE_BLOCK = Plan(regime="single", threads=MAX_THREADS, blocks=1, chunk_cols=0)
