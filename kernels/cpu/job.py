@@ -11,8 +11,10 @@ from the shares of others. So nobody waits for a thread that has not started: a 
 part of the work and no more. Who computes an item changes no bit.
 """
 
+import os
 from typing import NamedTuple
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -85,20 +87,53 @@ def atomic_store(typingctx, pointer, index, value):
     return types.void(pointer, types.int64, types.int64), codegen
 
 
-@intrinsic
-def wait_until(typingctx, pointer, index, value):
-    """Spins until pointer[index] >= value."""
+SPINS_BEFORE_YIELDING = 2000  # about 2 us
 
-    def codegen(context, builder, signature, args):
-        address = builder.gep(args[0], [args[1]])
-        look, done = (builder.append_basic_block(name) for name in ("look", "done"))
-        builder.branch(look)
-        builder.position_at_end(look)
-        builder.cbranch(builder.icmp_signed(">=", builder.load_atomic(address, "acquire", 8), args[2]), done, look)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, types.int64), codegen
+def _yield_to_others(builder):
+    """Lets another thread have this core, if one wants it: it may be the one that is waited for."""
+    if os.name == "posix":
+        module, type = builder.module, ir.FunctionType(ir.IntType(32), [])
+        builder.call(module.globals.get("sched_yield") or ir.Function(module, type, "sched_yield"), [])
+
+
+def _wait(emit_done):
+    """An intrinsic that looks at pointer[index] until emit_done(builder, value, argument) or `spins` looks are over."""
+
+    @intrinsic
+    def wait(typingctx, pointer, index, argument, spins):
+        """Returns what was seen last."""
+
+        def codegen(context, builder, signature, args):
+            address, zero = builder.gep(args[0], [args[1]]), ir.Constant(ir.IntType(64), 0)
+            start = builder.block
+            look, again, rest, done = (builder.append_basic_block(name) for name in ("look", "again", "rest", "done"))
+            builder.branch(look)
+            builder.position_at_end(look)
+            looks = builder.phi(ir.IntType(64))
+            seen = builder.load_atomic(address, "acquire", 8)
+            over = builder.or_(emit_done(builder, seen, args[2]), builder.icmp_signed(">=", looks, args[3]))
+            builder.cbranch(over, done, again)
+            builder.position_at_end(again)
+            more = builder.add(looks, ir.Constant(ir.IntType(64), 1))
+            limit = ir.Constant(ir.IntType(64), SPINS_BEFORE_YIELDING)
+            builder.cbranch(builder.icmp_signed(">", looks, limit), rest, look)
+            builder.position_at_end(rest)
+            _yield_to_others(builder)
+            builder.branch(look)
+            for value, block in ((zero, start), (more, again), (more, rest)):
+                looks.add_incoming(value, block)
+            builder.position_at_end(done)
+            return seen
+
+        return types.int64(pointer, types.int64, types.int64, types.int64), codegen
+
+    return wait
+
+
+wait_until_at_least = _wait(lambda builder, seen, value: builder.icmp_signed(">=", seen, value))
+wait_until_other_than = _wait(lambda builder, seen, value: builder.icmp_signed("!=", seen, value))
+FOREVER = 2**62
 
 
 @device

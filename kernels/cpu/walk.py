@@ -25,6 +25,7 @@ from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line
 from gpusoftmax.kernels.cpu.job import (
     FINISHED,
+    FOREVER,
     LINE,
     MEASURED,
     MEASURING,
@@ -36,7 +37,7 @@ from gpusoftmax.kernels.cpu.job import (
     atomic_store,
     draw_item,
     draw_part,
-    wait_until,
+    wait_until_at_least,
 )
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import (
@@ -180,7 +181,7 @@ def along_rows(job, rows, first, second, target, measure, fold, write, numbers, 
     split = job.parts > 1
     n_items = 2 * job.parts * rows.n_rows if split else (rows.n_rows + job.rows_per_item - 1) // job.rows_per_item
     if ticket >= job.n_threads:  # even the caller, if others were that quick
-        wait_until(counters, FINISHED, n_items)
+        wait_until_at_least(counters, FINISHED, n_items, FOREVER)
         return
     folded = -1
     share, row, step = 0, 0, 0
@@ -198,7 +199,7 @@ def along_rows(job, rows, first, second, target, measure, fold, write, numbers, 
             first_chunk, last_chunk = n_chunks * part // job.parts, n_chunks * (part + 1) // job.parts
             first_row, last_row = row, row + 1
             if step == WRITING:
-                wait_until(counters, word + MEASURED, job.parts)
+                wait_until_at_least(counters, word + MEASURED, job.parts, FOREVER)
         else:
             item, share = draw_item(counters, n_items, job.n_threads, ticket, share)
             if share == job.n_threads:
@@ -221,7 +222,7 @@ def along_rows(job, rows, first, second, target, measure, fold, write, numbers, 
         if split and step == MEASURING:
             atomic_add(counters, word + MEASURED, 1)
         atomic_add(counters, FINISHED, 1)
-    wait_until(counters, FINISHED, n_items)
+    wait_until_at_least(counters, FINISHED, n_items, FOREVER)
 
 
 # ---------------------------------------------------------------- across rows
@@ -302,7 +303,7 @@ def across_rows(job, rows, first, second, target, measure, fold, write, numbers,
     atomic_store(pointer_to(job.bell, job.epoch), 0, job.epoch)
     ticket = atomic_add(counters, TICKETS, 1)
     if ticket >= job.n_threads:  # even the caller, if others were that quick
-        wait_until(counters, FINISHED, n_items)
+        wait_until_at_least(counters, FINISHED, n_items, FOREVER)
         return
     slot = job.workspace + ticket * job.slot_bytes
     copy = slot + job.stage
@@ -338,7 +339,7 @@ def across_rows(job, rows, first, second, target, measure, fold, write, numbers,
                 copy_out(target, row, n_rows, rows, copy, like)
         atomic_add(counters, FINISHED, 1)
         item, share = draw_item(counters, n_items, job.n_threads, ticket, share)
-    wait_until(counters, FINISHED, n_items)
+    wait_until_at_least(counters, FINISHED, n_items, FOREVER)
 
 
 def walk(is_across, job, rows, first, second, target, measure, fold, write, numbers, like):

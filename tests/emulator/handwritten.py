@@ -59,7 +59,8 @@ def launch(kernel_image, *args, threads=32, blocks=1, cluster=1, shared=0, devic
     """Launch through the driver. Arrays are passed as their pointers."""
     loaded = driver.load(kernel_image, driver.device(device), stream)
     words = tuple(arg if isinstance(arg, (int, np.generic)) else pointer(arg) for arg in args)
-    driver.launch(loaded, Plan(threads, blocks, 0, shared, cluster), stream, words)
+    plan = Plan("handwritten", threads, blocks, chunk_cols=0, shared_bytes=shared, cluster=cluster)
+    driver.launch(loaded, plan, stream, words)
 
 
 # ---- one instruction applied to many values: for test_arithmetic.py and test_conformance.py

@@ -303,7 +303,12 @@ def test_launches_that_the_driver_would_refuse(gpu):
     with pytest.raises(errors.InvalidLaunch, match="parameter 2: .* has 4 bytes, the kernel's has 8"):
         launch(SCALE, x, x, np.int32(4), 4, 4)
     with pytest.raises(errors.InvalidLaunch, match="neither an int nor a NumPy scalar"):
-        driver.launch(driver.load(SCALE, driver.device(0), 7), Plan(32, 1, 0), 7, (pointer(x), pointer(x), 4, 4, 4.0))
+        driver.launch(
+            driver.load(SCALE, driver.device(0), 7),
+            Plan("handwritten", 32, 1, 0),
+            7,
+            (pointer(x), pointer(x), 4, 4, 4.0),
+        )
     bounded = image("ret;")
     bounded.ptx = bounded.ptx.replace(")\n{", ")").replace(".param .u64 y) {", ".param .u64 y) .maxntid 64, 1, 1 {")
     launch(bounded, x, x, threads=64)
