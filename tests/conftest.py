@@ -61,3 +61,13 @@ def target(request):
 
         with emulated_gpu("sm_90", approx="adversarial", track=False) as gpu:
             yield Emulated(gpu)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """float16 and float64 on the emulated GPU take the paths of bfloat16 and float32: the marker `matrix` has them."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        dtypes = {str(getattr(value, "name", value)) for key, value in parameters.items() if key.endswith("dtype")}
+        if parameters.get("target") == "emulated" and dtypes & {"float16", "float64"}:
+            item.add_marker(pytest.mark.matrix)
