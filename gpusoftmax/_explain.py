@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    facts = explain(arguments.op, arguments.shape, arguments.dtype, arch=arguments.arch)
+    facts = explain(arguments.op, arguments.shape, dtype=arguments.dtype, arch=arguments.arch)
     print(json.dumps(facts, indent=2) if arguments.json else _text(facts))
 
 

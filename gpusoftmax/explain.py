@@ -6,7 +6,7 @@ from typing import Any
 from gpusoftmax import _arrays, _checks, _dry_run
 
 
-def explain(op: str, shape: tuple[int, ...], dtype: Any = "float32", *, arch: str | None = None) -> dict[str, Any]:
+def explain(op: str, shape: tuple[int, ...], *, dtype: Any = "float32", arch: str | None = None) -> dict[str, Any]:
     """How a call of `op` on C-contiguous arrays of this shape and dtype is launched. Needs no GPU.
 
     The kernels are compiled if they are not in the cache, which takes seconds.
@@ -40,7 +40,7 @@ def explain(op: str, shape: tuple[int, ...], dtype: Any = "float32", *, arch: st
     Examples
     --------
     >>> import gpusoftmax
-    >>> plan = gpusoftmax.explain("logsumexp", (8, 1024), "float32", arch="sm_90")
+    >>> plan = gpusoftmax.explain("logsumexp", (8, 1024), dtype="float32", arch="sm_90")
     >>> plan["row"]["read"], plan["row"]["written"]
     (4096, 4)
     """

@@ -325,6 +325,17 @@ CASES = {
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
+    # the shape that a call is explained for
+    "a shape that is a number": (
+        TypeError,
+        "shape is 3, expected a tuple of ints",
+        lambda a: gpusoftmax.explain("softmax", 3),
+    ),
+    "a shape without elements": (
+        ValueError,
+        "shape is (2, 0), expected at least one size, and all of them above 0",
+        lambda a: gpusoftmax.explain("softmax", (2, 0)),
+    ),
 }
 
 

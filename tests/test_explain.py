@@ -25,7 +25,7 @@ F32 = np.dtype(np.float32)
     ],
 )
 def test_explained_is_what_an_emulated_device_does(name, shape, arch):
-    explained = gpusoftmax.explain(name, shape, "float32", arch=arch)
+    explained = gpusoftmax.explain(name, shape, dtype="float32", arch=arch)
     multiprocessors = _dry_run.DEVICES[arch].multiprocessors
     with emulated_gpu(arch, multiprocessors=multiprocessors) as gpu:
         host = arguments(name, shape, F32)
@@ -45,7 +45,7 @@ def test_explained_is_what_an_emulated_device_does(name, shape, arch):
 
 
 def test_registers_and_shared_memory_are_the_assemblers():
-    (kernel,) = gpusoftmax.explain("logsumexp", (8, 1024), "float32", arch="sm_90")["kernels"]
+    (kernel,) = gpusoftmax.explain("logsumexp", (8, 1024), dtype="float32", arch="sm_90")["kernels"]
     (launch,) = _dry_run.launches("logsumexp", (8, 1024), "float32", "sm_90")
     linked = codegen.link_ptx(launch.image.ptx, "sm_90")
     assert kernel["registers"] == linked.registers
@@ -55,7 +55,7 @@ def test_registers_and_shared_memory_are_the_assemblers():
 
 
 def test_time_follows_from_bytes_and_bandwidth():
-    explained = gpusoftmax.explain("softmax", (1000, 4096), np.float16, arch="sm_90")
+    explained = gpusoftmax.explain("softmax", (1000, 4096), dtype=np.float16, arch="sm_90")
     assert explained["row"]["read"] == explained["row"]["written"] == 8192
     assert explained["expected_seconds"] == pytest.approx(2 * 8192 * 1000 / 4.3e12)
     assert explained["device"]["name"] == "H200" and explained["device"]["multiprocessors"] == 132
@@ -87,7 +87,7 @@ def test_the_command(capsys):
     assert "a row    128 kB read, each logit once, 128 kB written" in text and "us for that traffic" in text
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == gpusoftmax.explain(
-        "cross_entropy_with_grad", (64, 32000), "float32", arch="sm_90"
+        "cross_entropy_with_grad", (64, 32000), dtype="float32", arch="sm_90"
     )
 
 
@@ -112,17 +112,16 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    "arguments, options, error, message",
     [
-        (("softmx", (1, 2)), ValueError, "op is 'softmx', expected one of softmax,"),
-        (("softmax", ()), ValueError, "shape is ()"),
-        (("softmax", (2, 0)), ValueError, r"shape is \(2, 0\), expected at least one size"),
-        (("softmax", 3), TypeError, "shape is 3, expected a tuple of ints"),
-        (("softmax", (2, 3), "int8"), TypeError, "dtype is 'int8'"),
-        (("softmax", (2, 3), "float32", "sm_70"), ValueError, "arch is 'sm_70'"),
+        (("softmx", (1, 2)), {}, ValueError, "op is 'softmx', expected one of softmax,"),
+        (("softmax", ()), {}, ValueError, r"shape is \(\), expected at least one size"),
+        (("softmax", (2, 0)), {}, ValueError, r"shape is \(2, 0\), expected at least one size"),
+        (("softmax", 3), {}, TypeError, "shape is 3, expected a tuple of ints"),
+        (("softmax", (2, 3)), {"dtype": "int8"}, TypeError, "dtype is 'int8'"),
+        (("softmax", (2, 3)), {"arch": "sm_70"}, ValueError, "arch is 'sm_70'"),
     ],
 )
-def test_bad_names(arguments, error, message):
-    *arguments, arch = arguments if len(arguments) == 4 else (*arguments, None)
+def test_bad_names(arguments, options, error, message):
     with pytest.raises(error, match=message):
-        gpusoftmax.explain(*arguments, arch=arch)
+        gpusoftmax.explain(*arguments, **options)
