@@ -23,13 +23,12 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 
-from gpusoftmax import _checks
+from gpusoftmax import _checks, _memory
 from gpusoftmax.kernels import operands
 from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CPU = Place("cpu")
-CACHE_LINE = 64
 _DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost: pinned host memory
 
 
@@ -237,7 +236,7 @@ def _from_numpy(x, name: str) -> Array:
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         writable = False
     strides = _element_strides(array.strides, array.itemsize)
-    return Array(array, array.ctypes.data, "numpy", _name(array.dtype), array.shape, strides, CPU, writable)
+    return Array(array, _memory.address(array), "numpy", _name(array.dtype), array.shape, strides, CPU, writable)
 
 
 def _from_cupy(x, name: str) -> Array:
@@ -367,21 +366,13 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "device":
         return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)), "out")
     if like.place.target == "cpu":
-        array = _from_numpy(aligned(shape, numpy_dtype(dtype)), "out")
+        array = _from_numpy(_memory.aligned(shape, numpy_dtype(dtype)), "out")
     else:
         owner = _empty_cupy(shape, numpy_dtype(dtype), like.place.device)
         array = Array(owner, owner.data.ptr, "cupy", dtype, shape, _row_major(shape), like.place, True)
     if like.kind == "jax":
         return array._replace(kind="jax", owner=(like.owner[0], array.owner), place=like.place)
     return array
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A new NumPy array that starts at a cache line, as vector instructions like it; NumPy's own start at 16 bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + CACHE_LINE, np.uint8)
-    offset = -memory.__array_interface__["data"][0] % CACHE_LINE
-    return np.ndarray(shape, dtype, memory, offset)
 
 
 def _empty_cupy(shape: tuple[int, ...], dtype: np.dtype, device: int):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays
+from gpusoftmax import _memory
 
 _MAX_RECIPES = 4096
 _ALIGNMENT = 64
@@ -21,9 +21,12 @@ _ALIGNMENT = 64
 
 
 class _Recipe(NamedTuple):
+    """The arrays of a call are numbered; a result that the call makes comes last."""
+
     start: Any  # gpusoftmax.kernels.cpu.run.Start
-    numbers: tuple[int, ...]  # which of the call's arrays each of the kernel's is
-    spans: tuple[int, ...]  # bytes from element 0 of each array to its end
+    numbers: tuple[int, ...]  # which of them each of the kernel's arrays is
+    overlaps: tuple[tuple[int, int, int, int], ...]  # two arrays share memory if the distance of the first to
+    # the second, in bytes, lies between these two numbers
     made: tuple[tuple[int, ...], np.dtype] | None  # the result, where it was not given
 
 
@@ -38,41 +41,39 @@ def _cpu(module: str) -> Any:
 
 def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     """Returns function(*arrays, *options), or what it would return. An array that was not given is None."""
-    key, addresses = [function, _cpu("parallel").thread_count()], []
+    run = _cpu("run")
+    # True is equal to 1.0, but no temperature.
+    key, addresses = [function, options, *map(type, options), run.threads_for(arrays[0].size)], []
     for array in arrays:
         if array is None:
             key.append(None)
         elif type(array) is np.ndarray:
-            interface = array.__array_interface__
-            address, is_read_only = interface["data"]
+            address = _memory.address(array)
             addresses.append(address)
-            key += array.dtype, interface["shape"], interface["strides"], is_read_only, address % _ALIGNMENT
-            key.append(addresses.index(address))  # which other one it is, in a call that works in place
+            # And which other one it is, in a call that works in place.
+            key += array.dtype, array.shape, array.strides, address % _ALIGNMENT, addresses.index(address)
+            key.append(array.flags.writeable)
         else:
             return function(*arrays, *options)
-    key = (*key, *options, *map(type, options))  # True is equal to 1.0, but no temperature
+    key = tuple(key)
     try:
         recipe = _recipes.get(key, _recipes)
     except TypeError:  # an option that cannot be a key, which the function will complain about
         return function(*arrays, *options)
     if recipe is _recipes:
         return _record(key, function, arrays, options)
-    if recipe is None or not _apart(addresses, recipe.spans):
+    if recipe is None:
         return function(*arrays, *options)
+    for one, other, low, high in recipe.overlaps:
+        distance = addresses[one] - addresses[other]
+        if distance and low < distance < high:
+            return function(*arrays, *options)
     result = arrays[-1]
     if recipe.made:
-        result = _arrays.aligned(*recipe.made)
-        addresses.append(result.__array_interface__["data"][0])
-    _cpu("run").start(recipe.start, [addresses[number] for number in recipe.numbers])
+        result = _memory.aligned(*recipe.made)
+        addresses.append(_memory.address(result))
+    run.start(recipe.start, [addresses[number] for number in recipe.numbers])
     return result
-
-
-def _apart(addresses: list[int], spans: tuple[int, ...]) -> bool:
-    """Whether any two arrays are either at one address or share no memory."""
-    for (one, size), (other, other_size) in itertools.combinations(zip(addresses, spans, strict=False), 2):
-        if one != other and one < other + other_size and other < one + size:
-            return False
-    return True
 
 
 def _record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
@@ -85,21 +86,24 @@ def _record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tu
 
 
 def _recipe(starts: list, arrays: tuple, result: Any) -> _Recipe | None:
-    plain = [array for array in arrays if array is not None]
-    made = None
-    if all(result is not array for array in plain):
-        made = getattr(result, "shape", None), getattr(result, "dtype", None)
-        plain.append(result)
+    given = [array for array in arrays if array is not None]
+    plain = given if any(result is array for array in given) else [*given, result]
     # A stride of 0 or below: element 0 is not where the memory of the array starts, or it ends elsewhere.
     simple = all(type(array) is np.ndarray and array.size and min(array.strides, default=1) > 0 for array in plain)
     if len(starts) != 1 or not simple:
         return None
-    addresses = [array.__array_interface__["data"][0] for array in plain]
-    operands = [starts[0].arguments[position].address for position in starts[0].arrays]
-    if any(operand not in addresses for operand in operands):
+    addresses = [_memory.address(array) for array in plain]
+    if any(operand not in addresses for operand in starts[0].addresses):
         return None
-    spans = tuple(
+    spans = [
         array.itemsize + sum(stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True))
-        for array in plain
+        for array in given
+    ]
+    return _Recipe(
+        start=starts[0],
+        numbers=tuple(addresses.index(operand) for operand in starts[0].addresses),
+        overlaps=tuple(
+            (one, other, -spans[one], spans[other]) for one, other in itertools.combinations(range(len(given)), 2)
+        ),
+        made=None if plain is given else (result.shape, result.dtype),
     )
-    return _Recipe(starts[0], tuple(addresses.index(operand) for operand in operands), spans, made)

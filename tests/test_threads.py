@@ -76,12 +76,12 @@ def test_concurrent_first_calls(tmp_path):
 
 
 SPY = """
-        from gpusoftmax.kernels.cpu import parallel, run
+        from gpusoftmax.kernels.cpu import parallel
         jobs = []
         started = parallel.start
-        def spy(entry, is_across, layout, arguments, n_threads, n_split):
+        def spy(entry, block, n_threads):
             jobs.append(n_threads)
-            return started(entry, is_across, layout, arguments, n_threads, n_split)
+            return started(entry, block, n_threads)
         parallel.start = spy
 """
 
@@ -112,17 +112,17 @@ def test_number_of_threads():
 
 
 def test_others_help():
-    """Somebody else than the caller joins in, sooner or later."""
+    """Somebody else than the caller joins in, sooner or later; asleep in between or not."""
     program = """
-        from gpusoftmax.kernels.cpu import parallel
-        helped, invite = [], parallel._Pool.invite
-        def spied(pool, call, n_threads):
-            invite(pool, lambda: (call(), helped.append(threading.get_ident())), n_threads)
-        parallel._Pool.invite = spied
-        deadline = time.time() + 30
-        while not set(helped) - {threading.get_ident()} and time.time() < deadline:
-            gpusoftmax.softmax(x)
-        assert set(helped) - {threading.get_ident()}
+        from gpusoftmax.kernels.cpu import parallel, pool
+        expected = gpusoftmax.softmax(x)
+        for pause in (0, 0.01):
+            deadline, helped = time.time() + 30, False
+            while not helped and time.time() < deadline:
+                time.sleep(pause)
+                assert np.array_equal(gpusoftmax.softmax(x), expected)
+                helped = parallel._threads.pool[pool.LEFT] > 0
+            assert helped, pause
         print("done")
     """
     assert run(program) == "done\n"
@@ -133,12 +133,11 @@ def test_nobody_helps():
     program = """
         from gpusoftmax.kernels.cpu import parallel
         expected = call()
-        parallel._Pool._help = lambda pool: time.sleep(1000)
-        parallel._pool = parallel._Pool()
+        parallel._Threads.at_least = lambda threads, count: None
+        with_threads, parallel._threads = parallel._threads, parallel._Threads()
         assert call() == expected
         assert np.array_equal(gpusoftmax.softmax(x.reshape(1, -1)), gpusoftmax.softmax(x.reshape(1, -1)))
         print("done")
-        sys.stdout.flush()
     """
     assert run(program) == "done\n"
 
@@ -246,29 +245,43 @@ def test_an_error_in_one_thread_is_that_threads_own():
     assert run(program) == "done\n"
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_interrupt_leaves_when_nobody_works_on_the_arrays(when):
+def test_an_interrupt_leaves_when_nobody_works_on_the_arrays():
     """Else the other threads go on writing into arrays that the caller, who sees an exception, lets go of."""
-    program = f"""
-        from gpusoftmax.kernels.cpu import parallel
-        expected, invite = gpusoftmax.softmax(x), parallel._Pool.invite
-        finished = []
-        def interrupted(pool, call, n_threads):
-            def once():
-                finished.append(call())
-            if "{when}" == "after":
-                invite(pool, once, n_threads)
-            else:
-                pool.call = once
-            raise KeyboardInterrupt
-        out = np.empty_like(x)
-        parallel._Pool.invite = interrupted
-        try:
-            gpusoftmax.softmax(x, out=out)
-        except KeyboardInterrupt:
-            assert np.array_equal(out, expected)  # completed by the caller
-            parallel._Pool.invite = invite
-            assert np.array_equal(gpusoftmax.softmax(x), expected)
-            print("done")
+    program = """
+        big = np.tile(x, (8, 1))
+        expected, out, interrupted = gpusoftmax.softmax(big), np.empty_like(big), 0
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        for k in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 2e-5 * (k + 1))
+                gpusoftmax.softmax(big, out=out)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+                left = out.tobytes()
+                time.sleep(1e-3)
+                assert out.tobytes() == left
+        assert interrupted > 0
+        assert np.array_equal(gpusoftmax.softmax(big, out=out), expected)
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
+def test_threads_that_sleep_are_woken():
+    """Calls at all distances from each other: a thread that falls asleep as the bell rings misses no call for good."""
+    program = """
+        from gpusoftmax.kernels.cpu import parallel, pool
+        expected = gpusoftmax.softmax(x)
+        for k in range(3000):
+            deadline = time.perf_counter() + 1e-7 * k
+            while time.perf_counter() < deadline:
+                pass
+            gpusoftmax.softmax(x)
+        assert np.array_equal(gpusoftmax.softmax(x), expected)
+        memory = parallel._threads.pool
+        time.sleep(0.5)
+        assert memory[pool.SLEEPING] == len(parallel._threads.started) == 3 and memory[pool.BUSY] == memory[pool.SEATS] == 0
+        print("done")
     """
     assert run(program) == "done\n"

@@ -1,6 +1,7 @@
 """Copies rows between layouts and formats on the CPU: what the other kernels need where no stride walks a row."""
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import write_chunk
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.vector import load_cols
@@ -14,7 +15,8 @@ def copy(rows: Rows, source: Operand, target: Operand, place: Place) -> None:
 
 
 @kernel
-def copy_rows(is_across, job, rows, source, same, target, like):
+def copy_rows(call):
+    is_across, job, rows, source, same, target, like = arguments(call)
     walk(is_across, job, rows, source, same, target, nothing_to_measure, nothing_to_fold, write, (), like)
 
 

@@ -18,6 +18,7 @@ import math
 from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, chunk_max, chunk_state, sum_chunk, write_chunk
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, SUM, chunk_ratio, fold_state, save, save_state, saved
@@ -142,27 +143,28 @@ LABEL_LOGIT, LABEL_WEIGHT, ROW_LOSS, ON_LABEL = range(4)
 
 
 @kernel
-def cross_entropy_rows(
-    is_across, job, rows, logits, same, none, labels, losses, weight, weight_sum, normaliser, ignore_index,
-    confidence, share, grad_scale,
-):  # fmt: skip
-    one = number(share, 1.0)
-    loss = Loss(
-        rows, labels, losses, weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale, one
-    )  # fmt: skip
-    walk(is_across, job, rows, logits, same, none, measure, fold, write_nothing, loss, share)
+def cross_entropy_rows(call):
+    is_across, job, logits, none, loss = unpacked(call)
+    walk(is_across, job, loss.rows, logits, logits, none, measure, fold, write_nothing, loss, loss.share)
 
 
 @kernel
-def cross_entropy_with_grad_rows(
-    is_across, job, rows, logits, same, dlogits, labels, losses, weight, weight_sum, normaliser, ignore_index,
-    confidence, share, grad_scale,
-):  # fmt: skip
+def cross_entropy_with_grad_rows(call):
+    is_across, job, logits, dlogits, loss = unpacked(call)
+    walk(is_across, job, loss.rows, logits, logits, dlogits, measure_and_keep, fold, write, loss, loss.share)
+
+
+@device
+def unpacked(call):
+    (
+        is_across, job, rows, logits, same, dlogits, labels, losses, weight, weight_sum, normaliser, ignore_index,
+        confidence, share, grad_scale,
+    ) = arguments(call)  # fmt: skip
     one = number(share, 1.0)
     loss = Loss(
         rows, labels, losses, weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale, one
     )  # fmt: skip
-    walk(is_across, job, rows, logits, same, dlogits, measure_and_keep, fold, write, loss, share)
+    return is_across, job, logits, dlogits, loss
 
 
 @device

@@ -1,7 +1,6 @@
 """How the threads that work on one call share it: they draw items from counters that all can see.
 
-    counters  FINISHED    items that have been completed
-              TICKETS     threads that have joined
+    counters  TICKETS     threads that have joined
               NEXT        for every thread one line: how many items of its share have been drawn
               n_threads lines on, if rows are split, for every row: the parts that have been drawn to be measured, those
               that have been drawn to be written (one bit each), and how many have been measured
@@ -12,6 +11,7 @@ part of the work and no more. Who computes an item changes no bit.
 """
 
 import os
+import platform
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -23,8 +23,7 @@ from gpusoftmax.kernels.cpu.vector import CACHE_LINE
 
 # Counters that different threads write lie in different cache lines.
 LINE = CACHE_LINE // 8
-FINISHED, TICKETS, NEXT = 0, LINE, 2 * LINE
-NOBODYS_BELL = TICKETS + 1  # for a call without others
+TICKETS, NEXT = 0, LINE
 MEASURING, WRITING, MEASURED, PER_ROW = range(4)
 MAX_PARTS = 63
 
@@ -36,13 +35,11 @@ def n_counters(n_threads: int, n_split: int) -> int:
 class Job(NamedTuple):
     """One call, in int64. Items are blocks of rows_per_item rows or, if parts > 1, the parts of single rows."""
 
-    counters: int  # their address
-    bell: int  # address of the number on which waiting threads look
-    epoch: int  # what it has to show for them to join
+    counters: int  # their address, which follows from that of the call
+    workspace: int  # address of n_threads slots, or of one for every row if rows are split
     n_threads: int  # how many may join
     rows_per_item: int  # or blocks of neighbouring rows
     parts: int
-    workspace: int  # address of n_threads slots, or of one for every row if rows are split
     slot_bytes: int  # the states of the chunks come first in a slot; then, at these offsets,
     partials: int  # what chunks.sum_chunk needs across rows,
     scratch: int  # exponentials along rows (0: they stay where the result goes),
@@ -68,6 +65,18 @@ def _atomic(operation):
 
 atomic_add = _atomic("add")
 atomic_or = _atomic("or")
+atomic_exchange = _atomic("xchg")
+
+
+@intrinsic
+def atomic_replace(typingctx, pointer, index, expected, value):
+    """Sets pointer[index] to the value if it is `expected`; whether it was."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.gep(args[0], [args[1]])
+        return builder.extract_value(builder.cmpxchg(address, args[2], args[3], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(pointer, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -87,53 +96,50 @@ def atomic_store(typingctx, pointer, index, value):
     return types.void(pointer, types.int64, types.int64), codegen
 
 
-SPINS_BEFORE_YIELDING = 2000  # about 2 us
+_HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
+LOOKS = 2000  # 20 to 90 us, depending on what `pause` takes
 
 
-def _yield_to_others(builder):
+@intrinsic
+def pause(typingctx):
+    """Tells the core that this thread is only looking at a number again and again."""
+
+    def codegen(context, builder, signature, args):
+        if _HAS_PAUSE:
+            name, type = "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.globals.get(name) or ir.Function(builder.module, type, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def yield_to_others(typingctx):
     """Lets another thread have this core, if one wants it: it may be the one that is waited for."""
-    if os.name == "posix":
-        module, type = builder.module, ir.FunctionType(ir.IntType(32), [])
-        builder.call(module.globals.get("sched_yield") or ir.Function(module, type, "sched_yield"), [])
+
+    def codegen(context, builder, signature, args):
+        if os.name == "posix":
+            call_c(builder, "sched_yield")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
-def _wait(emit_done):
-    """An intrinsic that looks at pointer[index] until emit_done(builder, value, argument) or `spins` looks are over."""
-
-    @intrinsic
-    def wait(typingctx, pointer, index, argument, spins):
-        """Returns what was seen last."""
-
-        def codegen(context, builder, signature, args):
-            address, zero = builder.gep(args[0], [args[1]]), ir.Constant(ir.IntType(64), 0)
-            start = builder.block
-            look, again, rest, done = (builder.append_basic_block(name) for name in ("look", "again", "rest", "done"))
-            builder.branch(look)
-            builder.position_at_end(look)
-            looks = builder.phi(ir.IntType(64))
-            seen = builder.load_atomic(address, "acquire", 8)
-            over = builder.or_(emit_done(builder, seen, args[2]), builder.icmp_signed(">=", looks, args[3]))
-            builder.cbranch(over, done, again)
-            builder.position_at_end(again)
-            more = builder.add(looks, ir.Constant(ir.IntType(64), 1))
-            limit = ir.Constant(ir.IntType(64), SPINS_BEFORE_YIELDING)
-            builder.cbranch(builder.icmp_signed(">", looks, limit), rest, look)
-            builder.position_at_end(rest)
-            _yield_to_others(builder)
-            builder.branch(look)
-            for value, block in ((zero, start), (more, again), (more, rest)):
-                looks.add_incoming(value, block)
-            builder.position_at_end(done)
-            return seen
-
-        return types.int64(pointer, types.int64, types.int64, types.int64), codegen
-
-    return wait
+def call_c(builder, name: str, *arguments) -> None:
+    """Calls a C function of the process that takes pointers and returns an int, which is ignored."""
+    module, type = builder.module, ir.FunctionType(ir.IntType(32), [argument.type for argument in arguments])
+    builder.call(module.globals.get(name) or ir.Function(module, type, name), arguments)
 
 
-wait_until_at_least = _wait(lambda builder, seen, value: builder.icmp_signed(">=", seen, value))
-wait_until_other_than = _wait(lambda builder, seen, value: builder.icmp_signed("!=", seen, value))
-FOREVER = 2**62
+@device
+def wait_until_at_least(pointer, index, value):
+    looks = 0
+    while atomic_load(pointer, index) < value:
+        if looks < LOOKS:
+            looks += 1
+            pause()
+        else:
+            yield_to_others()
 
 
 @device

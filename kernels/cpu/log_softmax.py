@@ -8,6 +8,7 @@ same row state, so log_probs[target] is -loss bit for bit.
 """
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import chunk_max, chunk_state, sum_chunk, write_chunk
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, SUM, fold_state, save, save_state, sum_of_saved
@@ -29,7 +30,12 @@ def log_softmax_backward(
 
 
 @kernel
-def log_softmax_rows(is_across, job, rows, logits, same, log_probs, scale, scale_low):
+def log_softmax_rows(call):
+    log_softmax_of_rows(*arguments(call))
+
+
+@device
+def log_softmax_of_rows(is_across, job, rows, logits, same, log_probs, scale, scale_low):
     numbers = scale, scale_low
     walk(is_across, job, rows, logits, same, log_probs, measure, fold, write, numbers, scale)
 
@@ -65,7 +71,8 @@ def log_probabilities(col, left, here, arguments):
 
 
 @kernel
-def log_softmax_backward_rows(is_across, job, rows, log_probs, dlog_probs, dlogits, scale):
+def log_softmax_backward_rows(call):
+    is_across, job, rows, log_probs, dlog_probs, dlogits, scale = arguments(call)
     walk(is_across, job, rows, log_probs, dlog_probs, dlogits, sum_gradient, total, gradient, (scale,), scale)
 
 

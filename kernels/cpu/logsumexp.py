@@ -1,6 +1,7 @@
 """Log-sum-exp over rows of logits on the CPU: max / T + log s, one pass over the row."""
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import chunk_max, chunk_state
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import fold_state, save_state
@@ -15,7 +16,8 @@ def logsumexp(rows: Rows, logits: Operand, lse: Operand, temperature: float, pla
 
 
 @kernel
-def logsumexp_rows(is_across, job, rows, logits, same, none, lse, scale, scale_low):
+def logsumexp_rows(call):
+    is_across, job, rows, logits, same, none, lse, scale, scale_low = arguments(call)
     numbers = rows, lse, scale, scale_low
     walk(is_across, job, rows, logits, same, none, measure, fold, write, numbers, scale)
 

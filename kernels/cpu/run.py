@@ -2,14 +2,15 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from gpusoftmax.kernels.cpu import parallel
+from gpusoftmax.kernels.cpu import call, parallel
+from gpusoftmax.kernels.cpu.call import WORKSPACE
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
-from gpusoftmax.kernels.cpu.job import MAX_PARTS
+from gpusoftmax.kernels.cpu.job import MAX_PARTS, Job
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES
 from gpusoftmax.kernels.cpu.walk import Strided
@@ -34,14 +35,12 @@ PAGE = 4096
 class Start(NamedTuple):
     """A call of a kernel, laid out: all of it that follows from the layout of its arrays."""
 
-    entry: Callable  # compiled
-    is_across: int | None
-    arguments: tuple
-    arrays: tuple[int, ...]  # which of the arguments are arrays
+    entry: int  # address of the kernel's C function
+    block: np.ndarray  # call.py
+    positions: tuple[int, ...]  # the words that are addresses of arrays, which follow in this order
+    addresses: tuple[int, ...]
     n_threads: int
-    n_split: int  # rows that are split into parts
-    n_slots: int
-    layout: tuple  # fields of the Job: rows_per_item, parts, then from slot_bytes on
+    workspace_bytes: int
 
 
 _recorder = threading.local()
@@ -62,19 +61,16 @@ def run(kernel, rows: Rows, first: Operand, second: Operand | None, target: Oper
     laid_out = plan(kernel, rows, first, second, target, numbers)
     if hasattr(_recorder, "starts"):
         _recorder.starts.append(laid_out)
-    start(laid_out, [laid_out.arguments[position].address for position in laid_out.arrays])
+    start(laid_out, laid_out.addresses)
 
 
-def start(laid_out: Start, addresses: list[int]) -> None:
+def start(laid_out: Start, addresses: Sequence[int]) -> None:
     """Runs what was laid out, on arrays at these addresses."""
-    entry, is_across, arguments, arrays, n_threads, n_split, n_slots, layout = laid_out
-    arguments = list(arguments)
-    for position, address in zip(arrays, addresses, strict=True):
-        array = arguments[position]
-        arguments[position] = Strided(address, array.outer_stride, array.inner_stride, array.col_stride, array.tag)
-    per_item, parts, slot_bytes, *rest = layout
-    job = per_item, parts, _workspace(n_slots * slot_bytes), slot_bytes, *rest
-    parallel.start(entry, is_across, job, arguments, n_threads, n_split)
+    block = laid_out.block.copy()
+    for position, address in zip(laid_out.positions, addresses, strict=True):
+        block[position] = address
+    block[WORKSPACE] = _workspace(laid_out.workspace_bytes)
+    parallel.start(laid_out.entry, block, laid_out.n_threads)
 
 
 def plan(kernel, rows: Rows, first: Operand, second: Operand | None, target: Operand | None, numbers: tuple) -> Start:
@@ -83,7 +79,7 @@ def plan(kernel, rows: Rows, first: Operand, second: Operand | None, target: Ope
     is_across = _is_across(rows, lines)
     lanes = VECTOR_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
-    n_threads = min(parallel.thread_count(), rows.n_rows * rows.n_cols // LOGITS_PER_THREAD)
+    n_threads = threads_for(rows.n_rows * rows.n_cols)
 
     # The memory of a slot, see Job: one record for every chunk, and one for the row.
     if is_across:
@@ -121,29 +117,40 @@ def plan(kernel, rows: Rows, first: Operand, second: Operand | None, target: Ope
     n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
     if n_threads <= 1:
         per_item, parts, n_threads = n_units, 1, 1
+    n_split = rows.n_rows if parts > 1 else 0
+    n_slots = n_split or n_threads
+    job = Job(
+        counters=0,
+        workspace=0,
+        n_threads=n_threads,
+        rows_per_item=per_item,
+        parts=parts,
+        slot_bytes=slot_bytes,
+        partials=partials,
+        scratch=scratch,
+        stage=stage,
+        stage_bytes=stage_bytes,
+        streamed=streamed,
+        has_second=int(second is not None),
+        has_target=int(target is not None),
+    )
     lines = (first if line is None else line for line in (first, second, target))
     arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
+    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided)]
     return Start(
-        parallel.compiled(kernel, 1 if is_across else None, arguments),
-        1 if is_across else None,
-        arguments,
-        tuple(position for position, argument in enumerate(arguments) if isinstance(argument, Strided)),
-        n_threads,
-        rows.n_rows if parts > 1 else 0,
-        rows.n_rows if parts > 1 else n_threads,
-        (
-            per_item,
-            parts,
-            slot_bytes,
-            partials,
-            scratch,
-            stage,
-            stage_bytes,
-            streamed,
-            int(second is not None),
-            int(target is not None),
-        ),
+        entry=call.compiled(kernel, call.type_of(is_across, arguments)),
+        block=call.pack(job, arguments, n_threads, n_split),
+        positions=tuple(call.first_word(arguments, position) for position in arrays),
+        addresses=tuple(arguments[position].address for position in arrays),
+        n_threads=n_threads,
+        workspace_bytes=n_slots * slot_bytes,
     )
+
+
+def threads_for(n_logits: int) -> int:
+    """How many threads take part in a call on so many logits, at most; 0 is as good as 1."""
+    wanted = n_logits // LOGITS_PER_THREAD
+    return min(parallel.thread_count(), wanted) if wanted > 1 else wanted
 
 
 def _is_across(rows: Rows, lines: list[Operand]) -> bool:
@@ -168,15 +175,18 @@ def _is_streamed(rows: Rows, target: Operand, like: np.floating) -> bool:
     return large and aligned and target.dtype == like.dtype.name and rows.n_cols * like.itemsize % VECTOR_BYTES == 0
 
 
-_kept = threading.local()
+class _Kept(threading.local):
+    size = 0
+
+
+_kept = _Kept()
 
 
 def _workspace(size: int) -> int:
     """The address of `size` bytes of scratch memory, which this thread keeps for its next call."""
-    array = getattr(_kept, "array", None)
-    if array is None or array.nbytes < size + CACHE_LINE:
-        _kept.array = array = np.empty(size + CACHE_LINE, np.uint8)
-        _kept.address = _padded(array.ctypes.data)
+    if _kept.size < size:
+        _kept.array, _kept.size = np.empty(size + CACHE_LINE, np.uint8), size
+        _kept.address = _padded(_kept.array.ctypes.data)
     return _kept.address
 
 

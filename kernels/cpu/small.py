@@ -10,9 +10,9 @@ from numba import types
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
-from gpusoftmax.kernels.cpu.job import LINE, NEXT, NOBODYS_BELL, Job
-from gpusoftmax.kernels.cpu.log_softmax import log_softmax_rows
-from gpusoftmax.kernels.cpu.softmax import softmax_rows
+from gpusoftmax.kernels.cpu.job import LINE, NEXT, Job
+from gpusoftmax.kernels.cpu.log_softmax import log_softmax_of_rows
+from gpusoftmax.kernels.cpu.softmax import softmax_of_rows
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import address_of, number
 from gpusoftmax.kernels.cpu.walk import Strided
@@ -21,16 +21,16 @@ from gpusoftmax.kernels.operands import Rows
 
 @kernel
 def small_softmax(x, out):
-    return _run(softmax_rows, x, out)
+    return _run(softmax_of_rows, x, out)
 
 
 @kernel
 def small_log_softmax(x, out):
-    return _run(log_softmax_rows, x, out)
+    return _run(log_softmax_of_rows, x, out)
 
 
 @device
-def _run(rows_kernel, x, out):
+def _run(of_rows, x, out):
     """Whether it has been done: not for arrays that overlap in part, of different shapes, or of rows of many chunks."""
     n_rows, n_cols = x.shape
     source, target = address_of(x), address_of(out)
@@ -40,12 +40,11 @@ def _run(rows_kernel, x, out):
         return False
     scratch = np.empty(2 * FIELDS, x.dtype)
     counters = np.zeros(NEXT + LINE, np.int64)
-    address = address_of(counters)
-    job = Job(address, address + 8 * NOBODYS_BELL, 0, 1, n_rows, 1, address_of(scratch), 0, 0, 0, 0, 0, 0, 0, 1)
+    job = Job(address_of(counters), address_of(scratch), 1, n_rows, 1, 0, 0, 0, 0, 0, 0, 0, 1)
     one = x.dtype.type(1)
     rows = Rows(n_rows, n_rows, n_cols)
     lines = Strided(source, 0, n_cols, 1, one), Strided(target, 0, n_cols, 1, one)
-    rows_kernel(None, job, rows, lines[0], lines[0], lines[1], one, None)
+    of_rows(None, job, rows, lines[0], lines[0], lines[1], one, None)
     scratch[0] = number(one, counters[0])  # they must outlive the last access through their addresses
     return True
 

@@ -7,6 +7,7 @@ Softmax reads a row once: the exponentials stay where the probabilities go, and 
 """
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import chunk_sum_of_exponentials, sum_chunk, write_chunk
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, save, sum_of_saved
@@ -28,7 +29,12 @@ def softmax_backward(
 
 
 @kernel
-def softmax_rows(is_across, job, rows, logits, same, probs, scale, scale_low):
+def softmax_rows(call):
+    softmax_of_rows(*arguments(call))
+
+
+@device
+def softmax_of_rows(is_across, job, rows, logits, same, probs, scale, scale_low):
     numbers = scale, scale_low
     walk(is_across, job, rows, logits, same, probs, sum_exponentials, total, probabilities, numbers, scale)
 
@@ -69,7 +75,8 @@ def scaled(col, left, here, arguments):
 
 
 @kernel
-def softmax_backward_rows(is_across, job, rows, probs, dprobs, dlogits, scale):
+def softmax_backward_rows(call):
+    is_across, job, rows, probs, dprobs, dlogits, scale = arguments(call)
     walk(is_across, job, rows, probs, dprobs, dlogits, sum_products, dot, gradient, (scale,), scale)
 
 

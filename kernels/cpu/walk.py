@@ -24,8 +24,6 @@ from numba.extending import intrinsic, overload
 from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line
 from gpusoftmax.kernels.cpu.job import (
-    FINISHED,
-    FOREVER,
     LINE,
     MEASURED,
     MEASURING,
@@ -34,7 +32,6 @@ from gpusoftmax.kernels.cpu.job import (
     TICKETS,
     WRITING,
     atomic_add,
-    atomic_store,
     draw_item,
     draw_part,
     wait_until_at_least,
@@ -176,13 +173,9 @@ def along_rows(job, rows, first, second, target, measure, fold, write, numbers, 
     """Rows one by one, from several threads, or the parts of one row after the other."""
     n_chunks = count_of_chunks(rows.n_cols)
     counters = pointer_to(job.counters, job.counters)
-    atomic_store(pointer_to(job.bell, job.epoch), 0, job.epoch)
     ticket = atomic_add(counters, TICKETS, 1)
     split = job.parts > 1
-    n_items = 2 * job.parts * rows.n_rows if split else (rows.n_rows + job.rows_per_item - 1) // job.rows_per_item
-    if ticket >= job.n_threads:  # even the caller, if others were that quick
-        wait_until_at_least(counters, FINISHED, n_items, FOREVER)
-        return
+    n_items = (rows.n_rows + job.rows_per_item - 1) // job.rows_per_item
     folded = -1
     share, row, step = 0, 0, 0
     while True:
@@ -199,7 +192,7 @@ def along_rows(job, rows, first, second, target, measure, fold, write, numbers, 
             first_chunk, last_chunk = n_chunks * part // job.parts, n_chunks * (part + 1) // job.parts
             first_row, last_row = row, row + 1
             if step == WRITING:
-                wait_until_at_least(counters, word + MEASURED, job.parts, FOREVER)
+                wait_until_at_least(counters, word + MEASURED, job.parts)
         else:
             item, share = draw_item(counters, n_items, job.n_threads, ticket, share)
             if share == job.n_threads:
@@ -221,8 +214,6 @@ def along_rows(job, rows, first, second, target, measure, fold, write, numbers, 
                         to[col * target.col_stride] = here.target.pointer[col]
         if split and step == MEASURING:
             atomic_add(counters, word + MEASURED, 1)
-        atomic_add(counters, FINISHED, 1)
-    wait_until_at_least(counters, FINISHED, n_items, FOREVER)
 
 
 # ---------------------------------------------------------------- across rows
@@ -300,11 +291,7 @@ def across_rows(job, rows, first, second, target, measure, fold, write, numbers,
     n_blocks = rows.n_rows // n_neighbours * per_outer
     n_items = (n_blocks + job.rows_per_item - 1) // job.rows_per_item
     counters = pointer_to(job.counters, job.counters)
-    atomic_store(pointer_to(job.bell, job.epoch), 0, job.epoch)
     ticket = atomic_add(counters, TICKETS, 1)
-    if ticket >= job.n_threads:  # even the caller, if others were that quick
-        wait_until_at_least(counters, FINISHED, n_items, FOREVER)
-        return
     slot = job.workspace + ticket * job.slot_bytes
     copy = slot + job.stage
     item, share = draw_item(counters, n_items, job.n_threads, ticket, 0)
@@ -337,9 +324,7 @@ def across_rows(job, rows, first, second, target, measure, fold, write, numbers,
             write(here, 0, n_chunks, fold(here, numbers), numbers)
             if job.has_target:
                 copy_out(target, row, n_rows, rows, copy, like)
-        atomic_add(counters, FINISHED, 1)
         item, share = draw_item(counters, n_items, job.n_threads, ticket, share)
-    wait_until_at_least(counters, FINISHED, n_items, FOREVER)
 
 
 def walk(is_across, job, rows, first, second, target, measure, fold, write, numbers, like):

@@ -1,0 +1,143 @@
+"""A call of a kernel in memory, so that one address is all a thread needs to take part in it.
+
+    words     8 bytes each: the fields of the Job, then those of every argument, in order
+    counters  from a cache line on, what the threads share, see job.py
+
+A kernel is compiled for a `CallType`, which says what the words mean; to a thread it is a C function of the address.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import NativeValue, intrinsic, models, register_model, unbox
+
+from gpusoftmax.kernels.cpu.job import Job, n_counters
+
+COUNTERS_AT = 64
+"""Words. The longest list of arguments, that of the loss, takes 45."""
+WORKSPACE = Job._fields.index("workspace")
+_WORD = ir.IntType(64)
+_NUMBERS = {np.float32: types.float32, np.float64: types.float64}
+_TAGS = {np.int16: types.int16, np.uint16: types.uint16, **_NUMBERS}
+"""A NumPy scalar inside a tuple is a tag: its type is all it says, and no word holds it."""
+
+
+class CallType(types.Type):
+    """The address of a call whose rows lie along or across vectors, with arguments of these types behind the Job."""
+
+    def __init__(self, is_across: bool, arguments: tuple[types.Type, ...]):
+        self.is_across = is_across
+        self.arguments = arguments
+        super().__init__(name=f"Call({'across' if is_across else 'along'}, {', '.join(map(str, arguments))})")
+
+
+@register_model(CallType)
+class _CallModel(models.PrimitiveModel):
+    def __init__(self, manager, type):
+        super().__init__(manager, type, _WORD)
+
+
+@unbox(CallType)
+def _unbox_call(type, object, context):
+    return NativeValue(context.pyapi.long_as_longlong(object))
+
+
+# ---------------------------------------------------------------- in Python
+
+
+def type_of(is_across: bool, arguments: Sequence) -> CallType:
+    return CallType(is_across, tuple(_type_of(argument) for argument in arguments))
+
+
+def _type_of(argument) -> types.Type:
+    if argument is None:
+        return types.none
+    if isinstance(argument, tuple):
+        fields = [_TAGS.get(type(field), types.int64) for field in argument]
+        if len(set(fields)) == 1:
+            return types.NamedUniTuple(types.int64, len(fields), type(argument))
+        return types.NamedTuple(fields, type(argument))
+    return _NUMBERS.get(type(argument), types.int64)
+
+
+def pack(job: Job, arguments: Sequence, n_threads: int, n_split: int) -> np.ndarray:
+    """The call, ready to be copied as often as it is made."""
+    words = [word for argument in (job, *arguments) for word in _words(argument)]
+    assert len(words) <= COUNTERS_AT, "the arguments reach into the counters"
+    block = np.zeros(COUNTERS_AT + n_counters(n_threads, n_split), np.int64)
+    block[: len(words)] = words
+    return block
+
+
+def first_word(arguments: Sequence, position: int) -> int:
+    """Which word the argument at a position begins with."""
+    return len(Job._fields) + sum(len(_words(argument)) for argument in arguments[:position])
+
+
+def _words(argument) -> list[int]:
+    if argument is None:
+        return []
+    if isinstance(argument, tuple):
+        return [int(field) for field in argument if not isinstance(field, np.generic)]
+    if isinstance(argument, np.floating):
+        return [int(argument.view(f"i{argument.itemsize}"))]
+    return [int(argument)]
+
+
+def compiled(kernel: Callable, call: CallType) -> int:
+    """The address of the kernel's C function for calls of this type."""
+    kernel.compile((call,))
+    result = kernel.overloads[call,]
+    return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+
+
+# ---------------------------------------------------------------- in kernels
+
+_JOB = types.NamedUniTuple(types.int64, len(Job._fields), Job)
+
+
+@intrinsic
+def arguments(typingctx, call):
+    """(is_across, job, *arguments) of a call. is_across: 1, or None for calls along rows; a constant by its type."""
+    parts = (types.intp if call.is_across else types.none, _JOB, *call.arguments)
+
+    def codegen(context, builder, signature, args):
+        first = builder.inttoptr(args[0], _WORD.as_pointer())
+        n_read = 0
+
+        def word(type):
+            nonlocal n_read
+            address = builder.gep(first, [ir.Constant(_WORD, n_read)])
+            n_read += 1
+            value = context.get_value_type(type)
+            return builder.load(builder.bitcast(address, value.as_pointer()), align=8)
+
+        def argument(type):
+            if isinstance(type, types.NoneType):
+                return context.get_dummy_value()
+            if isinstance(type, types.BaseTuple):
+                fields = [word(field) if field is types.int64 else context.get_constant(field, 0) for field in type]
+                return context.make_tuple(builder, type, fields)
+            return word(type)
+
+        is_across = context.get_constant(types.intp, 1) if call.is_across else context.get_dummy_value()
+        values = [is_across, *(argument(type) for type in parts[1:])]
+        counters = builder.add(args[0], ir.Constant(_WORD, 8 * COUNTERS_AT))
+        values[1] = builder.insert_value(values[1], counters, Job._fields.index("counters"))
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.Tuple(parts)(call), codegen
+
+
+@intrinsic
+def run_entry(typingctx, entry, call):
+    """Calls the C function at the address `entry` with the address of a call."""
+
+    def codegen(context, builder, signature, args):
+        function = ir.FunctionType(ir.VoidType(), [_WORD])
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

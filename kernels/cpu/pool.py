@@ -1,0 +1,151 @@
+"""Threads that wait for calls and help with them, without a look at Python: they never need its lock.
+
+    BELL      how many calls have been shared
+    SEATS     how many threads may still join the one that is going on; who takes a seat
+    LEFT      says so when it leaves
+    ENTRY     the kernel's C function, and the address of the call
+    BUSY      1: a call is going on. Others run on their own thread alone
+    SLEEPING  how many threads wait for the bell asleep
+
+The caller takes the seats that are left away when there is no more to do, and waits for those who had taken one: after
+that nobody looks at the call any more. A thread that gets no core takes no seat, so nobody waits for it.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import run_entry
+from gpusoftmax.kernels.cpu.job import (
+    LINE,
+    LOOKS,
+    atomic_add,
+    atomic_exchange,
+    atomic_load,
+    atomic_replace,
+    atomic_store,
+    call_c,
+    pause,
+    wait_until_at_least,
+)
+from gpusoftmax.kernels.cpu.vector import address_of, pointer_to
+
+BELL, SEATS, LEFT, ENTRY, BUSY, SLEEPING, _MUTEX, _CONDITION, _END = (k * 2 * LINE for k in range(9))
+CALL = ENTRY + 1
+CLOSED = -(2**62)  # on the bell, or a little more: those who share ring it all the same
+# A pthread_mutex_t and a pthread_cond_t have 128 bytes each, more than they take on any system.
+
+
+def new_pool() -> np.ndarray:
+    """The memory of a pool, which has to outlive its threads."""
+    pool = np.zeros(_END, np.int64)
+    prepare(pool.ctypes.data)
+    return pool
+
+
+def _of_threads(name: str, *fields: int):
+    """An intrinsic that calls a function of the C library with fields of the pool; field None: a null pointer."""
+
+    @intrinsic
+    def call(typingctx, words):
+        def codegen(context, builder, signature, args):
+            byte = ir.IntType(8).as_pointer()
+            places = [
+                ir.Constant(byte, None)
+                if field is None
+                else builder.bitcast(builder.gep(args[0], [ir.Constant(ir.IntType(64), field)]), byte)
+                for field in fields
+            ]
+            call_c(builder, f"pthread_{name}", *places)
+            return context.get_dummy_value()
+
+        return types.void(words), codegen
+
+    return call
+
+
+_init_mutex = _of_threads("mutex_init", _MUTEX, None)
+_init_condition = _of_threads("cond_init", _CONDITION, None)
+_lock = _of_threads("mutex_lock", _MUTEX)
+_unlock = _of_threads("mutex_unlock", _MUTEX)
+_sleep = _of_threads("cond_wait", _CONDITION, _MUTEX)
+_wake_one = _of_threads("cond_signal", _CONDITION)
+
+
+@kernel
+def prepare(pool):
+    words = pointer_to(pool, pool)
+    _init_mutex(words)
+    _init_condition(words)
+
+
+@device
+def _wait_for_bell(words, heard):
+    """The number on the bell as soon as it is another one than was heard. Looks for a while before it sleeps."""
+    for _ in range(LOOKS):
+        if atomic_load(words, BELL) != heard:
+            return
+        pause()
+    _lock(words)
+    # Adding 0 reads in the one order of all atomic operations: either this thread sees the bell, or who rang it sees
+    # that somebody sleeps.
+    atomic_add(words, SLEEPING, 1)
+    while atomic_add(words, BELL, 0) == heard:
+        _sleep(words)
+    atomic_add(words, SLEEPING, -1)
+    _unlock(words)
+
+
+@kernel
+def serve(pool):
+    """What a thread does that helps. It returns when the pool is closed."""
+    words = pointer_to(pool, pool)
+    heard = 0
+    while heard >= 0:
+        _wait_for_bell(words, heard)
+        heard = atomic_load(words, BELL)
+        seats = atomic_load(words, SEATS)
+        while seats > 0:
+            if atomic_replace(words, SEATS, seats, seats - 1):
+                run_entry(atomic_load(words, ENTRY), atomic_load(words, CALL))
+                atomic_add(words, LEFT, 1)
+                break
+            seats = atomic_load(words, SEATS)
+
+
+@kernel
+def close(pool):
+    """Sends the threads home for good: code and memory go when the interpreter ends. Calls are no longer shared."""
+    words = pointer_to(pool, pool)
+    atomic_store(words, BELL, CLOSED)
+    _lock(words)
+    for _ in range(atomic_load(words, SLEEPING)):
+        _wake_one(words)
+    _unlock(words)
+
+
+@kernel
+def share(pool, entry, block, n_helpers):
+    """Runs a call on this thread and, unless they are at work on another one, on n_helpers more."""
+    words = pointer_to(pool, pool)
+    call = address_of(block)
+    if n_helpers == 0 or not atomic_replace(words, BUSY, 0, 1):
+        run_entry(entry, call)
+        return block[0]  # it must outlive the call
+    atomic_store(words, ENTRY, entry)
+    atomic_store(words, CALL, call)
+    atomic_store(words, LEFT, 0)
+    atomic_store(words, SEATS, n_helpers)
+    atomic_add(words, BELL, 1)
+    if atomic_add(words, SLEEPING, 0) > 0:
+        _lock(words)
+        for _ in range(n_helpers):
+            _wake_one(words)
+        _unlock(words)
+    run_entry(entry, call)
+    taken = n_helpers - atomic_exchange(words, SEATS, 0)
+    wait_until_at_least(words, LEFT, taken)
+    atomic_store(words, BUSY, 0)
+    return block[0]
