@@ -86,10 +86,10 @@ def _words(argument) -> list[int]:
     return [int(argument)]
 
 
-def compiled(kernel: Callable, call: CallType) -> int:
-    """The address of the kernel's C function for calls of this type."""
-    kernel.compile((call,))
-    result = kernel.overloads[call,]
+def c_function(kernel: Callable, argument: types.Type) -> int:
+    """The address of the C function that a kernel is compiled to, for an argument of this type."""
+    kernel.compile((argument,))
+    result = kernel.overloads[argument,]
     return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
 
 

@@ -180,6 +180,7 @@ def write_chunk(value, arguments, here, first, count):
             stream_cols(here.target, col, value(col, None, here, arguments))
     else:
         for col in range(first, first + full, cols):
+            prefetch_to_write(here.target, col + CHUNK_COLS, here.zeros)
             store_cols(here.target, col, None, value(col, None, here, arguments))
     if full < count:
         left = count - full

@@ -84,6 +84,7 @@ def cross_entropy(
         number_of(1.0 - label_smoothing),
         number_of(label_smoothing / rows.n_cols),
         number_of(grad_scale),
+        keeps_exponentials=with_grad,
     )
 
 

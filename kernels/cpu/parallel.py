@@ -8,6 +8,7 @@ back-to-back calls find it awake.
 
 import atexit
 import os
+import sys
 import threading
 
 import numba
@@ -29,6 +30,7 @@ class _Threads:
     def __init__(self):
         self.pool = pool.new_pool()
         self.address = self.pool.ctypes.data
+        self.has_looked_for_openmp = _has_forked
         self.started: list[threading.Thread] = []
         self.starting = threading.Lock()
 
@@ -45,12 +47,13 @@ class _Threads:
 
 
 _threads: _Threads | None = None
+_has_forked = False
 
 
 def _after_fork() -> None:
     """The child has the memory of the pool but none of its threads."""
-    global _threads
-    _threads = None
+    global _threads, _has_forked
+    _threads, _has_forked = None, True
 
 
 def _at_exit() -> None:
@@ -70,6 +73,10 @@ def start(entry: int, block: np.ndarray, n_threads: int) -> None:
     threads = _threads
     if threads is None:
         threads = _threads = _Threads()
-    if n_threads - 1 > len(threads.started):
-        threads.at_least(n_threads - 1)
+    if n_threads > 1:
+        if not threads.has_looked_for_openmp and "torch" in sys.modules:
+            threads.has_looked_for_openmp = True
+            pool.use_openmp(threads.pool)
+        if n_threads - 1 > len(threads.started):
+            threads.at_least(n_threads - 1)
     pool.share(threads.address, entry, block, n_threads - 1)

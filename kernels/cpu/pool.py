@@ -16,8 +16,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gpusoftmax.kernels.cpu import openmp
 from gpusoftmax.kernels.cpu.cache import device, kernel
-from gpusoftmax.kernels.cpu.call import run_entry
+from gpusoftmax.kernels.cpu.call import c_function, run_entry
 from gpusoftmax.kernels.cpu.job import (
     LINE,
     LOOKS,
@@ -34,6 +35,12 @@ from gpusoftmax.kernels.cpu.vector import address_of, pointer_to
 
 BELL, SEATS, LEFT, ENTRY, BUSY, SLEEPING, _MUTEX, _CONDITION, _END = (k * 2 * LINE for k in range(9))
 CALL = ENTRY + 1
+# Addresses of functions, see openmp.py; TAKE_PART as a C function. 0: there are none.
+OPENMP, TEAM_SIZE, TAKE_PART = ENTRY + 2, ENTRY + 3, ENTRY + 4
+NO_MORE_WORK = LEFT + 1  # when the first thread of OpenMP found nothing more to do
+NOT_BEFORE = BUSY + 1  # no call is shared with OpenMP before that time,
+TOO_LATE = 1_000_000  # after one that waited so many ns for a thread: it got no core, for no item takes a tenth of it.
+PATIENCE = 10  # Waiting takes an eleventh of the time at most.
 CLOSED = -(2**62)  # on the bell, or a little more: those who share ring it all the same
 # A pthread_mutex_t and a pthread_cond_t have 128 bytes each, more than they take on any system.
 
@@ -43,6 +50,12 @@ def new_pool() -> np.ndarray:
     pool = np.zeros(_END, np.int64)
     prepare(pool.ctypes.data)
     return pool
+
+
+def use_openmp(pool: np.ndarray) -> None:
+    """Shares calls with the threads of an OpenMP library from now on, if there is one."""
+    pool[TAKE_PART] = c_function(take_part, types.int64)
+    pool[OPENMP], pool[TEAM_SIZE] = openmp.functions()
 
 
 def _of_threads(name: str, *fields: int):
@@ -127,15 +140,25 @@ def close(pool):
 
 
 @kernel
-def share(pool, entry, block, n_helpers):
-    """Runs a call on this thread and, unless they are at work on another one, on n_helpers more."""
+def take_part(pool):
+    """What a thread of OpenMP does."""
     words = pointer_to(pool, pool)
-    call = address_of(block)
-    if n_helpers == 0 or not atomic_replace(words, BUSY, 0, 1):
-        run_entry(entry, call)
-        return block[0]  # it must outlive the call
-    atomic_store(words, ENTRY, entry)
-    atomic_store(words, CALL, call)
+    run_entry(atomic_load(words, ENTRY), atomic_load(words, CALL))
+    atomic_replace(words, NO_MORE_WORK, 0, openmp.now())
+
+
+@device
+def _share_with_openmp(words, pool, n_threads):
+    atomic_store(words, NO_MORE_WORK, 0)
+    openmp.parallel(words[OPENMP], words[TAKE_PART], pool, n_threads)
+    now = openmp.now()
+    waited = now - words[NO_MORE_WORK]
+    if waited > TOO_LATE:
+        words[NOT_BEFORE] = now + PATIENCE * waited
+
+
+@device
+def _share_with_own(words, entry, call, n_helpers):
     atomic_store(words, LEFT, 0)
     atomic_store(words, SEATS, n_helpers)
     atomic_add(words, BELL, 1)
@@ -147,5 +170,22 @@ def share(pool, entry, block, n_helpers):
     run_entry(entry, call)
     taken = n_helpers - atomic_exchange(words, SEATS, 0)
     wait_until_at_least(words, LEFT, taken)
-    atomic_store(words, BUSY, 0)
-    return block[0]
+
+
+@kernel
+def share(pool, entry, block, n_helpers):
+    """Runs a call on this thread and, unless they are at work on another one, on n_helpers more."""
+    words = pointer_to(pool, pool)
+    call = address_of(block)
+    if n_helpers > 0 and atomic_replace(words, BUSY, 0, 1):
+        atomic_store(words, ENTRY, entry)
+        atomic_store(words, CALL, call)
+        with_openmp = words[OPENMP] != 0 and openmp.now() >= words[NOT_BEFORE]
+        if with_openmp and openmp.team_size(words[TEAM_SIZE]) == n_helpers + 1:
+            _share_with_openmp(words, pool, n_helpers + 1)
+        else:
+            _share_with_own(words, entry, call, n_helpers)
+        atomic_store(words, BUSY, 0)
+    else:
+        run_entry(entry, call)
+    return block[0]  # it must outlive the call

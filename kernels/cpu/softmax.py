@@ -8,17 +8,17 @@ Softmax reads a row once: the exponentials stay where the probabilities go, and 
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import chunk_sum_of_exponentials, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_sum_of_exponentials, sum_chunk, write_chunk
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, save, sum_of_saved
-from gpusoftmax.kernels.cpu.vector import add, fma, inverse_pair, load_cols, mul, sub
+from gpusoftmax.kernels.cpu.vector import add, fma, inverse_pair, load_cols, mul, prefetch_to_read, sub
 from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
 
 def softmax(rows: Rows, logits: Operand, probs: Operand, temperature: float, place: Place) -> None:
     scale = scale_of(1.0, temperature, compute_dtype(logits.dtype, probs.dtype))
-    run(softmax_rows, rows, logits, None, probs, *unless_one(scale))
+    run(softmax_rows, rows, logits, None, probs, *unless_one(scale), keeps_exponentials=True)
 
 
 def softmax_backward(
@@ -91,6 +91,8 @@ def sum_products(here, first, last, numbers):
 
 @device
 def product(col, left, ties, here):
+    prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
+    prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
     p = load_cols(here.first, col, left, here.zeros)
     return mul(p, load_cols(here.second, col, left, here.zeros)), ties
 
