@@ -12,6 +12,9 @@ import gpusoftmax
 from gpusoftmax import _replay_cpu
 from gpusoftmax.kernels.cpu import parallel
 from gpusoftmax.kernels.cpu import run as run_module
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
+from gpusoftmax.kernels.cpu.job import Job
+from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
 from tests import inputs
 from tests.conftest import Emulated
 from tests.emulator import emulated_gpu
@@ -233,7 +236,9 @@ def threads(monkeypatch):
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("n_threads", [2, 3, 7])
 @pytest.mark.parametrize(
-    "shape", [(37, 2049), (2, 9000), (200, 33)], ids=["whole rows", "parts of rows", "across rows"]
+    "shape",
+    [(37, 2049), (2, 9000), (200, 17), (300, 70)],
+    ids=["whole rows", "parts of rows", "across rows", "in blocks"],
 )
 def test_shared_by_threads(threads, name, n_threads, shape):
     """However many there are, and whichever of them draws an item."""
@@ -246,30 +251,32 @@ def test_shared_by_threads(threads, name, n_threads, shape):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("n_cols", [1, 5, 64, 100, 2048, 4500])
-def test_along_and_across_rows(monkeypatch, name, n_cols):
-    """The two ways to walk rows sum in the same order."""
+def test_ways_to_walk_rows(monkeypatch, name, n_cols):
+    """Along rows, across them and in blocks sum in the same order."""
     arrays = make(70, n_cols, "float32")
+    ways = [ALONG, ACROSS, IN_BLOCKS] if n_cols <= CHUNK_COLS else [ALONG, ACROSS]
     results = []
-    for across in (False, True):
-        monkeypatch.setattr(run_module, "_is_across", lambda *_, across=across: across)
+    for way in ways:
+        monkeypatch.setattr(run_module, "_way", lambda *_, way=way: way)
         _replay_cpu._recipes.clear()
         results.append(bits(run_on_cpu(name, *arrays)))
     _replay_cpu._recipes.clear()
-    assert results[0] == results[1]
+    assert all(result == results[0] for result in results)
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "cross_entropy", "softmax_backward"])
-def test_results_written_past_the_caches(monkeypatch, name):
-    arrays = make(20, 4096, "float32")
+@pytest.mark.parametrize("n_cols", [128, 4096])
+def test_results_written_past_the_caches(monkeypatch, name, n_cols):
+    arrays = make(20, n_cols, "float32")
     expected = bits(run_on_cpu(name, *arrays))
     monkeypatch.setattr(run_module, "STREAM_BYTES", 0)
-    streamed = []
-    laid_out = run_module.plan
-    monkeypatch.setattr(run_module, "plan", lambda *a: streamed.append(laid_out(*a)) or streamed[-1])
+    monkeypatch.setattr(run_module, "STREAM_BYTES_WITH_EXPONENTIALS", 0)
+    laid_out, plan = [], run_module.plan
+    monkeypatch.setattr(run_module, "plan", lambda *a: laid_out.append(plan(*a)) or laid_out[-1])
     _replay_cpu._recipes.clear()
     assert bits(run_on_cpu(name, *arrays)) == expected
     _replay_cpu._recipes.clear()
-    assert streamed[0].layout[7] == 1
+    assert laid_out[0].block[Job._fields.index("streamed")] == 1
 
 
 def on_gpu(name, arrays, arch="sm_90", **options):

@@ -186,7 +186,8 @@ def test_a_file_larger_than_the_address_space_of_the_process():
     code = (
         "import resource, sys, numpy as np, gpusoftmax\n"
         "from gpusoftmax import cli\n"
-        "gpusoftmax.softmax(np.zeros((2, 2**16), 'f2'))\n"  # compiles, and starts the threads, for which libc reserves much
+        # Compiles, and starts the threads, for which the C library reserves a lot of addresses.
+        "gpusoftmax.softmax(np.zeros((2, 2**16), 'f2'))\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + 2**27\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"

@@ -281,7 +281,8 @@ def test_threads_that_sleep_are_woken():
         assert np.array_equal(gpusoftmax.softmax(x), expected)
         memory = parallel._threads.pool
         time.sleep(0.5)
-        assert memory[pool.SLEEPING] == len(parallel._threads.started) == 3 and memory[pool.BUSY] == memory[pool.SEATS] == 0
+        assert memory[pool.SLEEPING] == len(parallel._threads.started) == 3
+        assert memory[pool.BUSY] == memory[pool.SEATS] == 0
         print("done")
     """
     assert run(program) == "done\n"

@@ -25,12 +25,12 @@ _TAGS = {np.int16: types.int16, np.uint16: types.uint16, **_NUMBERS}
 
 
 class CallType(types.Type):
-    """The address of a call whose rows lie along or across vectors, with arguments of these types behind the Job."""
+    """The address of a call that walks over rows in a way, with arguments of these types behind the Job."""
 
-    def __init__(self, is_across: bool, arguments: tuple[types.Type, ...]):
-        self.is_across = is_across
+    def __init__(self, way: types.Type, arguments: tuple[types.Type, ...]):
+        self.way = way
         self.arguments = arguments
-        super().__init__(name=f"Call({'across' if is_across else 'along'}, {', '.join(map(str, arguments))})")
+        super().__init__(name=f"Call({way}, {', '.join(map(str, arguments))})")
 
 
 @register_model(CallType)
@@ -47,8 +47,8 @@ def _unbox_call(type, object, context):
 # ---------------------------------------------------------------- in Python
 
 
-def type_of(is_across: bool, arguments: Sequence) -> CallType:
-    return CallType(is_across, tuple(_type_of(argument) for argument in arguments))
+def type_of(way: types.Type, arguments: Sequence) -> CallType:
+    return CallType(way, tuple(_type_of(argument) for argument in arguments))
 
 
 def _type_of(argument) -> types.Type:
@@ -93,6 +93,18 @@ def c_function(kernel: Callable, argument: types.Type) -> int:
     return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
 
 
+_compiled: dict[tuple, int] = {}
+
+
+def entry(kernel: Callable, way: types.Type, arguments: Sequence) -> int:
+    """c_function of a kernel for a call with these arguments, looked up by us: making Numba's types takes 200 us."""
+    key = kernel, way, *(type(getattr(argument, "tag", argument)) for argument in arguments)
+    found = _compiled.get(key)
+    if found is None:
+        found = _compiled[key] = c_function(kernel, type_of(way, arguments))
+    return found
+
+
 # ---------------------------------------------------------------- in kernels
 
 _JOB = types.NamedUniTuple(types.int64, len(Job._fields), Job)
@@ -100,8 +112,8 @@ _JOB = types.NamedUniTuple(types.int64, len(Job._fields), Job)
 
 @intrinsic
 def arguments(typingctx, call):
-    """(is_across, job, *arguments) of a call. is_across: 1, or None for calls along rows; a constant by its type."""
-    parts = (types.intp if call.is_across else types.none, _JOB, *call.arguments)
+    """(way, job, *arguments) of a call."""
+    parts = (call.way, _JOB, *call.arguments)
 
     def codegen(context, builder, signature, args):
         first = builder.inttoptr(args[0], _WORD.as_pointer())
@@ -122,8 +134,7 @@ def arguments(typingctx, call):
                 return context.make_tuple(builder, type, fields)
             return word(type)
 
-        is_across = context.get_constant(types.intp, 1) if call.is_across else context.get_dummy_value()
-        values = [is_across, *(argument(type) for type in parts[1:])]
+        values = [context.get_dummy_value(), *(argument(type) for type in parts[1:])]
         counters = builder.add(args[0], ir.Constant(_WORD, 8 * COUNTERS_AT))
         values[1] = builder.insert_value(values[1], counters, Job._fields.index("counters"))
         return context.make_tuple(builder, signature.return_type, values)

@@ -17,6 +17,7 @@ from gpusoftmax.kernels.cpu.vector import (
     add,
     all_equal,
     anchor,
+    coarse_exp_from,
     cols_of,
     compensated_add,
     exp_from,
@@ -71,7 +72,15 @@ def chunk_max(here, first, count):
 
 
 @device
-def sum_stripe(term, arguments, first, count, phase, zero):
+def accumulate(total, error, part, is_coarse):
+    """total - error with one more part: its rounding errors are carried along unless the sum is coarse."""
+    if is_coarse:
+        return add(total, part), error
+    return compensated_add(total, error, part)
+
+
+@device
+def sum_stripe(term, arguments, first, count, phase, zero, is_coarse):
     """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), and their ties."""
     stripe = stripe_of(zero)
     strip = STRIP * stripe
@@ -82,20 +91,26 @@ def sum_stripe(term, arguments, first, count, phase, zero):
         for another in range(k, k + strip, stripe):
             value, ties = term(first + another, None, ties, arguments)
             part = add(part, value)
-        total, error = compensated_add(total, error, part)
+        total, error = accumulate(total, error, part, is_coarse)
     for k in range(full, count, stripe):
         value = zero
         if k + phase < count:
             value, ties = term(first + k + phase, count - k - phase, ties, arguments)
-        total, error = compensated_add(total, error, value)
+        total, error = accumulate(total, error, value, is_coarse)
     return total, error, ties
 
 
 @device
-def sum_chunk(term, arguments, first, count, zero, partials):
-    """(sum, low, ties) over the columns of a chunk. term(col, left, ties, arguments) -> vector, ties."""
+def sum_chunk(term, arguments, first, count, zero, partials, is_coarse=False):
+    """(sum, low, ties) over the columns of a chunk. term(col, left, ties, arguments) -> vector, ties.
+
+    is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
+    """
+    if partials is None and count <= stripe_of(zero):  # one term each, nothing to round
+        total, ties = term(first, count, zero, arguments)
+        return sum_per_row(total), sum_per_row(zero), sum_per_row(ties)
     if partials is None:
-        total, error, ties = sum_stripe(term, arguments, first, count, 0, zero)
+        total, error, ties = sum_stripe(term, arguments, first, count, 0, zero, is_coarse)
         return sum_per_row(total), sum_per_row(negative(error)), sum_per_row(ties)
     lanes = lanes_of(zero)
     stripe = stripe_of(zero)
@@ -105,7 +120,7 @@ def sum_chunk(term, arguments, first, count, zero, partials):
         if count <= stripe:  # one term each, nothing to round
             total, ties = term(first + phase, 1, ties, arguments)
         else:
-            total, error, more = sum_stripe(term, arguments, first, count, phase, zero)
+            total, error, more = sum_stripe(term, arguments, first, count, phase, zero, is_coarse)
             ties = add(ties, more)
             store(partials, (stripe + phase) * lanes, error)
         store(partials, phase * lanes, total)
@@ -142,13 +157,27 @@ def exponential(col, left, ties, arguments):
 
 
 @device
-def chunk_sum_of_exponentials(here, first, count, scale, scale_low):
-    """(max, sum, low) of a chunk; the sum is relative to its own anchor."""
-    largest = chunk_max(here, first, count)
+def coarse_exponential(col, left, ties, arguments):
+    """`exponential` for results of sixteen bits."""
+    here, shift, exponent, low, scale, scale_low = arguments
+    prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
+    x = load_cols(here.first, col, left, here.nothing)
+    e = coarse_exp_from(x, shift, exponent, low, scale, scale_low)
+    store_cols(here.home, col, left, e)
+    return e, ties
+
+
+@device
+def chunk_sum_of_exponentials(here, largest, first, count, scale, scale_low, is_coarse):
+    """(sum, low) of a chunk, relative to its own anchor."""
     shift, exponent = anchor(largest, scale)
-    arguments = here, here.home, None, shift, exponent, floor(exponent), scale, scale_low
-    total, low, _ = sum_chunk(exponential, arguments, first, count, here.zeros, here.partials)
-    return largest, total, low
+    if is_coarse:
+        arguments = here, shift, exponent, floor(exponent), scale, scale_low
+        total, low, _ = sum_chunk(coarse_exponential, arguments, first, count, here.zeros, here.partials, True)
+    else:
+        numbers = here, here.home, None, shift, exponent, floor(exponent), scale, scale_low
+        total, low, _ = sum_chunk(exponential, numbers, first, count, here.zeros, here.partials)
+    return total, low
 
 
 @device

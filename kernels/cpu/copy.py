@@ -3,9 +3,10 @@
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import write_chunk
+from gpusoftmax.kernels.cpu.rows import chunk_range, nothing_first
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.vector import load_cols
-from gpusoftmax.kernels.cpu.walk import chunk_range, walk
+from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import STORAGE, Operand, Place, Rows, compute_dtype
 
 
@@ -16,13 +17,8 @@ def copy(rows: Rows, source: Operand, target: Operand, place: Place) -> None:
 
 @kernel
 def copy_rows(call):
-    is_across, job, rows, source, same, target, like = arguments(call)
-    walk(is_across, job, rows, source, same, target, nothing_to_measure, nothing_to_fold, write, (), like)
-
-
-@device
-def nothing_to_measure(here, first, last, numbers):
-    pass
+    way, job, rows, source, same, target, like = arguments(call)
+    walk(way, job, rows, source, same, target, nothing_first, nothing_first, nothing_to_fold, write, (), like)
 
 
 @device

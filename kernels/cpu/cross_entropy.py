@@ -19,9 +19,20 @@ from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, chunk_max, chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, SUM, chunk_ratio, fold_state, save, save_state, saved
+from gpusoftmax.kernels.cpu.states import (
+    FIELDS,
+    MAX,
+    OWN,
+    SUM,
+    chunk_ratio,
+    fold_state,
+    save,
+    save_state,
+    saved,
+)
 from gpusoftmax.kernels.cpu.vector import (
     add,
     add_pair,
@@ -44,7 +55,7 @@ from gpusoftmax.kernels.cpu.vector import (
     store,
     sub,
 )
-from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, element, row_offset, walk
+from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Operand, Place, Rows
 
 
@@ -145,27 +156,27 @@ LABEL_LOGIT, LABEL_WEIGHT, ROW_LOSS, ON_LABEL = range(4)
 
 @kernel
 def cross_entropy_rows(call):
-    is_across, job, logits, none, loss = unpacked(call)
-    walk(is_across, job, loss.rows, logits, logits, none, measure, fold, write_nothing, loss, loss.share)
+    way, job, logits, none, loss = unpacked(call)
+    walk(way, job, loss.rows, logits, logits, none, save_maxima, measure, fold, write_nothing, loss, loss.share)
 
 
 @kernel
 def cross_entropy_with_grad_rows(call):
-    is_across, job, logits, dlogits, loss = unpacked(call)
-    walk(is_across, job, loss.rows, logits, logits, dlogits, measure_and_keep, fold, write, loss, loss.share)
+    way, job, logits, dlogits, loss = unpacked(call)
+    walk(way, job, loss.rows, logits, logits, dlogits, save_maxima, measure_and_keep, fold, write, loss, loss.share)
 
 
 @device
 def unpacked(call):
     (
-        is_across, job, rows, logits, same, dlogits, labels, losses, weight, weight_sum, normaliser, ignore_index,
+        way, job, rows, logits, same, dlogits, labels, losses, weight, weight_sum, normaliser, ignore_index,
         confidence, share, grad_scale,
     ) = arguments(call)  # fmt: skip
     one = number(share, 1.0)
     loss = Loss(
         rows, labels, losses, weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale, one
     )  # fmt: skip
-    return is_across, job, logits, dlogits, loss
+    return way, job, logits, dlogits, loss
 
 
 @device
@@ -209,10 +220,10 @@ def measure_chunks(here, home, first, last, loss):
             if col <= label and label < col + count:
                 x = load(here.first.pointer, label * here.first.step + lane, loss.scale)
                 store(here.states, (chunk * FIELDS + LOGIT) * lanes + lane, x)
-        largest = chunk_max(here, col, count)
+        largest = saved(here.states, chunk, MAX, here.zero)
         if loss.share != number(loss.scale, 0.0):
             measure_smoothing(here, chunk, largest, col, count, loss)
-        save_state(here.states, chunk, largest, chunk_state(here, home, largest, col, count, loss.scale, None))
+        save_state(here.states, chunk, chunk_state(here, home, largest, col, count, loss.scale, None))
 
 
 @device
@@ -281,7 +292,6 @@ def fold(here, loss):
     save(here.states, n_chunks, ROW_LOSS, value)
     upstream = div(loss.grad_scale, number_at(loss.normaliser, 0, one))
     on_label = mul(confident, upstream)
-    save(here.states, n_chunks, ON_LABEL, on_label)
     store_losses(here, (of_row + ROW_LOSS) * lanes, loss)
     on_weight = mul(upstream, loss.share)
     inverse = row_inverse(largest, row.sum, row.low)
@@ -331,6 +341,7 @@ def write_nothing(here, first, last, summary, loss):
 def write(here, first, last, gradient, loss):
     lanes = lanes_of(here.zero)
     n_chunks = count_of_chunks(here.n_cols)
+    save(here.states, n_chunks, ON_LABEL, gradient.on_label)
     on_label = (n_chunks * FIELDS + ON_LABEL) * lanes
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)

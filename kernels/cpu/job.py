@@ -40,9 +40,11 @@ class Job(NamedTuple):
     n_threads: int  # how many may join
     rows_per_item: int  # or blocks of neighbouring rows
     parts: int
+    height: int  # rows of a block
     slot_bytes: int  # the states of the chunks come first in a slot; then, at these offsets,
-    partials: int  # what chunks.sum_chunk needs across rows,
-    scratch: int  # exponentials along rows (0: they stay where the result goes),
+    partials: int  # what chunks.sum_chunk needs across rows; in blocks the states of rows,
+    scratch: int  # exponentials along rows (0: they stay where the result goes), of so many bytes for a row,
+    scratch_bytes: int
     stage: int  # and copies, of so many bytes each
     stage_bytes: int
     streamed: int  # 1: write the result past the caches

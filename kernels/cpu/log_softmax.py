@@ -9,11 +9,12 @@ same row state, so log_probs[target] is -loss bit for bit.
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import chunk_max, chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.chunks import chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import LOW, SUM, fold_state, save, save_state, sum_of_saved
+from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, fold_state, save, save_state, saved, sum_of_saved
 from gpusoftmax.kernels.cpu.vector import add, exp, fma, load_cols, log_probability, log_sum, mul, negative
-from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, walk
+from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
 
@@ -35,9 +36,9 @@ def log_softmax_rows(call):
 
 
 @device
-def log_softmax_of_rows(is_across, job, rows, logits, same, log_probs, scale, scale_low):
+def log_softmax_of_rows(way, job, rows, logits, same, log_probs, scale, scale_low):
     numbers = scale, scale_low
-    walk(is_across, job, rows, logits, same, log_probs, measure, fold, write, numbers, scale)
+    walk(way, job, rows, logits, same, log_probs, save_maxima, measure, fold, write, numbers, scale)
 
 
 @device
@@ -45,8 +46,8 @@ def measure(here, first, last, numbers):
     scale, scale_low = numbers
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        largest = chunk_max(here, col, count)
-        save_state(here.states, chunk, largest, chunk_state(here, None, largest, col, count, scale, scale_low))
+        largest = saved(here.states, chunk, MAX, here.zero)
+        save_state(here.states, chunk, chunk_state(here, None, largest, col, count, scale, scale_low))
 
 
 @device
@@ -72,8 +73,8 @@ def log_probabilities(col, left, here, arguments):
 
 @kernel
 def log_softmax_backward_rows(call):
-    is_across, job, rows, log_probs, dlog_probs, dlogits, scale = arguments(call)
-    walk(is_across, job, rows, log_probs, dlog_probs, dlogits, sum_gradient, total, gradient, (scale,), scale)
+    way, job, rows, log_probs, dlog_probs, dlogits, scale = arguments(call)
+    walk(way, job, rows, log_probs, dlog_probs, dlogits, nothing_first, sum_gradient, total, gradient, (scale,), scale)
 
 
 @device

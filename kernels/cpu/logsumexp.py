@@ -2,11 +2,12 @@
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import chunk_max, chunk_state
+from gpusoftmax.kernels.cpu.chunks import chunk_state
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, save_maxima, store_per_row
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import fold_state, save_state
+from gpusoftmax.kernels.cpu.states import MAX, fold_state, save_state, saved
 from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
-from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, store_per_row, walk
+from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
 
@@ -17,9 +18,9 @@ def logsumexp(rows: Rows, logits: Operand, lse: Operand, temperature: float, pla
 
 @kernel
 def logsumexp_rows(call):
-    is_across, job, rows, logits, same, none, lse, scale, scale_low = arguments(call)
+    way, job, rows, logits, same, none, lse, scale, scale_low = arguments(call)
     numbers = rows, lse, scale, scale_low
-    walk(is_across, job, rows, logits, same, none, measure, fold, write, numbers, scale)
+    walk(way, job, rows, logits, same, none, save_maxima, measure, fold, write, numbers, scale)
 
 
 @device
@@ -27,8 +28,8 @@ def measure(here, first, last, numbers):
     _, _, scale, scale_low = numbers
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        largest = chunk_max(here, col, count)
-        save_state(here.states, chunk, largest, chunk_state(here, None, largest, col, count, scale, scale_low))
+        largest = saved(here.states, chunk, MAX, here.zero)
+        save_state(here.states, chunk, chunk_state(here, None, largest, col, count, scale, scale_low))
 
 
 @device

@@ -8,16 +8,24 @@ from typing import NamedTuple
 import numpy as np
 
 from gpusoftmax.kernels.cpu import call, parallel
+from gpusoftmax.kernels.cpu.blocks import RECORD
 from gpusoftmax.kernels.cpu.call import WORKSPACE
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
 from gpusoftmax.kernels.cpu.job import MAX_PARTS, Job
+from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
-from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES
-from gpusoftmax.kernels.cpu.walk import Strided
+from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
+from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
 from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Rows
 
 # Up to here, copying rows into columns costs less than what is lost on vectors that a row does not fill.
+TINY_ROW = 32
+# Where neighbouring rows cannot be read along, more of that is worth it.
 SHORT_ROW = 64
+# Up to here a row's own numbers are worth folding with those of others.
+BLOCK_COLS = 512
+# Of the rows of a block: they stay in the first-level cache.
+BLOCK_BYTES = 16 << 10
 # A few rows do not fill vectors across them either.
 FEW_ROWS = 16
 # A thread that joins costs about as much as this many logits.
@@ -71,7 +79,7 @@ def run(
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
 
-    keeps_exponentials: they need a place, walk.Here.home, from when a row is measured until it is written.
+    keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
     """
     laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials)
     if hasattr(_recorder, "starts"):
@@ -99,43 +107,53 @@ def plan(
 ) -> Start:
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
-    is_across = _is_across(rows, lines)
+    way = _way(rows, lines)
     lanes = VECTOR_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
+    # A result along rows may be written past the caches; exponentials may need another place than the result's.
+    streamed = way is not ACROSS and target is not None and _is_streamed(rows, target, like, keeps_exponentials)
+    keeps = way is not ACROSS and keeps_exponentials and (streamed or target.dtype != like.dtype.name)
+    height = min(lanes, max(1, BLOCK_BYTES // max(1, rows.n_cols * like.itemsize))) if way is IN_BLOCKS else 1
+    is_staged = way is ALONG and any(line.col_stride != 1 for line in lines)
 
     # The memory of a slot, see Job: one record for every chunk, and one for the row.
-    if is_across:
-        partials = (n_chunks + 1) * FIELDS * VECTOR_BYTES
-        stage = partials + 2 * lanes * VECTOR_BYTES
+    size = (n_chunks + 1) * FIELDS * (like.itemsize if way is ALONG else VECTOR_BYTES)
+    places = {}
+
+    def reserve(name, n_bytes):
+        nonlocal size
+        size = _padded(size)
+        places[name] = size if n_bytes else 0
+        size += n_bytes
+
+    scratch_bytes = _padded(rows.n_cols * like.itemsize) if keeps else 0
+    reserve("scratch", height * scratch_bytes)
+    if way is ACROSS:
         side = REGISTER_BYTES // like.itemsize
         stage_bytes = -(-rows.n_cols // side) * side * VECTOR_BYTES
-        size = stage + (2 if second is not None else 1) * stage_bytes
-        scratch = streamed = 0
+        reserve("partials", 2 * lanes * VECTOR_BYTES)
+        reserve("stage", (2 if second is not None else 1) * stage_bytes)
+    elif way is IN_BLOCKS:
+        stage_bytes = 0
+        reserve("partials", height * RECORD * like.itemsize)
+        reserve("stage", FIELDS * VECTOR_BYTES)
     else:
-        partials = 0
-        size = _padded((n_chunks + 1) * FIELDS * like.itemsize)
-        streamed = int(target is not None and _is_streamed(rows, target, like, keeps_exponentials))
-        scratch = 0
-        if keeps_exponentials and (streamed or target.dtype != like.dtype.name):
-            scratch = size
-            size += _padded(rows.n_cols * like.itemsize)
-        stage, stage_bytes = size, 0
-        if any(line.col_stride != 1 for line in lines):
-            stage_bytes = _padded(rows.n_cols * 8)
-            size += 3 * stage_bytes
+        stage_bytes = _padded(rows.n_cols * 8) if is_staged else 0
+        reserve("partials", 0)
+        reserve("stage", 3 * stage_bytes)
     # Slots of different threads share no page, nor do they start at the same place in one.
     slot_bytes = -(-size // PAGE) * PAGE + PAGE + CACHE_LINE
 
     parts = 1
-    if is_across:
+    if way is ACROSS:
         neighbours = rows.n_inner if rows.n_inner >= lanes else rows.n_rows
         n_units = rows.n_rows // neighbours * -(-neighbours // lanes)
         per_item = max(1, LOGITS_PER_ITEM // (lanes * max(rows.n_cols, 1)))
     else:
         n_units = rows.n_rows
-        per_item = max(1, LOGITS_PER_ITEM // max(rows.n_cols, 1))
-        if not stage_bytes and rows.n_rows < 2 * n_threads:
+        per_item = max(1, LOGITS_PER_ITEM // max(rows.n_cols, 1) // height) * height
+        if way is ALONG and not is_staged and rows.n_rows < 2 * n_threads:
             parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
     n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
     if n_threads <= 1:
@@ -148,12 +166,12 @@ def plan(
         n_threads=n_threads,
         rows_per_item=per_item,
         parts=parts,
+        height=height,
         slot_bytes=slot_bytes,
-        partials=partials,
-        scratch=scratch,
-        stage=stage,
+        **places,
+        scratch_bytes=scratch_bytes,
         stage_bytes=stage_bytes,
-        streamed=streamed,
+        streamed=int(streamed),
         has_second=int(second is not None),
         has_target=int(target is not None),
     )
@@ -161,7 +179,7 @@ def plan(
     arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
     arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided)]
     return Start(
-        entry=call.c_function(kernel, call.type_of(is_across, arguments)),
+        entry=call.entry(kernel, way, arguments),
         block=call.pack(job, arguments, n_threads, n_split),
         positions=tuple(call.first_word(arguments, position) for position in arrays),
         addresses=tuple(arguments[position].address for position in arrays),
@@ -176,9 +194,15 @@ def threads_for(n_logits: int) -> int:
     return min(parallel.thread_count(), wanted) if wanted > 1 else wanted
 
 
-def _is_across(rows: Rows, lines: list[Operand]) -> bool:
+def _way(rows: Rows, lines: list[Operand]) -> Way:
     if rows.n_rows < FEW_ROWS:
-        return False
+        return ALONG
+    if TINY_ROW < rows.n_cols <= BLOCK_COLS and all(line.col_stride == 1 for line in lines):
+        return IN_BLOCKS
+    return ACROSS if _is_across(rows, lines) else ALONG
+
+
+def _is_across(rows: Rows, lines: list[Operand]) -> bool:
     if rows.n_cols <= SHORT_ROW:
         return True
     if rows.n_cols > WORKSPACE_BYTES // (2 * VECTOR_BYTES):

@@ -12,10 +12,10 @@ from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
 from gpusoftmax.kernels.cpu.job import LINE, NEXT, Job
 from gpusoftmax.kernels.cpu.log_softmax import log_softmax_of_rows
+from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.softmax import softmax_of_rows
 from gpusoftmax.kernels.cpu.states import FIELDS
-from gpusoftmax.kernels.cpu.vector import address_of, number
-from gpusoftmax.kernels.cpu.walk import Strided
+from gpusoftmax.kernels.cpu.vector import address_of, number, way_along
 from gpusoftmax.kernels.operands import Rows
 
 
@@ -40,11 +40,11 @@ def _run(of_rows, x, out):
         return False
     scratch = np.empty(2 * FIELDS, x.dtype)
     counters = np.zeros(NEXT + LINE, np.int64)
-    job = Job(address_of(counters), address_of(scratch), 1, n_rows, 1, 0, 0, 0, 0, 0, 0, 0, 1)
+    job = Job(address_of(counters), address_of(scratch), 1, n_rows, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1)
     one = x.dtype.type(1)
     rows = Rows(n_rows, n_rows, n_cols)
     lines = Strided(source, 0, n_cols, 1, one), Strided(target, 0, n_cols, 1, one)
-    of_rows(None, job, rows, lines[0], lines[0], lines[1], one, None)
+    of_rows(way_along(), job, rows, lines[0], lines[0], lines[1], one, None)
     scratch[0] = number(one, counters[0])  # they must outlive the last access through their addresses
     return True
 

@@ -9,10 +9,20 @@ Softmax reads a row once: the exponentials stay where the probabilities go, and 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_sum_of_exponentials, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, save, sum_of_saved
-from gpusoftmax.kernels.cpu.vector import add, fma, inverse_pair, load_cols, mul, prefetch_to_read, sub
-from gpusoftmax.kernels.cpu.walk import chunk_range, count_of_chunks, walk
+from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, save, saved, sum_of_saved
+from gpusoftmax.kernels.cpu.vector import (
+    add,
+    fma,
+    inverse_pair,
+    is_half,
+    load_cols,
+    mul,
+    prefetch_to_read,
+    sub,
+)
+from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
 
@@ -34,50 +44,50 @@ def softmax_rows(call):
 
 
 @device
-def softmax_of_rows(is_across, job, rows, logits, same, probs, scale, scale_low):
-    numbers = scale, scale_low
-    walk(is_across, job, rows, logits, same, probs, sum_exponentials, total, probabilities, numbers, scale)
+def softmax_of_rows(way, job, rows, logits, same, probs, scale, scale_low):
+    numbers = scale, scale_low, probs.tag
+    walk(way, job, rows, logits, same, probs, save_maxima, sum_exponentials, total, probabilities, numbers, scale)
 
 
 @device
 def sum_exponentials(here, first, last, numbers):
-    scale, scale_low = numbers
+    scale, scale_low, tag = numbers
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        largest, total, low = chunk_sum_of_exponentials(here, col, count, scale, scale_low)
-        save(here.states, chunk, MAX, largest)
+        largest = saved(here.states, chunk, MAX, here.zero)
+        total, low = chunk_sum_of_exponentials(here, largest, col, count, scale, scale_low, is_half(tag))
         save(here.states, chunk, SUM, total)
         save(here.states, chunk, LOW, low)
 
 
 @device
 def total(here, numbers):
-    scale, scale_low = numbers
+    scale, scale_low, _ = numbers
     row = fold_sum(here.states, count_of_chunks(here.n_cols), here.zero, scale, scale_low)
     return row.shift, row.exponent, *inverse_pair(row.sum, row.low)
 
 
 @device
 def probabilities(here, first, last, summary, numbers):
-    scale, scale_low = numbers
+    scale, scale_low, tag = numbers
     shift, exponent, inverse, inverse_low = summary
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         factor = chunk_ratio(here.states, chunk, shift, exponent, here.zero, scale, scale_low)
-        write_chunk(scaled, (mul(factor, inverse), mul(factor, inverse_low)), here, col, count)
+        write_chunk(scaled, (mul(factor, inverse), mul(factor, inverse_low), tag), here, col, count)
 
 
 @device
 def scaled(col, left, here, arguments):
-    factor, factor_low = arguments
+    factor, factor_low, tag = arguments
     e = load_cols(here.home, col, left, here.zeros)
-    return fma(e, factor, mul(e, factor_low))
+    return mul(e, factor) if is_half(tag) else fma(e, factor, mul(e, factor_low))
 
 
 @kernel
 def softmax_backward_rows(call):
-    is_across, job, rows, probs, dprobs, dlogits, scale = arguments(call)
-    walk(is_across, job, rows, probs, dprobs, dlogits, sum_products, dot, gradient, (scale,), scale)
+    way, job, rows, probs, dprobs, dlogits, scale = arguments(call)
+    walk(way, job, rows, probs, dprobs, dlogits, nothing_first, sum_products, dot, gradient, (scale,), scale)
 
 
 @device

@@ -72,9 +72,8 @@ def _place(context, builder, args, value):
 
 
 @device
-def save_state(states, chunk, largest, sums):
+def save_state(states, chunk, sums):
     total, low, ties = sums
-    save(states, chunk, MAX, largest)
     save(states, chunk, SUM, total)
     save(states, chunk, LOW, low)
     save(states, chunk, TIES, ties)

@@ -39,11 +39,19 @@ class Vector(types.Type):
     def __init__(self, element: types.Float, is_across: bool):
         self.element = element
         self.is_across = is_across
-        super().__init__(name=f"Vector({element}, {'across' if is_across else 'along'})")
+        self.lanes = VECTOR_BYTES * 8 // element.bitwidth
+        super().__init__(name=f"Vector({element} x {self.lanes}, {'across' if is_across else 'along'})")
 
-    @property
-    def lanes(self) -> int:
-        return VECTOR_BYTES * 8 // self.element.bitwidth
+
+class Way(types.Type):
+    """How a kernel walks over rows, see walk.py."""
+
+    def __init__(self, way: str):
+        self.way = way
+        super().__init__(name=f"Way({way})")
+
+
+register_model(Way)(models.OpaqueModel)
 
 
 @register_model(Vector)
@@ -120,6 +128,7 @@ def _constant(of):
     return constant
 
 
+is_half = _constant(lambda tag: tag in (types.int16, types.uint16))
 lanes_of = _constant(lambda like: like.lanes if isinstance(like, Vector) else 1)
 is_across = _constant(lambda like: isinstance(like, Vector) and like.is_across)
 # How many columns one vector covers, and how far apart the columns are that one lane of a vector along a row sums.
@@ -406,6 +415,57 @@ across = _vector_of_equal_lanes(is_across=True)
 
 
 @intrinsic
+def way_along(typingctx):
+    """walk.ALONG."""
+    return Way("along")(), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+def _vectors(summary) -> list[bool]:
+    """Which members of a fold's result, a tuple or not, are vectors."""
+    return [
+        isinstance(part, Vector) for part in (summary.types if isinstance(summary, types.BaseTuple) else (summary,))
+    ]
+
+
+@intrinsic
+def save_lanes(typingctx, pointer, summary):
+    """Writes the vectors of a fold's result to memory, one after the other."""
+
+    def codegen(context, builder, signature, args):
+        is_tuple = isinstance(summary, types.BaseTuple)
+        for k, is_vector in enumerate(_vectors(summary)):
+            if is_vector:
+                value = builder.extract_value(args[1], k) if is_tuple else args[1]
+                place = builder.gep(args[0], [ir.Constant(_INT32, k * value.type.count)])
+                builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=pointer.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(pointer, summary), codegen
+
+
+@intrinsic
+def saved_lane(typingctx, pointer, lane, summary):
+    """The result of a fold as one row has it: a number for every vector that `save_lanes` has written."""
+    are_vectors = _vectors(summary)
+    if isinstance(summary, types.BaseTuple):
+        members = [part.element if isinstance(part, Vector) else part for part in summary.types]
+        result = types.BaseTuple.from_types(members, getattr(summary, "instance_class", None))
+    else:
+        result = summary.element if are_vectors[0] else summary
+
+    def codegen(context, builder, signature, args):
+        is_tuple = isinstance(summary, types.BaseTuple)
+        parts = [builder.extract_value(args[2], k) for k in range(len(are_vectors))] if is_tuple else [args[2]]
+        for k, is_vector in enumerate(are_vectors):
+            if is_vector:
+                place = builder.add(args[1], ir.Constant(args[1].type, k * parts[k].type.count))
+                parts[k] = builder.load(builder.gep(args[0], [place]), align=pointer.dtype.bitwidth // 8)
+        return context.make_tuple(builder, result, parts) if is_tuple else parts[0]
+
+    return result(pointer, types.intp, summary), codegen
+
+
+@intrinsic
 def all_equal(typingctx, x, y):
     """Whether two numbers, or all lanes of two vectors, are equal."""
 
@@ -481,6 +541,7 @@ where_finite = formula(formulas.where_finite)
 anchor = formula(formulas.anchor, n_results=2)
 floor = formula(formulas.floor)
 exp_from = formula(formulas.exp_from)
+coarse_exp_from = formula(formulas.coarse_exp_from)
 inverse_pair = formula(formulas.inverse_pair, n_results=2)
 ratio_of_anchors = formula(formulas.ratio_of_anchors)
 power_of_two_ratio = formula(formulas.power_of_two_ratio)

@@ -1,0 +1,108 @@
+"""Along rows: lanes are columns. One row at a time, or parts of one row on several threads."""
+
+import math
+
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.chunks import Line
+from gpusoftmax.kernels.cpu.job import (
+    LINE,
+    MEASURED,
+    MEASURING,
+    NEXT,
+    PER_ROW,
+    TICKETS,
+    WRITING,
+    atomic_add,
+    draw_item,
+    draw_part,
+    wait_until_at_least,
+)
+from gpusoftmax.kernels.cpu.rows import Here, count_of_chunks, element
+from gpusoftmax.kernels.cpu.vector import along, as_numbers, number, pointer_to
+
+
+@device
+def line_of(array, row, rows, buffer, is_read):
+    """The Line of a row: in place where its columns are neighbours, else in the buffer, copied there if it is read."""
+    source = element(array, row, rows)
+    if array.col_stride == 1:
+        return Line(source, 1)
+    copy = pointer_to(buffer, array.tag)
+    if is_read:
+        for col in range(rows.n_cols):
+            copy[col] = source[col * array.col_stride]
+    return Line(copy, 1)
+
+
+@device
+def place_of(row, slot, job, rows, first, second, target, like):
+    """Where a row is at work; its slot is the address of its scratch memory."""
+    stage = slot + job.stage
+    zero = number(like, 0.0)
+    result = line_of(target, row, rows, stage, False)
+    home = pointer_to(slot + job.scratch, like) if job.scratch != 0 else as_numbers(result.pointer, like)
+    return Here(
+        row,
+        1,
+        rows.n_cols,
+        pointer_to(slot, like),
+        None,
+        along(zero),
+        along(number(like, -math.inf)),
+        zero,
+        line_of(first, row, rows, stage + job.stage_bytes, True),
+        line_of(second, row, rows, stage + 2 * job.stage_bytes, job.has_second != 0),
+        result,
+        Line(home, 1),
+        job.streamed != 0,
+    )
+
+
+@device
+def along_rows(job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
+    """Rows one by one, from several threads, or the parts of one row after the other."""
+    n_chunks = count_of_chunks(rows.n_cols)
+    counters = pointer_to(job.counters, job.counters)
+    ticket = atomic_add(counters, TICKETS, 1)
+    split = job.parts > 1
+    n_items = (rows.n_rows + job.rows_per_item - 1) // job.rows_per_item
+    folded = -1
+    share, row, step = 0, 0, 0
+    while True:
+        first_chunk, last_chunk = 0, n_chunks
+        if split:
+            # All parts of a row are measured, then all are written; then the next row.
+            word = NEXT + job.n_threads * LINE + row * PER_ROW
+            part = draw_part(counters, word + step, job.parts, ticket, job.n_threads)
+            if part == job.parts:
+                row, step = (row + 1, MEASURING) if step == WRITING else (row, WRITING)
+                if row == rows.n_rows:
+                    break
+                continue
+            first_chunk, last_chunk = n_chunks * part // job.parts, n_chunks * (part + 1) // job.parts
+            first_row, last_row = row, row + 1
+            if step == WRITING:
+                wait_until_at_least(counters, word + MEASURED, job.parts)
+        else:
+            item, share = draw_item(counters, n_items, job.n_threads, ticket, share)
+            if share == job.n_threads:
+                break
+            first_row, last_row = item * job.rows_per_item, min(rows.n_rows, (item + 1) * job.rows_per_item)
+        for this_row in range(first_row, last_row):
+            slot = job.workspace + (this_row if split else ticket) * job.slot_bytes
+            here = place_of(this_row, slot, job, rows, first, second, target, like)
+            if not split or step == MEASURING:
+                for chunk in range(first_chunk, last_chunk):
+                    prepare(here, chunk, chunk + 1, numbers)
+                    measure(here, chunk, chunk + 1, numbers)
+            if not split or step == WRITING:
+                if this_row != folded:
+                    summary = fold(here, numbers)
+                    folded = this_row
+                write(here, first_chunk, last_chunk, summary, numbers)
+                if job.has_target and target.col_stride != 1:
+                    to = element(target, this_row, rows)
+                    for col in range(rows.n_cols):
+                        to[col * target.col_stride] = here.target.pointer[col]
+        if split and step == MEASURING:
+            atomic_add(counters, word + MEASURED, 1)

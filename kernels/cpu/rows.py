@@ -1,0 +1,89 @@
+"""Rows of arrays as the steps of an op see them, whichever way they are walked (walk.py)."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max
+from gpusoftmax.kernels.cpu.states import FIELDS, MAX, save
+from gpusoftmax.kernels.cpu.vector import advance, lanes_of, load, pointer_to, store
+
+
+class Strided(NamedTuple):
+    """An Operand as a kernel gets it. The type of `tag`, a scalar, names the storage format."""
+
+    address: int
+    outer_stride: int
+    inner_stride: int
+    col_stride: int
+    tag: np.generic
+
+
+class Here(NamedTuple):
+    """The row, or the n_rows neighbouring rows from `row` on, at which a step is working."""
+
+    row: int
+    n_rows: int
+    n_cols: int
+    states: object  # pointer to the states of the chunks
+    partials: object  # across rows: memory for two vectors for every lane of a stripe, see chunks.sum_chunk
+    zeros: object  # a vector along or across rows, 0 in every lane,
+    nothing: object  # and one of -inf: logits that are not there
+    zero: object  # 0 as a number of the row: a number along rows, a vector across
+    first: object  # Line of the array that is read,
+    second: object  # of another one beside it,
+    target: object  # of the result,
+    home: object  # and of where exponentials stay until they are written
+    streamed: bool  # the result is written past the caches
+
+
+@device
+def row_offset(array, row, rows):
+    """Where a row starts, in elements. `array` has the strides of an Operand or of Labels."""
+    if rows.n_inner >= rows.n_rows:  # one batch axis, the usual case: spares a division
+        return row * array.inner_stride
+    outer = row // rows.n_inner
+    return outer * array.outer_stride + (row - outer * rows.n_inner) * array.inner_stride
+
+
+@device
+def element(array, row, rows):
+    """A pointer to column 0 of a row."""
+    return advance(pointer_to(array.address, array.tag), row_offset(array, row, rows))
+
+
+@device
+def count_of_chunks(n_cols):
+    """At least one: a row without columns has a state too."""
+    return max(1, (n_cols + CHUNK_COLS - 1) // CHUNK_COLS)
+
+
+@device
+def chunk_range(here, chunk):
+    """(first column, number of columns) of a chunk."""
+    first = chunk * CHUNK_COLS
+    return first, min(CHUNK_COLS, here.n_cols - first)
+
+
+@device
+def save_maxima(here, first, last, numbers):
+    """Step 0 of an op that refers its exponentials to the maximum of a chunk."""
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        save(here.states, chunk, MAX, chunk_max(here, col, count))
+
+
+@device
+def nothing_first(here, first, last, numbers):
+    """Step 0 of an op that does not."""
+
+
+@device
+def store_per_row(array, rows, here, values, like):
+    """Writes the number of a row, or of the row in each lane, to an array of one number per row."""
+    lanes = lanes_of(here.zero)
+    place = count_of_chunks(here.n_cols) * FIELDS * lanes
+    store(here.states, place, values)
+    for lane in range(here.n_rows):
+        store(element(array, here.row + lane, rows), 0, load(here.states, place + lane, like))
