@@ -171,7 +171,7 @@ def write(records: Sequence[dict], directory: Path = DIRECTORY, readme: Path = R
 
 def tables(records: Sequence[dict]) -> Iterator[str]:
     yield (
-        "Each kernel in each regime, for 1 GiB of logits: blocks that fit on an SM, machine instructions of a lane for "
+        "Each kernel in each regime, for 1 GiB of logits: blocks (of 256 threads) that fit on an SM, machine instructions of a lane for "
         "each logit (of them on the special units), and the microseconds for which it occupies each part of the device."
     )
     yield table(_kernels(records))
@@ -200,7 +200,7 @@ _UNITS = ("memory", "issue", "integer", "special", "shared")
 
 
 def _kernels(records: Sequence[dict]) -> list[list[str]]:
-    heads = ["", "regime", "columns", "registers", "shared KiB", "threads", "blocks per SM", "bytes per logit"]
+    heads = ["", "regime", "columns", "registers", "shared KiB", "blocks per SM", "bytes per logit"]
     lines = [[*heads, "instructions", *(f"{unit} us" for unit in _UNITS), "predicted us", "bound by"]]
     shown = {}
     for n_cols in TYPICAL:
@@ -210,7 +210,7 @@ def _kernels(records: Sequence[dict]) -> list[list[str]]:
     order = {name: k for k, name in enumerate((*OPS, *OTHERS, *DTYPES, "float16", "float64", *_REGIMES))}
     for (op, dtype, regime), one in sorted(shown.items(), key=lambda item: [order[name] for name in item[0]]):
         cluster = f" of {one['cluster']}" if one["cluster"] > 1 else ""
-        numbers = one["registers"], round(one["shared_bytes"] / 1024), one["block"], one["blocks_per_multiprocessor"]
+        numbers = one["registers"], round(one["shared_bytes"] / 1024), one["blocks_per_multiprocessor"]
         instructions = f"{one['instructions_per_element']:.0f} ({one['special_per_element']:.1f})"
         parts = [f"{one['part_us'][unit]:.0f}" for unit in _UNITS]
         lines.append(

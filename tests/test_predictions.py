@@ -9,7 +9,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("needs what links and disassembles kernels", allow_module_level=True)
 
-from benchmarks import model, predict
+from benchmarks import model, predict, results
 from benchmarks.model import Layout
 from benchmarks.predict import Case
 
@@ -102,3 +102,11 @@ def test_tables_stand_between_the_marks(records, tmp_path):
     assert f"| float32 1 | {records[-1]['predicted_us']:.1f} |  |" in text
     lines = (tmp_path / "predicted" / "softmax.jsonl").read_text().splitlines()
     assert [json.loads(one) for one in lines] == records
+
+
+def test_the_committed_predictions_are_the_ones_in_the_table():
+    """Whoever changes one writes the other."""
+    saved = [one for path in sorted(predict.DIRECTORY.glob("*.jsonl")) for one in results.load(path)]
+    assert saved and not any(one["measured"] for one in saved)
+    text = predict.README.read_text()
+    assert all(part in text for part in predict.tables(saved))
