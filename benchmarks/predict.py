@@ -171,8 +171,9 @@ def write(records: Sequence[dict], directory: Path = DIRECTORY, readme: Path = R
 
 def tables(records: Sequence[dict]) -> Iterator[str]:
     yield (
-        "Each kernel in each regime, for 1 GiB of logits: blocks (of 256 threads) that fit on an SM, machine instructions of a lane for "
-        "each logit (of them on the special units), and the microseconds for which it occupies each part of the device."
+        "Each kernel in each regime, for 1 GiB of logits: blocks (of 256 threads) that fit on an SM, machine "
+        "instructions of a lane for each logit (of them on the special units), and the microseconds for which it "
+        "occupies each part of the device."
     )
     yield table(_kernels(records))
     yield (
