@@ -6,6 +6,7 @@ machine instruction would be issued. It is an estimate:
 
 - what the assembler keeps for warps whose lanes have parted at a shuffle or a vote is left out: they do not here;
 - a branch that the assembler has turned into predicates is issued whichever way it goes, here it is not;
+- a loop that the assembler unrolls counts once for each copy (tests/test_predictions.py: those over a row are not);
 - subroutines (64-bit divisions, divisions by extreme numbers) are left out: at most one of them is called for a row.
 """
 
