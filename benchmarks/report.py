@@ -34,7 +34,7 @@ def write(root: Path = results.RESULTS, readme: Path = README) -> None:
         text = "\n\n".join([f"# {directory.name}", _circumstances(ops), *_details(ops), *map(_figure, figures)])
         (directory / "README.md").write_text(text + "\n")
         link = f"[{directory.name}](benchmarks/results/{directory.name}/README.md)"
-        sections.append(f"{link}: {_circumstances(ops)}\n\n" + _table(_summary(ops)))
+        sections.append(f"{link}: {_circumstances(ops)}\n\n" + table(_summary(ops)))
     text = readme.read_text()
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
@@ -94,7 +94,7 @@ def _details(ops: dict[str, list[Measured]]) -> Iterator[str]:
                     *(_times(ratio(case, name)) for name in rivals),
                 ]
             )
-        yield f"## {op}\n\n{_table(lines)}"
+        yield f"## {op}\n\n{table(lines)}"
 
 
 def _summary(ops: dict[str, list[Measured]]) -> list[list[str]]:
@@ -127,7 +127,8 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f}%"
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """In Markdown; the first line is the head."""
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
 

@@ -25,7 +25,7 @@ def environment(target: str) -> dict:
     """Where and with what a measurement was made."""
     return {
         "device": device_name(target),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: version for name in _VERSIONS[target] if (version := _version(name))},
@@ -60,7 +60,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The state of the sources, by git."""
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

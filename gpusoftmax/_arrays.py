@@ -351,12 +351,23 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     return array
 
 
-def empty_beside(x, shape: tuple[int, ...], dtype: str, place: Place) -> tuple[Any, int]:
-    """As `empty`, for an array of the kind and on the device of `x`, which on_gpu knows: the array and its address."""
-    if _readers.get(type(x)) is _from_cupy:
-        array = _empty_cupy(shape, numpy_dtype(dtype), place.device)
-        return array, array.data.ptr
-    return _empty(_described(x, "an argument"), shape, dtype)[:2]
+def make_beside(
+    arrays: list[Any], pointers: list[int], made: Sequence[tuple[tuple[int, ...], np.dtype]], place: Place
+) -> None:
+    """Adds new arrays, as `empty` makes them, and their addresses: of the kind and on the device of the first array,
+    which on_gpu knows.
+    """
+    if _readers.get(type(arrays[0])) is _from_cupy:
+        for shape, dtype in made:
+            array = _empty_cupy(shape, dtype, place.device)
+            arrays.append(array)
+            pointers.append(array.data.ptr)
+    else:
+        like = _described(arrays[0], "an argument")
+        for shape, dtype in made:
+            array, pointer, *_ = _empty(like, shape, _name(dtype))
+            arrays.append(array)
+            pointers.append(pointer)
 
 
 def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:

@@ -28,7 +28,6 @@ from gpusoftmax.kernels.operands import Place
 
 if TYPE_CHECKING:
     from gpusoftmax.kernels.cuda import driver, launch
-    from gpusoftmax.kernels.cuda.compile import Image
     from gpusoftmax.kernels.cuda.plan import Plan
 
 _MAX_RECIPES = 4096
@@ -41,7 +40,7 @@ _PLAIN = (type(None), bool, int, float, str, type, np.dtype)
 class _Start(NamedTuple):
     """A kernel to start. Word `position` is the address of array `number`, plus an offset in bytes."""
 
-    image: Image
+    kernel: Any  # as driver.load returns it
     plan: Plan
     words: tuple
     addresses: tuple[tuple[int, int, int], ...]  # (position, number, offset)
@@ -53,10 +52,10 @@ class _Recipe(NamedTuple):
     place: Place
     device: driver.Device
     overlaps: tuple[tuple[int, int, int, int], ...]  # see _overlaps
-    made: tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype
+    made: tuple[tuple[tuple[int, ...], np.dtype], ...]  # shape and dtype
     starts: tuple[_Start, ...]
-    results: tuple[int | None, ...]  # numbers
-    single: bool  # one result, not a tuple
+    written: tuple[int, ...]  # numbers of arguments that are results
+    results: tuple[int | None, ...] | int  # numbers; not a tuple where the call returns none
 
 
 _UNKNOWN = object()
@@ -73,11 +72,12 @@ def call(function: Callable[..., Any], arrays: tuple, *options: Any) -> Any:
         recipe = _recipes.get(key, _UNKNOWN)
     except (TypeError, ValueError):  # not for the GPU, or something that the function itself will complain about
         return function(*arrays, *options)
-    if recipe is _UNKNOWN or (recipe and recipe.device is not _cuda("driver").device(recipe.place.device)):
+    driver = _cuda("driver")
+    if recipe is _UNKNOWN or (recipe and recipe.device is not driver.device(recipe.place.device)):
         return _record(key, given, function, arrays, options)
     if recipe is None or not _apart(pointers, recipe.overlaps):
         return function(*arrays, *options)
-    return _replay(recipe, given, pointers)
+    return _replay(recipe, given, pointers, driver.launch)
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def _layout(function, arrays: tuple, options: tuple) -> tuple[list[Any], list[in
     TypeError for arrays that are not on a GPU.
     """
     given, pointers = [], []
-    key = [function, options, tuple(map(type, options))]
+    key = [function, options, *map(type, options)]
     for array in arrays:
         if array is None:
             key.append(None)
@@ -122,24 +122,21 @@ def _apart(pointers: Sequence[int], overlaps: Sequence[tuple[int, int, int, int]
     return True
 
 
-def _replay(recipe: _Recipe, arrays: list[Any], pointers: list[int]) -> Any:
-    place, device, n_arguments = recipe.place, recipe.device, len(arrays)
-    for shape, dtype in recipe.made:
-        array, pointer = _arrays.empty_beside(arrays[0], shape, dtype, place)
-        arrays.append(array)
-        pointers.append(pointer)
-    driver = _cuda("driver")
-    for image, plan, words, addresses in recipe.starts:
+def _replay(recipe: _Recipe, arrays: list[Any], pointers: list[int], launch: Callable[..., None]) -> Any:
+    """`arrays` and `pointers` are the arguments'; those that the call makes are added."""
+    place, _, _, made, starts, written, results = recipe
+    if made:
+        _arrays.make_beside(arrays, pointers, made, place)
+    for kernel, plan, words, addresses in starts:
         words = list(words)
         for position, number, offset in addresses:
             words[position] = pointers[number] + offset
-        driver.launch(driver.load(image, device, place.stream), plan, place.stream, tuple(words))
-    results = []
-    for number in recipe.results:
-        if number is not None and number < n_arguments:
-            _arrays.written(arrays[number])
-        results.append(None if number is None else arrays[number])
-    return results[0] if recipe.single else tuple(results)
+        launch(kernel, plan, place.stream, tuple(words))
+    for number in written:
+        _arrays.written(arrays[number])
+    if type(results) is int:
+        return arrays[results]
+    return tuple([None if number is None else arrays[number] for number in results])
 
 
 def _record(key: tuple, given: list[Any], function, arrays: tuple, options: tuple) -> Any:
@@ -150,24 +147,26 @@ def _record(key: tuple, given: list[Any], function, arrays: tuple, options: tupl
         return function(*arrays, *options)
     with _arrays.recording() as made, _cuda("launch").recording() as launches:
         result = function(*arrays, *options)
-    place, results = arguments[0].place, result if isinstance(result, tuple) else (result,)
     everything = [*arguments, *made.arrays]
-    starts = [_located(start, everything) for start in launches]
+    results = result if isinstance(result, tuple) else (result,)
+    place, driver = arguments[0].place, _cuda("driver")
+    device = driver.device(place.device)
+    starts = [_located(one, driver.load(one.image, device, place.stream), everything) for one in launches]
     numbers = [None if one is None else _number([array.owner is one for array in everything]) for one in results]
     if len(_recipes) >= _MAX_RECIPES:
         _recipes.clear()
     if made.waited or None in starts or _NOT_OURS in numbers:
         _recipes[key] = None
     else:
-        shapes = tuple((array.shape, array.dtype) for array in made.arrays)
-        single = not isinstance(result, tuple)
-        device = _cuda("driver").device(place.device)
-        _recipes[key] = _Recipe(place, device, overlaps, shapes, tuple(starts), tuple(numbers), single)
+        shapes = tuple((array.shape, _arrays.numpy_dtype(array.dtype)) for array in made.arrays)
+        written = tuple(number for number in numbers if number is not None and number < len(arguments))
+        numbers = tuple(numbers) if isinstance(result, tuple) else numbers[0]
+        _recipes[key] = _Recipe(place, device, overlaps, shapes, tuple(starts), written, numbers)
     return result
 
 
-def _located(start: launch.Launch, arrays: Sequence[Array]) -> _Start | None:
-    """The launch with its addresses told by the arrays that they lie in; None if one lies in none."""
+def _located(start: launch.Launch, kernel: Any, arrays: Sequence[Array]) -> _Start | None:
+    """The launch of `kernel` with its addresses told by the arrays that they lie in; None if one lies in none."""
     addresses = []
     for position in start.addresses:
         address = start.words[position]
@@ -176,7 +175,7 @@ def _located(start: launch.Launch, arrays: Sequence[Array]) -> _Start | None:
             if number == _NOT_OURS:
                 return None
             addresses.append((position, number, address - arrays[number].pointer))
-    return _Start(start.image, start.plan, start.words, tuple(addresses))
+    return _Start(kernel, start.plan, start.words, tuple(addresses))
 
 
 _NOT_OURS = -1

@@ -184,15 +184,15 @@ def link_ptx(ptx, arch):
     return Linked(cubin, report, registers, int(shared[1]) if shared else 0)
 
 
-def sass(cubin):
-    """The machine code as text."""
+def sass(cubin, *options):
+    """The machine code as text. "--print-line-info-ptx" tells which line of the PTX it comes from, where known."""
     disassembler = next(
         path.locate() for path in metadata.files("nvidia-cuda-nvdisasm") if path.name in ("nvdisasm", "nvdisasm.exe")
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [disassembler, "--print-code", file.name]
+        command = [disassembler, "--print-code", *options, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

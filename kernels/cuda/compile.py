@@ -81,6 +81,7 @@ def link(ptx: str, arch: str) -> tuple[bytes, str]:
     return cubin, linker.get_info_log()
 
 
+@functools.cache
 def resources(image: Image) -> tuple[int, int]:
     """Registers of a thread and bytes of static shared memory of a block, as the assembler reports them."""
     _, report = link(image.ptx, image.arch)

@@ -28,6 +28,8 @@ class _LoadedKernel:
         self.context = context
         self.shared_bytes = _FREE_SHARED_BYTES
         self.configs: dict[Plan, object] = {}
+        self.latest: tuple[Plan | None, object] = None, None
+        """The entry of configs that was used last: the same plan again need not be hashed."""
 
 
 @functools.cache
@@ -70,9 +72,12 @@ def launch(kernel: _LoadedKernel, plan: Plan, stream: int, words: tuple) -> None
     `words` holds one entry per parameter: int (a pointer or an int64), np.float32 or np.float64.
     """
     current_context, start = _functions()
-    config = kernel.configs.get(plan)
-    if config is None:
-        config = kernel.configs[plan] = _configured(kernel, plan)
+    latest, config = kernel.latest
+    if latest is not plan:
+        config = kernel.configs.get(plan)
+        if config is None:
+            config = kernel.configs[plan] = _configured(kernel, plan)
+        kernel.latest = plan, config
     if int(current_context()[1]) == kernel.context:
         start(_stream(stream), config, kernel.kernel, *words)
     else:

@@ -96,6 +96,19 @@ def test_shared_memory_and_clusters_are_permitted_once_and_never_lowered(run):
     ] * 2
 
 
+def test_plans_that_take_turns_are_launched_as_they_are(run):
+    """The plan that was launched last is known by identity, the others by their values."""
+    log = run("""
+        kernel = driver.load(image, driver.device(0), 0)
+        Device(0).set_current()
+        one, other = Plan(blocks=8), Plan(blocks=9)
+        for plan in (one, one, other, one, Plan(blocks=9), other, other):
+            driver.launch(kernel, plan, 0, (1,))
+        assert set(kernel.configs) == {one, other}
+    """)
+    assert [line.split()[2] for line in log if line.startswith("launch")] == list("8898999")
+
+
 def test_what_the_driver_refuses_is_an_error(run):
     run("""
         kernel = driver.load(image, driver.device(0), 0)

@@ -106,6 +106,7 @@ class Stats:
     buffers                         {array name: Traffic}: bytes and how often each byte was read and written
     sectors, lines, requests        32-byte sectors, 128-byte lines and warp accesses of global memory by ld, st, atom
     instructions, warp_instructions by opcode, per thread and per warp, also where a predicate switched them off
+    warp_lines                      by line of the PTX text, per warp
     """
 
     def __init__(self, entry, plan, device, stream):
@@ -162,6 +163,16 @@ class Stats:
     @property
     def warp_instructions(self):
         return self._instructions(1)
+
+    @property
+    def warp_lines(self):
+        executed, lines = collections.Counter(), {}
+        for start, tally in self._counts.items():
+            executed.update(dict.fromkeys(range(start, tally[2]), tally[1]))
+        for k, count in executed.items():
+            line = self._code[k].line  # of several instructions, for inline PTX
+            lines[line] = max(lines.get(line, 0), count)
+        return lines
 
     def __repr__(self):
         return (

@@ -1,0 +1,101 @@
+"""No kernel depends on the order in which warps and blocks run, and none has a race on shared memory.
+
+Rows of several chunks are in test_regimes.py (`test_schedule_of_a_cluster`); here are short ones, the copies, and the
+kernels that run as one block. The emulator looks for races in all of them.
+"""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import gpusoftmax
+from gpusoftmax.kernels.cuda import driver
+from tests import codegen, inputs
+from tests.calls import CALLS, arguments
+from tests.emulator import emulated_gpu
+from tests.test_regimes import force
+
+F32 = np.dtype(np.float32)
+SHORT = 40, 70  # several rows in a warp, several warps in a block, several blocks
+MANY = 700, 3  # more rows than a block has threads, by more than one turn
+
+
+def _op(name):
+    def call(gpu):
+        return CALLS[name].function(*(gpu.array(array) for array in arguments(name, SHORT, F32).values()))
+
+    return call
+
+
+def _sums(gpu):
+    """All that a loss launches beside its rows: labels checked, weights summed, rows counted, losses added."""
+    x, target = gpu.array(inputs.make("spread", MANY, F32)), gpu.array(inputs.targets(*MANY, share_ignored=0.2))
+    weight = gpu.array(np.array([0.5, 1.0, 3.0], F32))
+    return tuple(
+        gpusoftmax.cross_entropy(x, target, weight, reduction=reduction, label_smoothing=0.1, validate=True)
+        for reduction in ("mean", "sum")
+    )
+
+
+def _copies(n_cols):
+    """No single stride walks such rows: they are copied first, and their results back."""
+
+    def call(gpu):
+        return gpusoftmax.softmax(gpu.array(inputs.make("spread", (3, 4, n_cols), F32)), axis=(0, 2))
+
+    return call
+
+
+CASES = {
+    **{name: _op(name) for name in CALLS},
+    "sums over rows": _sums,
+    "copies of short rows": _copies(40),
+    "copies of long rows": _copies(1500),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_order_gives_the_same_bits(name):
+    found = set()
+    for seed in (None, 1, 2):
+        with emulated_gpu("sm_90", seed=seed, track=False) as gpu:
+            results = gpu.get(CASES[name](gpu))
+            parts = results if isinstance(results, tuple) else (results,)
+            found.add(tuple(np.asarray(part).tobytes() for part in parts if part is not None))
+    assert len(found) == 1
+
+
+def test_a_bad_label_is_found_in_any_order():
+    labels = np.zeros(MANY[0], np.int64)
+    labels[[650, 300, 301]] = 3, -7, 9
+    for seed in (None, 1, 2):
+        with emulated_gpu("sm_90", seed=seed, track=False) as gpu:
+            x, target = gpu.array(np.zeros(MANY, F32)), gpu.array(labels)
+            with pytest.raises(IndexError, match=r"target\[300\].* is -7"):
+                gpusoftmax.cross_entropy(x, target, validate=True)
+
+
+def test_copies_share_rows_among_blocks(monkeypatch):
+    """A cluster, whose blocks copy each their part and fill their slots twice."""
+    expected = None
+    for ways in ((1, 2, 1), (2, 1, 2), (2, 2, 1)):
+        force(monkeypatch, *ways)
+        with emulated_gpu("sm_90", seed=3, track=False) as gpu:
+            found = gpu.get(_copies(1500)(gpu)).tobytes()
+        expected = expected or found
+        assert found == expected
+
+
+def test_every_kernel_is_among_them():
+    loaded = set()
+    for case in CASES.values():
+        with emulated_gpu("sm_90", track=False, check_race=False) as gpu:
+
+            def load(image, *where, load=driver.load):
+                loaded.add(image.kernel)
+                return load(image, *where)
+
+            with mock.patch.object(driver, "load", load):
+                case(gpu)
+    assert loaded == codegen.kernels_on_disk()

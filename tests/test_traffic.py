@@ -1,0 +1,73 @@
+"""What each op moves in each regime: every byte once where rows are held, and 32-byte sectors that are used whole."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+import gpusoftmax
+from tests.calls import CALLS, Call, arguments
+from tests.emulator import emulated_gpu
+from tests.test_regimes import force
+
+F32 = np.dtype(np.float32)
+OPERATIONS = {
+    **CALLS,
+    "smoothed_cross_entropy": Call(
+        partial(gpusoftmax.cross_entropy_with_grad, label_smoothing=0.1, reduction="none"), ("logits",), ("target",)
+    ),
+}
+ONE_PASS = ("logsumexp", "cross_entropy")  # they need not keep what they have read
+# Columns, and (blocks of a row, warps of a block, slots of a warp): how those rows are launched instead.
+REGIMES = {
+    "short": (1024, None),
+    "held": (4 * 1024, (1, 4, 1)),
+    "cluster": (4 * 1024, (2, 2, 1)),
+    "online": (8 * 1024, (1, 2, 2)),  # of the four pieces of a warp it keeps two
+}
+
+
+def moved(operation, n_cols):
+    """How often each element of the rows is read and written, and the sectors' share that is used, array by array."""
+    shape = 2, n_cols
+    with emulated_gpu("sm_90") as gpu:
+        host = {argument: array.copy() for argument, array in _arguments(operation, shape).items()}
+        given = {argument: gpu.array(array) for argument, array in host.items()}
+        results = operation.function(*given.values())
+        results = results if isinstance(results, tuple) else (results,)
+        number = next(k for k, stats in enumerate(gpu.stats) if stats.plan.regime != "single")
+        sources = [given[argument] for argument in operation.rows]
+        targets = [array for array in results if array is not None and array.shape == shape]
+        reads = [gpu.reads(array, number) for array in sources]
+        writes = [gpu.writes(array, number) for array in targets]
+        traffic = [gpu.stats[number].traffic[array._allocation.start] for array in sources + targets]
+        used = [(one.read + one.written) / (32 * sum(one.sectors.values())) for one in traffic]
+        return reads, writes, used, host.get("target")
+
+
+def _arguments(operation, shape):
+    made = arguments(next(name for name, call in CALLS.items() if call.arguments == operation.arguments), shape, F32)
+    if "target" in made:
+        made["target"] = np.array([5, shape[1] - 3])  # no row is ignored, and so not read
+    return made
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_byte_is_moved_once_in_whole_sectors(monkeypatch, name, regime):
+    n_cols, launched = REGIMES[regime]
+    if launched:
+        force(monkeypatch, *launched)
+    reads, writes, used, target = moved(OPERATIONS[name], n_cols)
+    expected = np.ones((2, n_cols), int)
+    if regime == "online" and name not in ONE_PASS:
+        pieces = np.arange(n_cols) // 1024
+        expected[:, pieces < 4] = 2  # the last pass begins with the slots: what was read last is not read again
+    for row, label in enumerate([] if target is None else target):
+        reads[0][row, label] -= 1  # the label's logit, by itself
+    for counted in reads:
+        assert (counted == expected).all()
+    for counted in writes:
+        assert (counted == 1).all()
+    assert bool(writes) == (not OPERATIONS[name].per_row)
+    assert min(used) >= 0.95, f"of the sectors that are moved {min(used):.0%} is used"
