@@ -92,6 +92,11 @@ def values_per_lane(compute: str) -> int:
     return 16 if compute == "float64" else 32
 
 
+def run_of(itemsize: int) -> int:
+    """Neighbouring columns that a lane holds: sixteen bytes."""
+    return 16 // itemsize
+
+
 @functools.lru_cache(maxsize=4096)
 def tree_of(n_cols: int, compute: str) -> Tree:
     """How a row is cut, whatever the batch, the device and the place in memory."""
@@ -180,7 +185,8 @@ def row_plan(
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
-    slot_bytes = _rounded(min(n_cols, tree.piece_cols) * itemsize) + 16  # 16: rows that begin beside a boundary
+    # Lanes read whole groups; 16: rows that begin beside a boundary.
+    slot_bytes = _ratio(min(n_cols, tree.piece_cols), tree.lanes * GROUP) * tree.lanes * GROUP * itemsize + 16
     if tree.n_chunks == 1:
         return _short(n_rows, tree, slot_bytes, len(formats), limits, multiprocessors)
     return _long(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors, passes)

@@ -51,6 +51,8 @@ tail_term = formula(formulas.tail_term)
 reference = formula(formulas.reference)
 merge = formula(formulas.merge, n_results=4)
 inverse_sum = formula(formulas.inverse_sum)
+power_of_two_ratio = formula(formulas.power_of_two_ratio)
+row_inverse = formula(formulas.row_inverse)
 log_sum = formula(formulas.log_sum, n_results=2)
 logsumexp = formula(formulas.logsumexp)
 

@@ -16,13 +16,18 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     fma,
     inverse_sum,
     log_sum,
-    merge,
     mul,
     number,
-    reference,
     sub,
 )
-from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_gap, half_gap, negative_log_probability
+from gpusoftmax.kernels.cuda.device.exponential import (
+    anchor,
+    cheap_exp_from,
+    cheap_exp_gap,
+    half_gap,
+    lowest_of,
+    negative_log_probability,
+)
 from gpusoftmax.kernels.cuda.device.memory import (
     block_numbers,
     element_size,
@@ -40,12 +45,19 @@ from gpusoftmax.kernels.cuda.device.reduce import (
     warp_sum_pair,
 )
 from gpusoftmax.kernels.cuda.device.row_state import (
+    above_anchor,
     gap_params,
+    halved,
+    is_near,
+    joined,
+    joined_states,
     loss_piece_state,
     loss_state,
-    merged_states,
+    of_cheap,
+    of_loss,
     publish_state,
     read_logits,
+    relative,
     state_place,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
@@ -96,9 +108,10 @@ def smoothing_piece(source, at, piece, piece_max, weight, factor, row, team, spl
     total, low, weights, weights_low = zero, zero, zero, zero
     size = element_size(source.pointer)
     for col in range(team.lane, piece.count, split_lanes(split)):
-        x = transform(staged(source.pointer, at + (source.shift + col) * size, zero), piece.first + col, row, params)
+        place = int32(at + (source.shift + col) * size)
+        x = transform(staged(source.pointer, place, zero), piece.first + col, row, params)
         w = number_at(weight, piece.first + col, one)
-        total, low = add_pair(total, low, mul(w, mul(-half_gap(x, reference(piece_max)), factor)), zero)
+        total, low = add_pair(total, low, mul(w, mul(-half_gap(x, halved(piece_max)), factor)), zero)
         weights, weights_low = add_pair(weights, weights_low, w, zero)
     return warp_sum(add(total, low), split_lanes(split)), warp_sum(add(weights, weights_low), split_lanes(split))
 
@@ -107,7 +120,8 @@ def smoothing_piece(source, at, piece, piece_max, weight, factor, row, team, spl
 def moved(weights, part_max, new_max, factor):
     """By how much the distances of a part add up to more, when they are measured from a larger maximum than its own."""
     if part_max > number(factor, -math.inf):
-        return mul(mul(weights, factor), sub(new_max, part_max))
+        half = number(factor, 0.5)
+        return mul(mul(weights, factor), sub(mul(new_max, half), mul(part_max, half)))
     # Nothing has moved if there is no column; if -inf alone is there, the sum is infinite already.
     return number(factor, 0.0)
 
@@ -128,15 +142,17 @@ def merged_distances(row_max, factor, team, split):
 @device
 def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
     """The state of the row, as loss_state has it, and sum_c factor w_c (max - x_c)."""
-    zero = number(factor, 0.0)
+    zero, least = number(factor, 0.0), number(factor, -math.inf)
+    params = of_loss(source, params)
     held = piece_numbers(factor)
-    state = (number(factor, -math.inf), zero, zero, zero)
+    state = (least, zero, zero)
     distances, weights = zero, zero
     last_piece = int32((1 << split_piece_bits(split)) - 1)
     announce(split)
-    open_row((source,), n_cols, team, split, zero)
+    open_row((source,), n_cols, team, split, least)
     meet(split)
-    for k in range(team.n_pieces):
+    k = int32(0)
+    while k < team.n_pieces:
         wait_for_piece(k, team, split)
         piece = read_logits(held, source, k, n_cols, row, team, split, params)
         current = loss_piece_state(source, held, piece, split, params)
@@ -144,11 +160,11 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
         current_distances, current_weights = smoothing_piece(
             source, at, piece, current[0], weight, factor, row, team, split, params
         )
-        stage_next(k, (source,), n_cols, team, split, zero)
+        stage_next(k, (source,), n_cols, team, split, least)
         if k & last_piece == 0:
             state, distances, weights = current, current_distances, current_weights
         else:
-            merged = merge(state, current, params[0], params[1])
+            merged = joined(state, current, params)
             distances = add(distances, moved(weights, state[0], merged[0], factor))
             current_distances = add(current_distances, moved(current_weights, current[0], merged[0], factor))
             state, distances, weights = merged, add(distances, current_distances), add(weights, current_weights)
@@ -157,12 +173,13 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
             chunk = chunk_of(k, team, split)
             publish(state_place(3, chunk, factor), distances, team, split)
             publish(state_place(4, chunk, factor), weights, team, split)
+        k = int32(k + 1)
     if is_short(split):
-        return state, distances
+        return relative(state, params), distances
     exchange_states(split)
-    state = merged_states(team, split, params)
+    state = joined_states(team, split, params)
     distances, low = merged_distances(state[0], factor, team, split)
-    return state, add(distances, low)
+    return relative(state, params), add(distances, low)
 
 
 # ---------------------------------------------------------------- the loss
@@ -171,19 +188,24 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
 def gradients_with(smoothed):
     @device
     def gradients(values, others, col, width, numbers):
-        row, label, row_max, on_probs, on_label, per_weight, weight, params = numbers
+        row, label, half, exponent, lowest, on_probs, on_label, per_weight, weight, params = numbers
         scale, scale_low, c, c_low = params
-        for k in range(width):
-            x = transform(values[k], col + k, row, params)
-            values[k] = mul(cheap_exp_gap(x, row_max, scale, scale_low, c, c_low), on_probs)
-        if smoothed:
+        if is_near(exponent):
             for k in range(width):
-                w = number_at(weight, col + k, number(scale, 1.0))
-                values[k] = sub(values[k], mul(per_weight, w))
+                x = transform(values[k], col + k, row, params)
+                values[k] = mul(cheap_exp_from(x, exponent, lowest, c, c_low), on_probs)
+        else:
+            for k in range(width):
+                x = transform(values[k], col + k, row, params)
+                values[k] = mul(cheap_exp_gap(x, half, scale, scale_low, c, c_low), on_probs)
         if label >= col and label < col + width:
             for k in range(width):
                 if col + k == label:
                     values[k] = sub(values[k], on_label)
+        if smoothed:
+            for k in range(width):
+                w = number_at(weight, col + k, number(scale, 1.0))
+                values[k] = sub(values[k], mul(per_weight, w))
 
     return gradients
 
@@ -245,7 +267,11 @@ def losses_with(smoothed):
             on_label = mul(upstream, confident)
             per_weight = mul(upstream, share)
             on_probs = mul(inverse_sum(state), fma(per_weight, total_weight, on_label))
-            numbers = row, label, reference(state[0]), on_probs, on_label, per_weight, weight, params
+            row_max = mul(state[0], number(scale, 2.0))
+            exponent = anchor(row_max, params[2])
+            on_probs = div(on_probs, above_anchor(row_max, exponent, of_cheap(params)))
+            lowest = lowest_of(exponent, params[2])
+            numbers = row, label, halved(row_max), exponent, lowest, on_probs, on_label, per_weight, weight, params
             write_gradients(target, (source,), n_cols, team, split, numbers, scale)
 
     return losses_of_rows

@@ -1,14 +1,30 @@
-"""exp((x - max) scale) as the kernels need it: a cheap one, an accurate one, and one within an ulp.
+"""exp(x scale) as the kernels need it: a cheap one and accurate ones; to a power of two, or to the maximum of the row.
 
-In base 2 with c = scale log2(e), for a logit x, the maximum of its row or chunk and y = (x - max) / 2:
+In base 2, c = scale log2(e), for logits x up to a maximum m. Near 0, where |m c| < 2^16, exponentials refer to 2^N with
+N = round(m c):
+
+    cheap      2^(x c - N) by ex2.approx: one fma, which rounds x c - N once           2 instructions
+    accurate   2^n p(f) / 2^N,  n = round(x c), f = x c + x c_low - n, p of degree 6    14; 13 where a NaN may be lost
+
+The fma sees the exact product of x and the rounded c. What c lacks, c_low, is a factor of exp(x c_low): as exp(m c_low)
+it is common to a sum of cheap exponentials, and what remains is (m - x) c_low, u/4 of the gap at temperature 1. Two cheap
+numbers are divided as they are; where accurate ones are divided by a sum of cheap ones, the sum gets the common factor
+once (`corrected_inverse`). Errors, with u = 2^-24:
+
+    cheap      5 u + 2 |x c - N| u
+    accurate   1.5 u whatever the gap
+
+Two anchors differ by an integer, so that parts of a row are brought to one anchor exactly. Far from 0 the maximum is
+subtracted first, with y = (x - m) / 2 (halving keeps the gap of the two largest numbers finite, and the 2 is part of the
+scale):
 
     cheap      2^(y c) by ex2.approx                       5 u + |y c| u                            3 instructions
     accurate   2^n p(f),  n = round(y c), f = y c - n      1.5 u, and the part of y's rounding
                p of degree 6 on |f| <= 1/2                 error that a log-sum-exp could show     18
     exact      the same with all of y's rounding error     1.5 u                                   23
 
-(u = 2^-24; halving keeps the gap of the two largest numbers finite, and the 2 is part of the scale). All three give 0
-for -inf and keep NaN; below 2^-126 they give 0. In float64 all are the formulas' exp_gap.
+All give 0 for -inf and, if not said otherwise, keep NaN; below 2^-126 they give 0. In float64 all are the formulas'
+exp_from and exp_gap.
 
 The accurate one sees error = (x/2 - y) - max/2, which is y's rounding error where |x| >= |max|. Elsewhere |y| <= |max|,
 so that the error is in the maximum's last places, and no log-sum-exp holds more.
@@ -24,6 +40,8 @@ from gpusoftmax.kernels.cuda.device.arithmetic import formula
 LOG2_E = 1.4426950216293335  # log2(e) in float32, and the rest of it
 LOG2_E_LOW = 1.925963033500118e-08
 MAX = 3.4028234663852886e38
+NEAR = 2.0**16  # maxima times scale that have a power of two for an anchor
+LEAST_SCALE = 2.0**-118  # below, the logit whose exponential is 2^-127 would overflow
 # 2^f = 1 + f q(f) for |f| <= 1/2, minimax: relative error 1.4e-8, with the roundings 1.5 u.
 TERMS = (
     0.6931472010849222,
@@ -108,6 +126,82 @@ def _negative_log_probability(a, x, max_half, log, scale):
     return a.fma(a.negative(_half_gap(a, x, max_half)), scale, log)
 
 
+# ---------------------------------------------------------------- anchored at a power of two
+
+
+def _per_logit(a, c):
+    """What a whole logit is multiplied by: c is for halved ones."""
+    return a.mul(c, a.number(0.5))
+
+
+def _anchor(a, max, c):
+    """The exponent of the power of two that exponentials of logits up to `max` refer to; inf: to the maximum itself."""
+    max, per_logit, magic = formulas.reference(a, max), _per_logit(a, c), a.number(a.format.magic)
+    y = a.mul(max, per_logit)
+    in_base_2 = a.mul(y, a.number(1 / math.log(2))) if a.format is formulas.DOUBLE else y
+    exponent = a.sub(a.add(in_base_2, magic), magic)
+    near = a.builder.and_(a.less(a.magnitude(y), a.number(NEAR)), a.less(a.number(LEAST_SCALE), per_logit))
+    return a.select(near, exponent, a.number(math.inf))
+
+
+def _lowest(a, exponent, c):
+    """The logit from which on accurate exponentials are 0."""
+    if a.format is formulas.DOUBLE:
+        return formulas.floor(a, exponent)
+    return a.div(a.sub(exponent, a.number(127)), _per_logit(a, c))
+
+
+def _double_from(a, x, exponent, lowest, c, c_low):
+    return formulas.exp_from(a, x, a.number(0), exponent, lowest, _per_logit(a, c), _per_logit(a, c_low))
+
+
+def _cheap_from(a, x, exponent, lowest, c, c_low):
+    if a.format is formulas.DOUBLE:
+        return _double_from(a, x, exponent, lowest, c, c_low)
+    return _ex2(a, a.fma(x, _per_logit(a, c), a.negative(exponent)))
+
+
+def _low_of_cheap(a, c_low):
+    """The c_low of cheap exponentials, for accurate ones that are compared with them."""
+    return c_low if a.format is formulas.DOUBLE else a.number(0)
+
+
+def _power_from(a, x, exponent, c, c_low):
+    """2^(x (c + c_low) / 2 - exponent) for x from `lowest` on, where it is 0."""
+    magic = a.sub(a.number(a.format.magic + 127), exponent)
+    shifted = a.fma(x, _per_logit(a, c), magic)
+    n = a.sub(shifted, magic)
+    f = a.fma(x, _per_logit(a, c_low), a.fma(x, _per_logit(a, c), a.negative(n)))
+    power = a.builder.shl(a.builder.bitcast(shifted, a.integers), a.integer(a.format.mantissa_bits))
+    return a.mul(a.fma(a.polynomial(f, TERMS), f, a.number(1)), a.builder.bitcast(power, a.type))
+
+
+def _accurate_from(a, x, exponent, lowest, c, c_low):
+    if a.format is formulas.DOUBLE:
+        return _double_from(a, x, exponent, lowest, c, c_low)
+    return _power_from(a, a.select(a.less(x, lowest), lowest, x), exponent, c, c_low)
+
+
+def _ordered_from(a, x, exponent, lowest, c, c_low):
+    if a.format is formulas.DOUBLE:
+        return _double_from(a, x, exponent, lowest, c, c_low)
+    return _power_from(a, a.maximum(x, lowest), exponent, c, c_low)
+
+
+def _unless_equal(a, e, x, max):
+    """e, or 0 where the logit equals the maximum."""
+    return a.select(a.equal(x, max), a.number(0), e)
+
+
+def _corrected(a, inverse, max, exponent, c_low):
+    """1 / sum where the sum is of cheap exponentials, which lack c_low, for use with accurate ones, which do not."""
+    if a.format is formulas.DOUBLE:
+        return inverse
+    z = a.mul(a.mul(formulas.reference(a, max), _per_logit(a, c_low)), a.number(-math.log(2)))
+    factor = a.fma(z, a.fma(z, a.number(0.5), a.number(1)), a.number(1))
+    return a.select(a.less(exponent, a.number(math.inf)), a.mul(inverse, factor), inverse)
+
+
 half_gap = formula(_half_gap)
 scale_in_base_2 = formula(_scale_in_base_2, n_results=2)
 cheap_exp_gap = formula(_cheap)
@@ -116,3 +210,11 @@ exact_exp_gap = formula(_exact)
 gradual_exp_gap = formula(_gradual)
 cheap_exp = formula(_exp)
 negative_log_probability = formula(_negative_log_probability)
+anchor = formula(_anchor)
+lowest_of = formula(_lowest)
+cheap_exp_from = formula(_cheap_from)
+accurate_exp_from = formula(_accurate_from)
+low_of_cheap = formula(_low_of_cheap)
+ordered_exp_from = formula(_ordered_from)
+unless_equal = formula(_unless_equal)
+corrected_inverse = formula(_corrected)

@@ -1,38 +1,55 @@
-"""The state (max, ties, tail, tail_low) of a row; `gpusoftmax.kernels.formulas` defines it.
+"""The state of a row, for the first pass.
 
     piece     a lane's columns, then a butterfly over the lanes: the maximum first, so that nothing is rescaled
-    chunk     a warp's pieces, merged in order; nearly always one
-    row       the states of all chunks, rescaled to the maximum of the row and added up in a fixed tree: 32 chunks by
-              their numbers in a butterfly, then these sums in another. Whoever has computed a chunk, and wherever the
-              sums are formed, they are the same.
+    chunk     a warp's pieces, joined in order; nearly always one
+    row       the states of all chunks, brought to the maximum of the row and added up in a fixed tree: each lane of
+              every warp those of its chunks, by their numbers, then a butterfly. Whoever has computed a chunk, the
+              sums are the same.
 
-A piece's maximum adds exactly 1 to the sum S over its columns, and S - 1 is what its ties and the others add. Where S
-is 1.5 or more, that has at most three times the relative error of S. Where it is less, the sum is taken again without
-the maximum, which keeps the loss of a confident row exact. NaN and infinities take that way too.
+A state is (max, ties, others): `others` is the sum of the exponentials, relative to the anchor of the maximum
+(exponential.py), over all columns but those that `ties` counts, which equal the maximum. softmax needs no ties: it counts
+0 and adds all. Anchors that are powers of two differ by one too, so that nothing is rounded when a chunk joins its row.
+
+A loss is log1p((ties - 1) + others / exp(max)). A piece's sum S holds one maximum, E, at least, and S - E is what its
+ties and the others add. Where S is 1.5 E or more, that has at most three times the relative error of S. Where it is less,
+the sum is taken again without the maximum, which keeps the loss of a confident row exact. NaN and infinities take that
+way too.
 """
 
 import math
 
 from numpy import int32
 
-from gpusoftmax.kernels.cuda.device._cuda import cuda, device
+from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
-    add_pair,
+    div,
+    exp_gap,
     maximum,
-    merge,
     mul,
     number,
+    power_of_two_ratio,
     reference,
     sub,
     tie,
 )
-from gpusoftmax.kernels.cuda.device.exponential import accurate_exp_gap, cheap_exp_gap, gradual_exp_gap, scale_in_base_2
+from gpusoftmax.kernels.cuda.device.exponential import (
+    accurate_exp_from,
+    accurate_exp_gap,
+    anchor,
+    cheap_exp_from,
+    cheap_exp_gap,
+    low_of_cheap,
+    lowest_of,
+    scale_in_base_2,
+    unless_equal,
+)
 from gpusoftmax.kernels.cuda.device.memory import n_values, number_size, piece_numbers, stored_in_halves
-from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish, warp_max, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
+    col_of,
     exchange_states,
     has_columns,
     meet,
@@ -44,7 +61,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     wait_for_piece,
 )
 from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
-from gpusoftmax.kernels.cuda.device.staging import get, put
+from gpusoftmax.kernels.cuda.device.staging import get, hidden
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import GROUP, STATE_NUMBERS, WARP_SIZE
 
@@ -60,10 +77,9 @@ def gap_params(scale, scale_low):
 def read_logits(held, source, k, n_cols, row, team, split, params):
     """held = piece k through `transform`; padding never becomes a maximum and adds nothing to a sum."""
     piece = piece_of(k, n_cols, team, split, params[0])
-    at = slot_of(k, team, split, 1)
-    read_piece(held, source, at, piece, team, split, number(params[0], -math.inf))
+    read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
     for j in range(n_values(params[0])):
-        held[j] = transform(held[j], piece.first + team.lane + j * split_lanes(split), row, params)
+        held[j] = transform(held[j], piece.first + col_of(j, team, split, source), row, params)
     return piece
 
 
@@ -84,45 +100,128 @@ def piece_max(held, piece, split, params):
     return warp_max(largest, split_lanes(split))
 
 
-def piece_state_with(exp_gap):
-    """A device function that computes the state of a piece, given one of the exponentials of exponential.py."""
+def piece_sum_with(exp_from, exp_gap, with_maximum=True):
+    """A device function that sums the exponentials of a piece, or of what is less than its maximum. Where that does not
+    refer to a power of two, it takes the second of the exponentials.
+    """
 
     @device
-    def piece_state(source, held, piece, split, params):
+    def piece_sum(held, largest, exponent, piece, split, params):
         scale, scale_low, c, c_low = params
-        zero, one = number(scale, 0.0), number(scale, 1.0)
-        largest = piece_max(held, piece, split, params)
-        half = mul(reference(largest), number(scale, 0.5))
         values = piece_numbers(scale)
-        total = zero
-        for group in range(0, n_values(scale), GROUP):
-            if has_columns(group, piece, split):
-                for k in range(group, group + GROUP):
-                    values[k] = exp_gap(held[k], half, scale, scale_low, c, c_low)
-                total = add(total, group_sum(values, group))
-        total = warp_sum(total, split_lanes(split))
-        ties, tail = one, sub(total, one)
-        confident = not total >= number(scale, 1.5)
-        if any_lane(confident):  # the others of the warp keep what they have
-            exact_ties, exact_tail = zero, zero
+        total = number(scale, 0.0)
+        if is_near(exponent):
+            lowest = lowest_of(exponent, c)
             for group in range(0, n_values(scale), GROUP):
                 if has_columns(group, piece, split):
                     for k in range(group, group + GROUP):
-                        values[k] = gradual_exp_gap(held[k], half, scale, scale_low)
-                        if held[k] == largest:
-                            values[k] = zero
-                    exact_tail = add(exact_tail, group_sum(values, group))
+                        values[k] = exp_from(held[k], exponent, lowest, c, c_low)
+                        if not with_maximum:
+                            values[k] = unless_equal(values[k], held[k], largest)
+                    total = add(total, group_sum(values, group))
+        else:
+            half = halved(largest)
+            for group in range(0, n_values(scale), GROUP):
+                if has_columns(group, piece, split):
                     for k in range(group, group + GROUP):
-                        values[k] = tie(held[k], largest)
-                    exact_ties = add(exact_ties, group_sum(values, group))
-            exact_ties, exact_tail = warp_sum(exact_ties, split_lanes(split)), warp_sum(exact_tail, split_lanes(split))
-            if confident:
-                ties, tail = exact_ties, exact_tail
-                if largest == number(scale, -math.inf):
-                    ties = zero
-        return mul(largest, number(scale, 0.5)), ties, tail, zero
+                        values[k] = exp_gap(held[k], half, scale, scale_low, c, c_low)
+                        if not with_maximum:
+                            values[k] = unless_equal(values[k], held[k], largest)
+                    total = add(total, group_sum(values, group))
+        return warp_sum(total, split_lanes(split))
 
-    return piece_state
+    return piece_sum
+
+
+cheap_sum = piece_sum_with(cheap_exp_from, cheap_exp_gap)
+accurate_sum = piece_sum_with(accurate_exp_from, accurate_exp_gap)
+cheap_rest = piece_sum_with(cheap_exp_from, cheap_exp_gap, with_maximum=False)
+accurate_rest = piece_sum_with(accurate_exp_from, accurate_exp_gap, with_maximum=False)
+
+
+@device
+def of_cheap(params):
+    """The parameters where sums are those of cheap exponentials."""
+    scale, scale_low, c, c_low = params
+    return scale, scale_low, c, low_of_cheap(c_low)
+
+
+@device
+def of_loss(source, params):
+    return of_cheap(params) if stored_in_halves(source.pointer) else params
+
+
+@device
+def is_near(exponent):
+    return exponent < number(exponent, math.inf)
+
+
+@device
+def halved(largest):
+    return mul(reference(largest), number(largest, 0.5))
+
+
+@device
+def softmax_piece_state(source, held, piece, split, params):
+    largest = piece_max(held, piece, split, params)
+    total = cheap_sum(held, largest, anchor(largest, params[2]), piece, split, params)
+    return largest, number(total, 0.0), total
+
+
+@device
+def loss_sum(source, held, largest, exponent, piece, split, params):
+    """Two bytes a logit leave no time for more than the cheap exponential."""
+    if stored_in_halves(source.pointer):
+        return cheap_sum(held, largest, exponent, piece, split, params)
+    return accurate_sum(held, largest, exponent, piece, split, params)
+
+
+@device
+def loss_rest(source, held, largest, exponent, piece, split, params):
+    if stored_in_halves(source.pointer):
+        return cheap_rest(held, largest, exponent, piece, split, params)
+    return accurate_rest(held, largest, exponent, piece, split, params)
+
+
+@device
+def ties_of(held, largest, piece, split):
+    total = number(largest, 0.0)
+    for group in range(0, n_values(largest), GROUP):
+        if has_columns(group, piece, split):
+            for k in range(group, group + GROUP):
+                total = add(total, tie(held[k], largest))
+    return warp_sum(total, split_lanes(split))
+
+
+@device
+def at_maximum(source, largest, exponent, params):
+    """What the maximum itself adds to loss_sum: the same bits."""
+    scale, scale_low, c, c_low = params
+    if not is_near(exponent):
+        return number(scale, 1.0)
+    if stored_in_halves(source.pointer):
+        return cheap_exp_from(reference(largest), exponent, lowest_of(exponent, c), c, c_low)
+    return accurate_exp_from(reference(largest), exponent, lowest_of(exponent, c), c, c_low)
+
+
+@device
+def loss_piece_state(source, held, piece, split, params):
+    scale = params[0]
+    zero, least = number(scale, 0.0), number(scale, -math.inf)
+    largest = piece_max(held, piece, split, params)
+    exponent = anchor(largest, params[2])
+    total = loss_sum(source, held, largest, exponent, piece, split, params)
+    own = at_maximum(source, largest, exponent, params)
+    ties, others = number(scale, 1.0), sub(total, own)
+    confident = not total >= mul(own, number(scale, 1.5))
+    if any_lane(confident):  # the others of the warp keep what they have
+        exact_ties = ties_of(held, largest, piece, split)
+        rest = loss_rest(source, held, largest, exponent, piece, split, params)
+        if confident:
+            ties, others = exact_ties, rest
+            if largest == least:
+                ties = zero
+    return largest, ties, others
 
 
 # ---------------------------------------------------------------- all chunks of a row
@@ -137,64 +236,70 @@ def state_place(number_of_state, chunk, like):
 @device
 def publish_state(k, state, team, split):
     chunk = chunk_of(k, team, split)
-    publish(state_place(0, chunk, state[0]), state[0], team, split)
-    publish(state_place(1, chunk, state[0]), state[1], team, split)
-    publish(state_place(2, chunk, state[0]), add(state[2], state[3]), team, split)
+    for i in range(3):
+        publish(state_place(i, chunk, state[i]), state[i], team, split)
 
 
 @device
-def rescaled_group(group, row_max, team, split, params):
-    """(ties, tail, tail_low) of 32 chunks, relative to the row's maximum; every lane holds them."""
-    zero = number(params[0], 0.0)
-    chunk = group * WARP_SIZE + team.lane
-    state = (number(params[0], -math.inf), zero, zero, zero)
-    if chunk < split_chunks(split):
-        largest = get(state_place(0, chunk, zero), zero)
-        state = (
-            largest,
-            get(state_place(1, chunk, zero), zero),
-            get(state_place(2, chunk, zero), zero),
-            zero,
-        )
-    state = merge((row_max, zero, zero, zero), state, params[0], params[1])
-    tail, tail_low = warp_sum_pair(state[2], state[3])
-    return warp_sum(state[1], WARP_SIZE), tail, tail_low
+def ratio(part_max, row_max, params):
+    """What brings exponentials of the anchor of a part to that of its row."""
+    scale, scale_low, c, c_low = params
+    part, whole = anchor(part_max, c), anchor(row_max, c)
+    if is_near(part) and is_near(whole):
+        return power_of_two_ratio(part, whole)
+    # The parts' maxima, and what lies between each of them and its anchor.
+    half, row_half = mul(part_max, number(scale, 0.5)), halved(row_max)
+    factor = exp_gap(half, row_half, scale, scale_low)
+    return div(mul(factor, above_anchor(row_max, whole, params)), above_anchor(part_max, part, params))
 
 
 @device
-def group_place(number_of_state, group, split, like):
-    """Where a number of a group's sum lies in shared memory: behind the states of the chunks."""
-    return state_place(number_of_state, split_chunks(split) + group, like)
+def above_anchor(largest, exponent, params):
+    """The exponential of a maximum."""
+    scale, scale_low, c, c_low = params
+    if not is_near(exponent):
+        return number(scale, 1.0)
+    return accurate_exp_from(reference(largest), exponent, lowest_of(exponent, c), c, c_low)
 
 
 @device
-def merged_states(team, split, params):
+def as_part(state, row_max, params):
+    """(ties, others) of a state as part of a row: its ties join the others where the row has a larger maximum."""
+    largest, ties, others = state
+    if largest == row_max:
+        return ties, others
+    if ties > number(ties, 0.0):
+        others = add(others, mul(ties, above_anchor(largest, anchor(largest, params[2]), params)))
+    return number(ties, 0.0), mul(others, ratio(largest, row_max, params))
+
+
+@device
+def joined(one, two, params):
+    """The state of two parts of a row."""
+    largest = maximum(one[0], two[0])
+    ties, others = as_part(one, largest, params)
+    more_ties, more_others = as_part(two, largest, params)
+    return largest, add(ties, more_ties), add(others, more_others)
+
+
+@device
+def joined_states(team, split, params):
     """The state of the row from those of its chunks, which lie in shared memory; the same for all threads."""
     zero = number(params[0], 0.0)
     row_max = number(params[0], -math.inf)
-    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
+    chunk, step = team.lane, hidden(int32(WARP_SIZE))
+    while chunk < split_chunks(split):
         row_max = maximum(row_max, get(state_place(0, chunk, zero), zero))
+        chunk = int32(chunk + step)
     row_max = warp_max(row_max, WARP_SIZE)
-    n_groups = (split_chunks(split) + WARP_SIZE - 1) // WARP_SIZE
-    if n_groups == 1:
-        ties, tail, tail_low = rescaled_group(0, row_max, team, split, params)
-        return row_max, ties, tail, tail_low
-    warp = cuda.threadIdx.x // WARP_SIZE
-    for group in range(warp, n_groups, cuda.blockDim.x // WARP_SIZE):
-        ties, tail, tail_low = rescaled_group(group, row_max, team, split, params)
-        if team.lane == 0:
-            put(group_place(0, group, split, zero), ties)
-            put(group_place(1, group, split, zero), tail)
-            put(group_place(2, group, split, zero), tail_low)
-    cuda.syncthreads()  # the sums of all groups are in shared memory before any warp reads them
-    ties, tail, tail_low = zero, zero, zero
-    for group in range(team.lane, n_groups, WARP_SIZE):
-        ties = add(ties, get(group_place(0, group, split, zero), zero))
-        part = get(group_place(1, group, split, zero), zero)
-        part_low = get(group_place(2, group, split, zero), zero)
-        tail, tail_low = add_pair(tail, tail_low, part, part_low)
-    tail, tail_low = warp_sum_pair(tail, tail_low)
-    return row_max, warp_sum(ties, WARP_SIZE), tail, tail_low
+    ties, others, chunk = zero, zero, team.lane
+    while chunk < split_chunks(split):
+        largest = get(state_place(0, chunk, zero), zero)
+        state = largest, get(state_place(1, chunk, zero), zero), get(state_place(2, chunk, zero), zero)
+        more_ties, more_others = as_part(state, row_max, params)
+        ties, others = add(ties, more_ties), add(others, more_others)
+        chunk = int32(chunk + step)
+    return row_max, warp_sum(ties, WARP_SIZE), warp_sum(others, WARP_SIZE)
 
 
 def row_state_with(piece_state):
@@ -204,42 +309,51 @@ def row_state_with(piece_state):
     def row_state(source, n_cols, row, team, split, params):
         """The state of the row, the same for all threads that share it."""
         held = piece_numbers(params[0])
-        zero = number(params[0], 0.0)
-        state = (number(params[0], -math.inf), zero, zero, zero)
+        zero, least = number(params[0], 0.0), number(params[0], -math.inf)
+        state = (least, zero, zero)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
         announce(split)
-        open_row((source,), n_cols, team, split, zero)
+        open_row((source,), n_cols, team, split, least)
         meet(split)
-        for k in range(team.n_pieces):
+        k = int32(0)
+        while k < team.n_pieces:
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, row, team, split, params)
-            stage_next(k, (source,), n_cols, team, split, zero)
+            stage_next(k, (source,), n_cols, team, split, least)
             current = piece_state(source, held, piece, split, params)
             if k & last_piece == 0:
                 state = current
             else:
-                state = merge(state, current, params[0], params[1])
+                state = joined(state, current, params)
             if not is_short(split) and k & last_piece == last_piece:
                 publish_state(k, state, team, split)
+            k = int32(k + 1)
         if is_short(split):
             return state
         exchange_states(split)
-        return merged_states(team, split, params)
+        return joined_states(team, split, params)
 
     return row_state
 
 
-cheap_piece_state = piece_state_with(cheap_exp_gap)
-accurate_piece_state = piece_state_with(accurate_exp_gap)
+cheap_row_state = row_state_with(softmax_piece_state)
+loss_row_state = row_state_with(loss_piece_state)
 
 
 @device
-def loss_piece_state(source, held, piece, split, params):
-    """For results that are logarithms. Two bytes a logit leave no time for more than the cheap exponential."""
-    if stored_in_halves(source.pointer):
-        return cheap_piece_state(source, held, piece, split, params)
-    return accurate_piece_state(source, held, piece, split, params)
+def softmax_state(source, n_cols, row, team, split, params):
+    return cheap_row_state(source, n_cols, row, team, split, of_cheap(params))
 
 
-softmax_state = row_state_with(cheap_piece_state)
-loss_state = row_state_with(loss_piece_state)
+@device
+def relative(state, params):
+    """The state of `formulas` from that of a row: half the maximum, and the others relative to it."""
+    largest, ties, others = state
+    own = above_anchor(largest, anchor(largest, params[2]), params)
+    return mul(largest, number(largest, 0.5)), ties, div(others, own), number(others, 0.0)
+
+
+@device
+def loss_state(source, n_cols, row, team, split, params):
+    params = of_loss(source, params)
+    return relative(loss_row_state(source, n_cols, row, team, split, params), params)

@@ -45,20 +45,22 @@ def row_sum_with(term):
         last_piece = int32((1 << split_piece_bits(split)) - 1)
         total, low = zero, zero
         announce(split)
-        open_row(sources, n_cols, team, split, like)
+        open_row(sources, n_cols, team, split, zero)
         meet(split)
-        for k in range(team.n_pieces):
+        k = int32(0)
+        while k < team.n_pieces:
             wait_for_piece(k, team, split)
             piece = piece_of(k, n_cols, team, split, like)
             at = slot_of(k, team, split, 2)
-            read_piece(values, sources[0], at, piece, team, split, zero)
-            read_piece(others, sources[1], at + split.slot_bytes, piece, team, split, zero)
-            stage_next(k, sources, n_cols, team, split, like)
+            read_piece(values, sources[0], at, piece, team, split)
+            read_piece(others, sources[1], int32(at + split.slot_bytes), piece, team, split)
+            stage_next(k, sources, n_cols, team, split, zero)
             if k & last_piece == 0:
                 total, low = zero, zero
             total, low = add_pair(total, low, piece_sum(values, others, piece, split, like), zero)
             if not is_short(split) and k & last_piece == last_piece:
                 publish(state_place(0, chunk_of(k, team, split), zero), add(total, low), team, split)
+            k = int32(k + 1)
         if is_short(split):
             return total
         exchange_states(split)

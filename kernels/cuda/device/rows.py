@@ -1,7 +1,8 @@
 """Who holds which column, and how a row gets into shared memory and out of it.
 
-A row is cut into pieces. Lane l of the warp that has a piece sums its columns l, l + lanes, l + 2 lanes, ...: lanes
-side by side read elements of shared memory side by side, and which lane sums which column depends on n_cols alone.
+A row is cut into pieces. A lane of the warp that has a piece sums runs of neighbouring columns, sixteen bytes each: lane
+l the runs l, l + lanes, l + 2 lanes, ... of the piece, so that one access of a warp reads neighbouring runs. Which lane
+sums which column depends on n_cols and the format alone.
 
 Global memory is accessed by granules, sixteen aligned bytes, wherever the row begins:
 
@@ -9,8 +10,11 @@ Global memory is accessed by granules, sixteen aligned bytes, wherever the row b
     slot       | . . a b | c d e f | g h i j | k . . . |        the same granules, at the same distance from a boundary
 
 A granule inside the row is copied whole; at the ends of the row elements are copied one by one, so that no byte beside
-it is touched. Results leave the same way, by granules of the output's own alignment. Rows whose columns are not
-neighbours are copied element by element into the same slots: a row has the same bits wherever it lies.
+it is touched, and what the lanes read beyond the row is filled with a padding that changes no result. A run that begins
+beside a boundary is cut out of the two granules that hold it, at a distance that is the same for the whole row. Results
+leave by granules of the output's own alignment: where input and output lie alike, those that two pieces share are in the
+slots of both, and the later piece writes them whole. Rows whose columns are not neighbours are copied element by element
+into the same slots: a row has the same bits wherever it lies.
 
 A warp has `slots` slots. If it has more pieces than slots it goes around them: the first pass leaves the last pieces
 there; the last pass begins with those and fetches the others again in reverse order, since what was read last is most
@@ -36,6 +40,10 @@ from gpusoftmax.kernels.cuda.device.memory import (
 )
 from gpusoftmax.kernels.cuda.device.split import (
     is_short,
+    quotient,
+    remainder,
+    shifted_down,
+    shifted_up,
     split_chunks,
     split_cluster,
     split_first_slot,
@@ -49,12 +57,17 @@ from gpusoftmax.kernels.cuda.device.staging import (
     copy_element,
     copy_vector,
     end_copies,
+    hidden,
+    pad_element,
+    shared_start,
     staged,
-    staged_columns,
+    staged_runs,
     staged_vector,
     wait_for_copies,
 )
-from gpusoftmax.kernels.cuda.plan import WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
+
+VERY_MANY = 1 << 30  # columns: more than a slot has
 
 
 class Strided(NamedTuple):
@@ -77,10 +90,11 @@ class Row(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The columns [first, first + count) of a row."""
+    """The columns [first, first + count) of a row, which has `left` from the first on (or very many)."""
 
     first: int
     count: int
+    left: int
 
 
 class Team(NamedTuple):
@@ -92,7 +106,7 @@ class Team(NamedTuple):
     rank: int
     size: int
     n_pieces: int
-    slots: int  # where the slots of this part begin
+    slots: int  # the address in shared memory where the slots of this part begin
 
 
 @device
@@ -117,47 +131,54 @@ def row_of(array, row, rows):
 def own_row(start, split):
     """The row of this thread's team, of those from `start` on; past the last row for some teams of the last block."""
     if is_short(split):
-        part = cuda.threadIdx.x // split_lanes(split)
-        return start + cuda.blockIdx.x * (cuda.blockDim.x // split_lanes(split)) + part
-    return start + cuda.blockIdx.x // split_cluster(split)
+        part = quotient(cuda.threadIdx.x, split_lanes(split))
+        return start + int64(cuda.blockIdx.x) * quotient(cuda.blockDim.x, split_lanes(split)) + part
+    if split_cluster(split) == 1:
+        return start + cuda.blockIdx.x
+    return start + quotient(cuda.blockIdx.x, split_cluster(split))
 
 
 @device
 def team_of(split, n_sources):
-    part = int32(cuda.threadIdx.x // split_lanes(split))
+    part = quotient(cuda.threadIdx.x, split_lanes(split))
     lane = int32(cuda.threadIdx.x - part * split_lanes(split))
     if is_short(split):
-        return Team(lane, int32(0), int32(1), int32(1), int32(part * n_sources * split.slot_bytes))
-    warps = int32(cuda.blockDim.x // WARP_SIZE)
-    rank = int32(cuda.blockIdx.x % split_cluster(split) * warps + part)
+        return Team(lane, int32(0), int32(1), int32(1), int32(shared_start() + part * n_sources * split.slot_bytes))
+    warps = quotient(cuda.blockDim.x, int32(WARP_SIZE))
+    rank = part
+    if split_cluster(split) > 1:
+        rank = int32(remainder(cuda.blockIdx.x, split_cluster(split)) * warps + part)
     size = int32(split_cluster(split) * warps)
-    n_chunks = int32(max(int32(split_chunks(split) - rank + size - 1), 0)) // size
-    slots = int32(split_first_slot(split) + part * split_slots(split) * n_sources * split.slot_bytes)
+    n_chunks = quotient(max(int32(split_chunks(split) - rank + size - 1), int32(0)), size)
+    first_slot = shared_start() + split_first_slot(split)
+    slots = int32(first_slot + part * split_slots(split) * n_sources * split.slot_bytes)
     return Team(lane, rank, size, int32(n_chunks << split_piece_bits(split)), slots)
 
 
 @device
 def chunk_of(k, team, split):
     """The chunk of this part's piece number k: the chunks are dealt out in turn."""
-    return int32(team.rank + team.size * (k >> split_piece_bits(split)))
+    return int32(team.rank + team.size * shifted_down(k, split_piece_bits(split)))
 
 
 @device
 def piece_of(k, n_cols, team, split, like):
     """This part's piece number k. A chunk at the end of the row may have pieces without columns."""
-    cols = split_lanes(split) * n_values(like)
-    if is_short(split):
-        return Piece(int64(0), int32(n_cols))
-    within = k & ((1 << split_piece_bits(split)) - 1)
-    first = ((int64(chunk_of(k, team, split)) << split_piece_bits(split)) + within) * cols
-    return Piece(first, int32(max(min(n_cols - first, cols), 0)))
+    cols = int32(split_lanes(split) * n_values(like))
+    number = int32(0)
+    if not is_short(split):
+        pieces = shifted_up(int32(1), split_piece_bits(split))
+        number = int32(shifted_up(chunk_of(k, team, split), split_piece_bits(split)) + (k & int32(pieces - 1)))
+    first = int64(number) * cols
+    left = int32(min(n_cols - first, int64(VERY_MANY)))
+    return Piece(first, max(min(left, cols), int32(0)), left)
 
 
 @device
 def slot_of(k, team, split, n_sources):
     if is_short(split):
         return team.slots
-    turn = k if k < split_slots(split) else k % split_slots(split)
+    turn = k if k < split_slots(split) else remainder(k, split_slots(split))
     return int32(team.slots + turn * n_sources * split.slot_bytes)
 
 
@@ -165,81 +186,144 @@ def slot_of(k, team, split, n_sources):
 
 
 @device
-def n_granules(shift, piece, bits):
-    """How many granules of 2^bits columns hold the columns of a piece."""
-    return int32((shift + piece.count + (1 << bits) - 1) >> bits)
+def read_cols(piece, split, like):
+    """Columns that the lanes read from a slot: whole groups, and of a long row always all."""
+    if is_short(split):
+        group = int32(split_lanes(split) * GROUP)
+        return int32((piece.count + group - 1) & -group)
+    return int32(WARP_SIZE * n_values(like))
 
 
 @device
-def lone_columns(shift, piece, low, high, bits):
-    """Which columns of the piece belong to granules of 2^bits columns that do not lie inside the columns [low, high):
-    the first `head` of them, and those from `tail` on.
+def n_granules(shift, count, bits):
+    """How many granules of 2^bits columns hold `count` columns, `shift` columns behind a boundary."""
+    return int32((shift + count + (1 << bits) - 1) >> bits)
+
+
+@device
+def lone_columns(shift, count, low, high, bits):
+    """Which of `count` columns belong to granules of 2^bits columns that do not lie inside the columns [low, high):
+    the first `head` of them, and those from `tail` on. The first column is number 0.
     """
     width = 1 << bits
-    head = int32(min(width - shift, piece.count) if piece.first - shift < low else 0)
-    last = int32((((shift + piece.count - 1) >> bits) << bits) - shift)
-    tail = int32(max(last, head) if piece.first + last + width > high else piece.count)
+    head = int32(min(width - shift, count) if -shift < low else 0)
+    last = int32((((shift + count - 1) >> bits) << bits) - shift)
+    tail = int32(max(last, head) if last + width > high else count)
     return head, tail
 
 
 @device
-def stage_granules(source, at, piece, n_cols, team, split):
-    """Starts the copies of the granules that hold columns of the piece and lie inside the row."""
+def stage_granules(source, at, piece, n_cols, team, split, padding):
+    """Starts the copies of the granules of a slot that lie inside the row, and fills those beyond it."""
     if source.stride == 1:
         bits = vector_bits(source.pointer)
-        for granule in range(team.lane, n_granules(source.shift, piece, bits), split_lanes(split)):
-            col = piece.first - source.shift + (granule << bits)
-            if col >= 0 and col + (1 << bits) <= n_cols:
-                copy_vector(source.pointer, col, at + granule * VECTOR_BYTES)
+        width = 1 << bits
+        first = piece.first - source.shift
+        n = n_granules(source.shift, read_cols(piece, split, padding), bits)
+        if not is_short(split) and first >= 0 and int32(piece.left + source.shift) >= int32(n << bits):
+            col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
+            for k in range(n_values(padding) >> bits):
+                copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
+            if source.shift > 0 and team.lane == 0:
+                k = n_values(padding) >> bits
+                copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
+        else:
+            granule, step = team.lane, hidden(split_lanes(split))
+            while granule < n:
+                col, place = first + (int64(granule) << bits), int32(at + granule * VECTOR_BYTES)
+                if col >= n_cols:
+                    for k in range(width):
+                        pad_element(source.pointer, padding, int32(place + k * element_size(source.pointer)))
+                elif col >= 0 and col + width <= n_cols:
+                    copy_vector(source.pointer, col, place)
+                granule = int32(granule + step)
 
 
 @device
-def stage_lone_columns(source, at, piece, n_cols, team, split):
-    """Copies the columns that stage_granules leaves. These loads are waited for; those are not."""
-    head, tail = piece.count, piece.count
-    if source.stride == 1:
-        head, tail = lone_columns(source.shift, piece, 0, n_cols, vector_bits(source.pointer))
+def stage_lone_columns(source, at, piece, n_cols, team, split, padding):
+    """Copies the columns that stage_granules leaves, and fills the rest of their granules. These loads are waited for;
+    those are not.
+    """
     size = element_size(source.pointer)
-    for k in range(team.lane, int32(head + piece.count - tail), split_lanes(split)):
-        col = int32(k if k < head else k - head + tail)
-        copy_element(source.pointer, (piece.first + col) * source.stride, at + (source.shift + col) * size)
+    cols = read_cols(piece, split, padding)
+    k, step = team.lane, hidden(split_lanes(split))
+    if source.stride != 1:
+        while k < cols:
+            stage_element(source, int32(at + k * size), piece.first + k, n_cols, padding)
+            k = int32(k + step)
+        return
+    bits = vector_bits(source.pointer)
+    width = int32(1 << bits)
+    first = piece.first - source.shift
+    left = int32(piece.left + source.shift)
+    last = int32(left >> bits)
+    head = first < 0
+    tail = int32(left & (width - 1)) != 0 and last >= (1 if head else 0)
+    tail = tail and last < n_granules(source.shift, cols, bits)
+    if head or tail:
+        while k < 2 * width:
+            within = k & (width - 1)
+            col = int32(within if k < width else (last << bits) + within)
+            if head if k < width else tail:
+                stage_element(source, int32(at + col * size), first + col, n_cols, padding)
+            k = int32(k + step)
 
 
 @device
-def stage(k, sources, n_cols, team, split, like):
-    piece = piece_of(k, n_cols, team, split, like)
+def stage_element(source, place, col, n_cols, padding):
+    if col >= 0 and col < n_cols:
+        copy_element(source.pointer, col * source.stride, place)
+    else:
+        pad_element(source.pointer, padding, place)
+
+
+@device
+def stage(k, sources, n_cols, team, split, padding):
+    piece = piece_of(k, n_cols, team, split, padding)
     at = slot_of(k, team, split, len(sources))
     for i in range(len(sources)):
-        stage_granules(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split)
+        stage_granules(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
     end_copies()
     for i in range(len(sources)):
-        stage_lone_columns(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split)
+        stage_lone_columns(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
 
 
 @device
-def open_row(sources, n_cols, team, split, like):
-    """Starts to fill the slots with the first pieces of a row."""
+def open_row(sources, n_cols, team, split, padding):
+    """Starts to fill the slots with the first pieces of a row; `padding`, a number of the computation format, follows
+    its last column.
+    """
     n_staged = int32(1) if is_short(split) else int32(min(split_slots(split), team.n_pieces))
-    for k in range(n_staged):
-        piece = piece_of(k, n_cols, team, split, like)
+    k = int32(0)
+    while k < n_staged:
+        piece = piece_of(k, n_cols, team, split, padding)
         at = slot_of(k, team, split, len(sources))
         for i in range(len(sources)):
-            stage_granules(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split)
+            stage_granules(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
         end_copies()
-    for k in range(n_staged):  # only now: what these wait for, the copies of all slots do not wait for
-        piece = piece_of(k, n_cols, team, split, like)
+        k = int32(k + 1)
+    # Only now: what these wait for, the copies of all slots do not wait for. Where granules are copied, a row's first
+    # and last piece may have them.
+    ends_alone = split_piece_bits(split) == 0
+    for i in range(len(sources)):
+        ends_alone = ends_alone and sources[i].stride == 1
+    step = max(int32(n_staged - 1), int32(1)) if ends_alone else int32(1)
+    k = int32(0)
+    while k < n_staged:
+        piece = piece_of(k, n_cols, team, split, padding)
         at = slot_of(k, team, split, len(sources))
         for i in range(len(sources)):
-            stage_lone_columns(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split)
+            stage_lone_columns(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
+        k = int32(k + step)
 
 
 @device
-def fetch_last(sources, n_cols, team, split, like):
+def fetch_last(sources, n_cols, team, split, padding):
     """Fills the slots for a last pass that no first one comes before: with the last pieces of a row."""
     n_staged = int32(1) if is_short(split) else int32(min(split_slots(split), team.n_pieces))
     for k in range(n_staged):
-        stage(int32(team.n_pieces - 1 - k), sources, n_cols, team, split, like)
-    wait_for_copies(0)
+        stage(int32(team.n_pieces - 1 - k), sources, n_cols, team, split, padding)
+    wait_for_copies(int32(0))
     cuda.syncwarp()  # every lane has waited for its own copies
 
 
@@ -247,58 +331,76 @@ def fetch_last(sources, n_cols, team, split, like):
 def wait_for_piece(k, team, split):
     """In the first pass: piece k is in its slot."""
     if is_short(split):
-        wait_for_copies(0)
+        wait_for_copies(int32(0))
     else:
-        wait_for_copies(min(k + split_slots(split), team.n_pieces) - 1 - k)
+        wait_for_copies(int32(min(int32(k + split_slots(split)), team.n_pieces) - 1 - k))
     cuda.syncwarp()  # every lane has waited for its own copies
 
 
 @device
-def stage_next(k, sources, n_cols, team, split, like):
+def stage_next(k, sources, n_cols, team, split, padding):
     """In the first pass: the slot of piece k, which is in registers, is filled again."""
-    if not is_short(split) and k + split_slots(split) < team.n_pieces:
+    if not is_short(split) and int32(k + split_slots(split)) < team.n_pieces:
         cuda.syncwarp()  # every lane has read the slot
-        stage(int32(k + split_slots(split)), sources, n_cols, team, split, like)
+        stage(int32(k + split_slots(split)), sources, n_cols, team, split, padding)
 
 
 # ---------------------------------------------------------------- slot -> registers
 
 
 @device
-def read_piece(held, source, at, piece, team, split, padding):
-    """held = this lane's columns of the piece in the slot `at`; `padding` beyond its end."""
-    place = at + (source.shift + team.lane) * element_size(source.pointer)
-    count = piece.count - team.lane
-    # The distance of a lane's columns is a constant in each branch: one address serves them all.
-    if split_lanes(split) == 32:
-        staged_columns(source.pointer, place, count, 32, padding, held)
+def read_piece(held, source, at, piece, team, split):
+    """held = this lane's columns of the piece in the slot `at`; padding beyond its end."""
+    granule = int32(at + team.lane * VECTOR_BYTES)
+    shift = int32(source.shift * element_size(source.pointer))
+    # The distance of a lane's runs is a constant in each branch: one address serves them all.
+    if not is_short(split):
+        staged_runs(source.pointer, granule, shift, None, 32, held)
+    elif split_lanes(split) == 32:
+        staged_runs(source.pointer, granule, shift, piece.count, 32, held)
     elif split_lanes(split) == 16:
-        staged_columns(source.pointer, place, count, 16, padding, held)
+        staged_runs(source.pointer, granule, shift, piece.count, 16, held)
     elif split_lanes(split) == 8:
-        staged_columns(source.pointer, place, count, 8, padding, held)
+        staged_runs(source.pointer, granule, shift, piece.count, 8, held)
     else:
-        staged_columns(source.pointer, place, count, 4, padding, held)
+        staged_runs(source.pointer, granule, shift, piece.count, 4, held)
+
+
+@device
+def col_of(k, team, split, source):
+    """Which column of a piece is number k of a lane."""
+    bits = vector_bits(source.pointer)
+    return ((k >> bits) * split_lanes(split) + team.lane << bits) + (k & (1 << bits) - 1)
 
 
 @device
 def has_columns(group, piece, split):
     """Whether this group of a lane's values may hold any column: the others need not be computed with."""
-    return group * split_lanes(split) < piece.count
+    return not is_short(split) or group * split_lanes(split) < piece.count
 
 
 @device
-def read_granule(values, source, at, col, width):
-    """values[:width] = the columns col, col + 1, ... of the piece in the slot `at`."""
+def read_granule(values, source, place, width):
+    """values[:width] = the columns at an address in a slot and behind it."""
     size = element_size(source.pointer)
-    place = at + (source.shift + col) * size
     if width == vector_width(source.pointer) and place % VECTOR_BYTES == 0:
         staged_vector(source.pointer, place, values)
     else:
         for k in range(width):
-            values[k] = staged(source.pointer, place + k * size, values[k])
+            values[k] = staged(source.pointer, int32(place + k * size), values[k])
 
 
 # ---------------------------------------------------------------- slot -> results -> global memory
+
+
+@device
+def lie_alike(target, sources):
+    """Whether granules of the result are granules of all sources."""
+    alike = target.stride == 1
+    for i in range(len(sources)):
+        same_width = vector_bits(sources[i].pointer) == vector_bits(target.pointer)
+        alike = alike and same_width and sources[i].stride == 1 and sources[i].shift == target.shift
+    return alike
 
 
 def row_writer(results):
@@ -309,47 +411,93 @@ def row_writer(results):
     """
 
     @device
-    def write_piece(target, sources, at, piece, team, split, numbers, like):
+    def write_whole(target, sources, at, first, team, split, numbers, like):
+        """Granules of a whole piece that begin where those of the slot do, at column `first`."""
         values, others = granule_numbers(like), granule_numbers(like)
+        bits = vector_bits(target.pointer)
+        col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
+        for k in range(n_values(like) >> bits):
+            staged_vector(sources[0].pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
+            if len(sources) == 2:
+                other = int32(place + split.slot_bytes + k * WARP_SIZE * VECTOR_BYTES)
+                staged_vector(sources[1].pointer, other, others)
+            results(values, others, col + k * (WARP_SIZE << bits), 1 << bits, numbers)
+            store_vector(target.pointer, col + k * (WARP_SIZE << bits), values)
+
+    @device
+    def write_columns(target, sources, at, piece, shift, team, split, numbers, like):
+        """Any columns. `at`: where the first of them lies in the slot; `shift`: how far behind a boundary in memory."""
+        values, others = granule_numbers(like), granule_numbers(like)
+        size, other, step = element_size(sources[0].pointer), split.slot_bytes, hidden(split_lanes(split))
         head, tail = piece.count, piece.count
         if target.stride == 1:
             bits = vector_bits(target.pointer)
             width = 1 << bits
-            head, tail = lone_columns(target.shift, piece, piece.first, piece.first + piece.count, bits)
-            for granule in range(team.lane, n_granules(target.shift, piece, bits), split_lanes(split)):
-                col = int32((granule << bits) - target.shift)
+            head, tail = lone_columns(shift, piece.count, 0, piece.count, bits)
+            granule, n = team.lane, n_granules(shift, piece.count, bits)
+            while granule < n:
+                col = int32((granule << bits) - shift)
                 if col >= 0 and col + width <= piece.count:
-                    read_granule(values, sources[0], at, col, width)
+                    read_granule(values, sources[0], int32(at[0] + col * size), width)
                     if len(sources) == 2:
-                        read_granule(others, sources[1], at + split.slot_bytes, col, width)
+                        read_granule(others, sources[1], int32(at[1] + other + col * size), width)
                     results(values, others, piece.first + col, width, numbers)
                     store_vector(target.pointer, piece.first + col, values)
-        for k in range(team.lane, int32(head + piece.count - tail), split_lanes(split)):
+                granule = int32(granule + step)
+        k, n_lone = team.lane, int32(head + piece.count - tail)
+        while k < n_lone:
             col = int32(k if k < head else k - head + tail)
-            read_granule(values, sources[0], at, col, 1)
+            read_granule(values, sources[0], int32(at[0] + col * size), 1)
             if len(sources) == 2:
-                read_granule(others, sources[1], at + split.slot_bytes, col, 1)
+                read_granule(others, sources[1], int32(at[1] + other + col * size), 1)
             results(values, others, piece.first + col, 1, numbers)
             store(target.pointer, (piece.first + col) * target.stride, values[0])
+            k = int32(k + step)
+
+    @device
+    def write_piece(target, sources, at, piece, n_cols, team, split, numbers, like):
+        if piece.count == 0:
+            return
+        size = element_size(sources[0].pointer)
+        last = len(sources) - 1
+        shift = target.shift
+        if lie_alike(target, sources):
+            cols = read_cols(piece, split, like)
+            first = piece.first - shift
+            is_last = piece.left <= cols
+            whole = not is_last or (shift == 0 and piece.left == cols)
+            if not is_short(split) and first >= 0 and whole:
+                write_whole(target, sources, at, first, team, split, numbers, like)
+                return
+            # Up to where the granules of the next piece begin.
+            count = piece.left if is_last else int32(cols - shift)
+            if first >= 0:
+                before = Piece(first, int32(count + shift), int32(piece.left + shift))
+                write_columns(target, sources, (at, at), before, int32(0), team, split, numbers, like)
+                return
+            piece = Piece(piece.first, count, piece.left)
+        places = int32(at + sources[0].shift * size), int32(at + sources[last].shift * size)
+        write_columns(target, sources, places, piece, shift, team, split, numbers, like)
 
     @device
     def write_row(target, sources, n_cols, team, split, numbers, like):
         """The last pass, from the last piece to the first: the last ones are in their slots."""
         if is_short(split):
             piece = piece_of(0, n_cols, team, split, like)
-            write_piece(target, sources, team.slots, piece, team, split, numbers, like)
+            write_piece(target, sources, team.slots, piece, n_cols, team, split, numbers, like)
             return
-        for back in range(team.n_pieces):
-            k = int32(team.n_pieces - 1 - back)
-            if k + split_slots(split) < team.n_pieces:
-                wait_for_copies(min(split_slots(split) - 1, k))
+        k = int32(team.n_pieces - 1)
+        while k >= 0:
+            if int32(k + split_slots(split)) < team.n_pieces:
+                wait_for_copies(min(int32(split_slots(split) - 1), k))
                 cuda.syncwarp()  # every lane has waited for its own copies
             piece = piece_of(k, n_cols, team, split, like)
             at = slot_of(k, team, split, len(sources))
-            write_piece(target, sources, at, piece, team, split, numbers, like)
+            write_piece(target, sources, at, piece, n_cols, team, split, numbers, like)
             if k >= split_slots(split):
                 cuda.syncwarp()  # every lane has read the slot
                 stage(int32(k - split_slots(split)), sources, n_cols, team, split, like)
+            k = int32(k - 1)
 
     return write_row
 

@@ -1,29 +1,42 @@
 """Softmax and its backward. The mathematics stands in kernels/cpu/softmax.py."""
 
 from gpusoftmax.kernels.cuda.device._cuda import device
-from gpusoftmax.kernels.cuda.device.arithmetic import inverse_sum, mul, reference, sub
-from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_gap, exact_exp_gap
+from gpusoftmax.kernels.cuda.device.arithmetic import mul, number, row_inverse, sub
+from gpusoftmax.kernels.cuda.device.exponential import (
+    anchor,
+    cheap_exp_from,
+    cheap_exp_gap,
+    corrected_inverse,
+    exact_exp_gap,
+    lowest_of,
+    ordered_exp_from,
+)
 from gpusoftmax.kernels.cuda.device.memory import stored_in_halves
-from gpusoftmax.kernels.cuda.device.row_state import gap_params, softmax_state
+from gpusoftmax.kernels.cuda.device.row_state import gap_params, halved, is_near, softmax_state
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import transform
 
 
-def probabilities_with(exp_gap):
+def probabilities_with(exp_from, exp_gap):
     @device
     def probabilities(values, others, col, width, numbers):
-        row, row_max, inverse, params = numbers
+        row, half, exponent, lowest, inverse, params = numbers
         scale, scale_low, c, c_low = params
-        for k in range(width):
-            x = transform(values[k], col + k, row, params)
-            values[k] = mul(exp_gap(x, row_max, scale, scale_low, c, c_low), inverse)
+        if is_near(exponent):
+            for k in range(width):
+                x = transform(values[k], col + k, row, params)
+                values[k] = mul(exp_from(x, exponent, lowest, c, c_low), inverse)
+        else:
+            for k in range(width):
+                x = transform(values[k], col + k, row, params)
+                values[k] = mul(exp_gap(x, half, scale, scale_low, c, c_low), inverse)
 
     return probabilities
 
 
-write_half_probs = row_writer(probabilities_with(cheap_exp_gap))
-write_probs = row_writer(probabilities_with(exact_exp_gap))
+write_half_probs = row_writer(probabilities_with(cheap_exp_from, cheap_exp_gap))
+write_probs = row_writer(probabilities_with(ordered_exp_from, exact_exp_gap))
 
 
 def softmax_rows(rows, split, start, logits, probs, scale, scale_low):
@@ -34,12 +47,16 @@ def softmax_rows(rows, split, start, logits, probs, scale, scale_low):
     source = row_of(logits, row, rows)
     target = row_of(probs, row, rows)
     # 1. the first pass: maximum and sum
-    state = softmax_state(source, n_cols, row, team, split, params)
+    row_max, _, total = softmax_state(source, n_cols, row, team, split, params)
     # 2. the last pass
-    numbers = row, reference(state[0]), inverse_sum(state), params
+    exponent, inverse = anchor(row_max, params[2]), row_inverse(row_max, total, number(total, 0.0))
+    lowest = lowest_of(exponent, params[2])
     if stored_in_halves(target.pointer):
+        numbers = row, halved(row_max), exponent, lowest, inverse, params
         write_half_probs(target, (source,), n_cols, team, split, numbers, scale)
     else:
+        inverse = corrected_inverse(inverse, row_max, exponent, params[3])
+        numbers = row, halved(row_max), exponent, lowest, inverse, params
         write_probs(target, (source,), n_cols, team, split, numbers, scale)
 
 

@@ -29,6 +29,27 @@ def _field(name, constant):
     return intrinsic(field)
 
 
+def _unsigned(operation):
+    """An intrinsic on two numbers that are not negative, in 32 bits: Python's rules for signs take twice as long, and
+    Numba divides in 64 bits.
+    """
+
+    def intrinsic_of(typingctx, x, y):
+        def codegen(context, builder, signature, args):
+            return getattr(builder, operation)(*args)
+
+        return types.int32(types.int32, types.int32), codegen
+
+    intrinsic_of.__name__ = operation
+    return intrinsic(intrinsic_of)
+
+
+quotient = _unsigned("udiv")
+remainder = _unsigned("urem")
+shifted_up = _unsigned("shl")
+shifted_down = _unsigned("lshr")
+
+
 @intrinsic
 def is_short(typingctx, split):
     def codegen(context, builder, signature, args):

@@ -1,9 +1,12 @@
 """Dynamic shared memory and what fills it: asynchronous copies, the parts of a row, states sent between blocks.
 
-Places are byte offsets from the start of the block's dynamic shared memory. What an architecture lacks is replaced
-here: asynchronous copies (sm_80) by a load and a store, clusters (sm_90) by nothing, since plan.py gives them to no
-other.
+Slots are addresses in shared memory, 32 bits wide: the start of dynamic shared memory is asked for once in a kernel
+(sm_90 computes it, for every access, from the number of the block in its cluster). Places of states are byte offsets
+from there. What an architecture lacks is replaced here: asynchronous copies (sm_80) by a load and a store, clusters
+(sm_90) by nothing, since plan.py gives them to no other.
 """
+
+import contextlib
 
 from llvmlite import ir
 
@@ -18,7 +21,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     lanes_of_vector,
     vector_type,
 )
-from gpusoftmax.kernels.cuda.plan import GROUP, values_per_lane
+from gpusoftmax.kernels.cuda.plan import GROUP, run_of, values_per_lane
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _MAX_PENDING = 7  # copies in flight that `wait_for_copies` can tell apart
@@ -42,36 +45,79 @@ def _volatile(builder, text, constraints, *arguments):
 
 
 @intrinsic
-def copy_vector(typingctx, pointer, index, at):
-    """Sixteen aligned bytes from pointer[index:] to shared memory; there when `wait_for_copies` says so."""
+def shared_start(typingctx):
+    """The address of dynamic shared memory."""
 
     def codegen(context, builder, signature, args):
-        words = ir.VectorType(_I32, VECTOR_BYTES // 4)
-        source, target = global_address(builder, args[0], args[1], words), _shared(builder, args[2], words)
+        start = builder.ptrtoint(_shared(builder, ir.Constant(_I64, 0), ir.IntType(8)), _I32)
+        return _hidden(builder, start)  # or it would be computed again at each use
+
+    return types.int32(), codegen
+
+
+def _hidden(builder, value):
+    return builder.call(ir.InlineAsm(ir.FunctionType(_I32, [_I32]), "mov.b32 $0, $1;", "=r,r"), [value])
+
+
+@intrinsic
+def hidden(typingctx, value):
+    """The number, of which the compiler knows nothing. Loops with such a step are not unrolled: one that runs once or
+    twice would pay more for finding out how often that is than for its turns.
+    """
+    return types.int32(types.int32), lambda context, builder, signature, args: _hidden(builder, args[0])
+
+
+def _slot(builder, address, type):
+    """An address in shared memory as a pointer to `type`."""
+    return builder.inttoptr(address, type.as_pointer(SHARED_SPACE))
+
+
+_WORDS = ir.VectorType(_I32, VECTOR_BYTES // 4)
+
+
+@intrinsic
+def copy_vector(typingctx, pointer, index, at):
+    """Sixteen aligned bytes from pointer[index:] to a slot; there when `wait_for_copies` says so."""
+
+    def codegen(context, builder, signature, args):
+        source = global_address(builder, args[0], args[1], _WORDS)
         with builder.if_else(compiled_for(builder, 80)) as (asynchronous, plain):
             with asynchronous:
-                place = builder.ptrtoint(target, _I32)
                 text = "cp.async.cg.shared.global [$0], [$1], 16;"
-                _volatile(builder, text, "rl", place, builder.ptrtoint(source, _I64))
+                _volatile(builder, text, "rl", args[2], builder.ptrtoint(source, _I64))
             with plain:
+                target = _slot(builder, args[2], _WORDS)
                 builder.store(builder.load(source, align=VECTOR_BYTES), target, align=VECTOR_BYTES)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, types.int64), codegen
+    return types.void(pointer, types.int64, types.int32), codegen
 
 
 @intrinsic
 def copy_element(typingctx, pointer, index, at):
-    """One element of pointer[index] to shared memory, at once."""
+    """One element of pointer[index] to a slot, at once."""
     size = pointer.dtype.bitwidth // 8
 
     def codegen(context, builder, signature, args):
         stored = context.get_value_type(pointer.dtype)
         value = builder.load(global_address(builder, args[0], args[1], stored), align=size)
-        builder.store(value, _shared(builder, args[2], stored), align=size)
+        builder.store(value, _slot(builder, args[2], stored), align=size)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, types.int64), codegen
+    return types.void(pointer, types.int64, types.int32), codegen
+
+
+@intrinsic
+def pad_element(typingctx, pointer, padding, at):
+    """One element of a slot, stored as the pointer's are, is `padding`."""
+    dtype = STORED_DTYPE[pointer.dtype]
+
+    def codegen(context, builder, signature, args):
+        value = conversion.narrow(builder, args[1], dtype)
+        builder.store(value, _slot(builder, args[2], value.type), align=pointer.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(pointer, padding, types.int32), codegen
 
 
 @intrinsic
@@ -96,7 +142,7 @@ def wait_for_copies(typingctx, pending):
             choice = builder.switch(args[0], builder.append_basic_block("wait"))
             for count in range(_MAX_PENDING):
                 block = builder.append_basic_block(f"wait.{count}")
-                choice.add_case(ir.Constant(_I64, count), block)
+                choice.add_case(ir.Constant(_I32, count), block)
                 builder.position_at_end(block)
                 _volatile(builder, f"cp.async.wait_group {count};", "")
                 builder.branch(end)
@@ -106,73 +152,120 @@ def wait_for_copies(typingctx, pending):
             builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+    return types.void(types.int32), codegen
 
 
 @intrinsic
 def staged(typingctx, pointer, at, like):
-    """The element at a place in shared memory, stored there as the pointer's are, in the format of `like`."""
+    """The element at an address in a slot, stored there as the pointer's are, in the format of `like`."""
     dtype = STORED_DTYPE[pointer.dtype]
 
     def codegen(context, builder, signature, args):
         stored = context.get_value_type(pointer.dtype)
-        value = builder.load(_shared(builder, args[1], stored), align=pointer.dtype.bitwidth // 8)
+        value = builder.load(_slot(builder, args[1], stored), align=pointer.dtype.bitwidth // 8)
         return conversion.widen(builder, value, dtype, context.get_value_type(like))
 
-    return like(pointer, types.int64, like), codegen
+    return like(pointer, types.int32, like), codegen
+
+
+def _granule(builder, address, number):
+    """The words of the granule `number` (a constant) granules behind an aligned address."""
+    first = _slot(builder, address, _WORDS)
+    vector = builder.load(builder.gep(first, [ir.Constant(_I32, number)]), align=VECTOR_BYTES)
+    return [builder.extract_element(vector, ir.Constant(_I32, k)) for k in range(_WORDS.count)]
+
+
+def _funnel(builder, low, high, n_bytes):
+    """The word that begins n_bytes modulo 4 behind the start of `low`."""
+    bits = builder.shl(n_bytes, ir.Constant(_I32, 3))  # the instruction takes them modulo 32
+    shift = ir.InlineAsm(ir.FunctionType(_I32, [_I32] * 3), "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r")
+    return builder.call(shift, [low, high, bits])
+
+
+def _numbers_of(builder, words, pointer, context, like):
+    """The numbers that are stored in these words."""
+    dtype, stored = STORED_DTYPE[pointer.dtype], context.get_value_type(pointer.dtype)
+    vector = ir.Constant(_WORDS, ir.Undefined)
+    for k, word in enumerate(words):
+        vector = builder.insert_element(vector, word, ir.Constant(_I32, k))
+    lanes = lanes_of_vector(builder, builder.bitcast(vector, vector_type(stored)), stored)
+    return [conversion.widen(builder, lane, dtype, context.get_value_type(like)) for lane in lanes]
 
 
 @intrinsic
-def staged_columns(typingctx, pointer, at, count, stride, padding, held):
-    """held[k] = the element k stride (a literal) behind a place in shared memory, `padding` where k stride >= count."""
-    dtype, size = STORED_DTYPE[pointer.dtype], pointer.dtype.bitwidth // 8
-    if not isinstance(stride, types.IntegerLiteral):
+def staged_runs(typingctx, pointer, at, shift, count, lanes, held):
+    """held[:] = the numbers of this lane's runs of sixteen bytes, which lie `lanes` (a literal) granules apart.
+
+    `at` is the address of the lane's first granule; `shift` (0 to 15, the same for all lanes) says how many bytes behind
+    it the run begins. A shifted run is cut out of the two granules that hold it, in a branch for each number of whole
+    words. Groups that begin beyond `count` columns are not read; None: all are.
+    """
+    if not isinstance(lanes, types.IntegerLiteral):
         return None  # Numba asks again with the literal
-    step = stride.literal_value
+    step, size = lanes.literal_value, pointer.dtype.bitwidth // 8
+    n_values = values_per_lane(held.dtype.name)
+    run = run_of(size)
 
     def codegen(context, builder, signature, args):
-        stored, compute = context.get_value_type(pointer.dtype), context.get_value_type(padding)
-        first, left = _shared(builder, args[1], stored), builder.trunc(args[2], _I32)
-        length = values_per_lane(padding.name)
+        _, address, distance, n_columns, _, numbers = args
+        n_words = n_values // run * _WORDS.count
+        with builder.goto_entry_block():
+            words = builder.bitcast(builder.alloca(ir.ArrayType(_I32, n_words)), _I32.as_pointer())
 
-        def read(k):
-            address = builder.gep(first, [ir.Constant(_I32, k * step)])
-            return conversion.widen(builder, builder.load(address, align=size), dtype, compute)
+        def read_run(k, n_skipped):
+            found = _granule(builder, address, k * step)
+            if n_skipped is not None:
+                found = (found + _granule(builder, address, k * step + 1))[n_skipped:]
+                if size == 2:
+                    found = [_funnel(builder, *pair, distance) for pair in zip(found, found[1:], strict=False)]
+            for j in range(_WORDS.count):
+                builder.store(found[j], builder.gep(words, [ir.Constant(_I32, k * _WORDS.count + j)]))
 
-        def keep(k, value):
-            builder.store(value, builder.gep(args[5], [ir.Constant(_I64, k)]))
+        def read(n_skipped):
+            for group in range(0, n_values, GROUP):
+                with contextlib.ExitStack() as condition:
+                    if not isinstance(count, types.NoneType):
+                        reached = builder.icmp_signed("<", ir.Constant(_I32, group * step), n_columns)
+                        condition.enter_context(builder.if_then(reached))
+                    for k in range(group // run, (group + GROUP) // run):
+                        read_run(k, n_skipped)
 
-        for group in range(0, length, GROUP):
-            columns = range(group, group + GROUP)
-            whole = builder.icmp_signed("<", ir.Constant(_I32, (group + GROUP - 1) * step), left)
-            with builder.if_else(whole) as (all_of_them, some):
-                with all_of_them:
-                    for k in columns:
-                        keep(k, read(k))
-                with some:
-                    for k in columns:
-                        keep(k, args[4])
-                        with builder.if_then(builder.icmp_signed("<", ir.Constant(_I32, k * step), left)):
-                            keep(k, read(k))
+        with builder.if_else(builder.icmp_unsigned("==", distance, ir.Constant(_I32, 0))) as (aligned, shifted):
+            with aligned:
+                read(None)
+            with shifted:
+                end, last = builder.append_basic_block("runs"), builder.append_basic_block("runs.last")
+                choice = builder.switch(builder.lshr(distance, ir.Constant(_I32, 2)), last)
+                first, *others = {2: (3, 0, 1, 2), 4: (3, 1, 2), 8: (2,)}[size]  # words that may be skipped
+                for n_skipped in others:
+                    block = builder.append_basic_block(f"runs.{n_skipped}")
+                    choice.add_case(ir.Constant(_I32, n_skipped), block)
+                    builder.position_at_end(block)
+                    read(n_skipped)
+                    builder.branch(end)
+                builder.position_at_end(last)
+                read(first)
+                builder.branch(end)
+                builder.position_at_end(end)
+        for k in range(n_values // run):
+            four = [builder.load(builder.gep(words, [ir.Constant(_I32, 4 * k + j)])) for j in range(_WORDS.count)]
+            for j, value in enumerate(_numbers_of(builder, four, pointer, context, held.dtype)):
+                builder.store(value, builder.gep(numbers, [ir.Constant(_I32, k * run + j)]))
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, types.int64, stride, padding, held), codegen
+    return types.void(pointer, types.int32, types.int32, count, lanes, held), codegen
 
 
 @intrinsic
 def staged_vector(typingctx, pointer, at, values):
-    """values[:] = the numbers in the sixteen aligned bytes at a place in shared memory."""
-    dtype = STORED_DTYPE[pointer.dtype]
+    """values[:] = the numbers in the sixteen aligned bytes at an address in a slot."""
 
     def codegen(context, builder, signature, args):
-        stored = context.get_value_type(pointer.dtype)
-        vector = builder.load(_shared(builder, args[1], vector_type(stored)), align=VECTOR_BYTES)
-        for k, lane in enumerate(lanes_of_vector(builder, vector, stored)):
-            number = conversion.widen(builder, lane, dtype, context.get_value_type(values.dtype))
+        for k, number in enumerate(_numbers_of(builder, _granule(builder, args[1], 0), pointer, context, values.dtype)):
             builder.store(number, builder.gep(args[2], [ir.Constant(_I64, k)]))
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, values), codegen
+    return types.void(pointer, types.int32, values), codegen
 
 
 # ---------------------------------------------------------------- numbers of the block, and of the cluster's blocks
