@@ -7,16 +7,16 @@ N = round(m c):
     accurate   2^n p(f) / 2^N,  n = round(x c), f = x c + x c_low - n, p of degree 6    14; 13 where a NaN may be lost
 
 The fma sees the exact product of x and the rounded c. What c lacks, c_low, is a factor of exp(x c_low): as exp(m c_low)
-it is common to a sum of cheap exponentials, and what remains is (m - x) c_low, u/4 of the gap at temperature 1. Two cheap
-numbers are divided as they are; where accurate ones are divided by a sum of cheap ones, the sum gets the common factor
-once (`corrected_inverse`). Errors, with u = 2^-24:
+it is common to a sum of cheap exponentials, and what remains is (m - x) c_low, u/4 of the gap at temperature 1. Two
+cheap numbers are divided as they are; where accurate ones are divided by a sum of cheap ones, the sum gets the common
+factor once (`corrected_inverse`). Errors, with u = 2^-24:
 
     cheap      5 u + 2 |x c - N| u
     accurate   1.5 u whatever the gap
 
 Two anchors differ by an integer, so that parts of a row are brought to one anchor exactly. Far from 0 the maximum is
-subtracted first, with y = (x - m) / 2 (halving keeps the gap of the two largest numbers finite, and the 2 is part of the
-scale):
+subtracted first, with y = (x - m) / 2 (halving keeps the gap of the two largest numbers finite, and the 2 is part of
+the scale):
 
     cheap      2^(y c) by ex2.approx                       5 u + |y c| u                            3 instructions
     accurate   2^n p(f),  n = round(y c), f = y c - n      1.5 u, and the part of y's rounding

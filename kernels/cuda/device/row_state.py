@@ -7,13 +7,14 @@
               sums are the same.
 
 A state is (max, ties, others): `others` is the sum of the exponentials, relative to the anchor of the maximum
-(exponential.py), over all columns but those that `ties` counts, which equal the maximum. softmax needs no ties: it counts
-0 and adds all. Anchors that are powers of two differ by one too, so that nothing is rounded when a chunk joins its row.
+(exponential.py), over all columns but those that `ties` counts, which equal the maximum. softmax needs no ties: it
+counts 0 and adds all. Anchors that are powers of two differ by one too, so that nothing is rounded when a chunk joins
+its row.
 
 A loss is log1p((ties - 1) + others / exp(max)). A piece's sum S holds one maximum, E, at least, and S - E is what its
-ties and the others add. Where S is 1.5 E or more, that has at most three times the relative error of S. Where it is less,
-the sum is taken again without the maximum, which keeps the loss of a confident row exact. NaN and infinities take that
-way too.
+ties and the others add. Where S is 1.5 E or more, that has at most three times the relative error of S. Where it is
+less, the sum is taken again without the maximum, which keeps the loss of a confident row exact. NaN and infinities take
+that way too.
 """
 
 import math
@@ -61,7 +62,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     wait_for_piece,
 )
 from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
-from gpusoftmax.kernels.cuda.device.staging import get, hidden
+from gpusoftmax.kernels.cuda.device.staging import get
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import GROUP, STATE_NUMBERS, WARP_SIZE
 
@@ -283,22 +284,36 @@ def joined(one, two, params):
 
 
 @device
+def saved_max(chunk, split, like):
+    """The maximum of a chunk; -inf where there is no such chunk."""
+    return get(state_place(0, chunk, like), like) if chunk < split_chunks(split) else number(like, -math.inf)
+
+
+@device
+def saved_part(chunk, row_max, split, params):
+    """(ties, others) of a chunk as part of its row; 0 where there is no such chunk."""
+    zero = number(row_max, 0.0)
+    if chunk >= split_chunks(split):
+        return zero, zero
+    state = get(state_place(0, chunk, zero), zero), get(state_place(1, chunk, zero), zero)
+    return as_part((state[0], state[1], get(state_place(2, chunk, zero), zero)), row_max, params)
+
+
+@device
 def joined_states(team, split, params):
     """The state of the row from those of its chunks, which lie in shared memory; the same for all threads."""
-    zero = number(params[0], 0.0)
-    row_max = number(params[0], -math.inf)
-    chunk, step = team.lane, hidden(int32(WARP_SIZE))
-    while chunk < split_chunks(split):
-        row_max = maximum(row_max, get(state_place(0, chunk, zero), zero))
-        chunk = int32(chunk + step)
+    many = split_chunks(split) > WARP_SIZE  # else loops, which the assembler unrolls, are left out
+    row_max, chunk = saved_max(team.lane, split, params[0]), int32(team.lane + WARP_SIZE)
+    while many and chunk < split_chunks(split):
+        row_max = maximum(row_max, saved_max(chunk, split, params[0]))
+        chunk = int32(chunk + WARP_SIZE)
     row_max = warp_max(row_max, WARP_SIZE)
-    ties, others, chunk = zero, zero, team.lane
-    while chunk < split_chunks(split):
-        largest = get(state_place(0, chunk, zero), zero)
-        state = largest, get(state_place(1, chunk, zero), zero), get(state_place(2, chunk, zero), zero)
-        more_ties, more_others = as_part(state, row_max, params)
+    ties, others = saved_part(team.lane, row_max, split, params)
+    chunk = int32(team.lane + WARP_SIZE)
+    while many and chunk < split_chunks(split):
+        more_ties, more_others = saved_part(chunk, row_max, split, params)
         ties, others = add(ties, more_ties), add(others, more_others)
-        chunk = int32(chunk + step)
+        chunk = int32(chunk + WARP_SIZE)
     return row_max, warp_sum(ties, WARP_SIZE), warp_sum(others, WARP_SIZE)
 
 

@@ -1,8 +1,8 @@
 """Who holds which column, and how a row gets into shared memory and out of it.
 
-A row is cut into pieces. A lane of the warp that has a piece sums runs of neighbouring columns, sixteen bytes each: lane
-l the runs l, l + lanes, l + 2 lanes, ... of the piece, so that one access of a warp reads neighbouring runs. Which lane
-sums which column depends on n_cols and the format alone.
+A row is cut into pieces. A lane of the warp that has a piece sums runs of neighbouring columns, sixteen bytes each:
+lane l the runs l, l + lanes, l + 2 lanes, ... of the piece, so that one access of a warp reads neighbouring runs. Which
+lane sums which column depends on n_cols and the formats alone.
 
 Global memory is accessed by granules, sixteen aligned bytes, wherever the row begins:
 
@@ -11,10 +11,10 @@ Global memory is accessed by granules, sixteen aligned bytes, wherever the row b
 
 A granule inside the row is copied whole; at the ends of the row elements are copied one by one, so that no byte beside
 it is touched, and what the lanes read beyond the row is filled with a padding that changes no result. A run that begins
-beside a boundary is cut out of the two granules that hold it, at a distance that is the same for the whole row. Results
-leave by granules of the output's own alignment: where input and output lie alike, those that two pieces share are in the
-slots of both, and the later piece writes them whole. Rows whose columns are not neighbours are copied element by element
-into the same slots: a row has the same bits wherever it lies.
+beside a boundary is cut out of the two granules that hold it, at a distance that is the same for the whole row.
+Results leave by granules of the output's own alignment: where input and output lie alike, those that two pieces share
+are in the slots of both, and the later piece writes them whole. Rows whose columns are not neighbours are copied
+element by element into the same slots: a row has the same bits wherever it lies.
 
 A warp has `slots` slots. If it has more pieces than slots it goes around them: the first pass leaves the last pieces
 there; the last pass begins with those and fetches the others again in reverse order, since what was read last is most
@@ -59,6 +59,7 @@ from gpusoftmax.kernels.cuda.device.staging import (
     end_copies,
     hidden,
     pad_element,
+    pad_vector,
     shared_start,
     staged,
     staged_runs,
@@ -229,13 +230,14 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
                 copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
         else:
             granule, step = team.lane, hidden(split_lanes(split))
+            begin, left = int32(1 if first < 0 else 0), int32(piece.left + source.shift)
+            whole, end = int32(left >> bits), int32((left + width - 1) >> bits)
             while granule < n:
-                col, place = first + (int64(granule) << bits), int32(at + granule * VECTOR_BYTES)
-                if col >= n_cols:
-                    for k in range(width):
-                        pad_element(source.pointer, padding, int32(place + k * element_size(source.pointer)))
-                elif col >= 0 and col + width <= n_cols:
-                    copy_vector(source.pointer, col, place)
+                place = int32(at + granule * VECTOR_BYTES)
+                if granule >= begin and granule < whole:
+                    copy_vector(source.pointer, first + (int64(granule) << bits), place)
+                elif granule >= end:
+                    pad_vector(source.pointer, padding, place)
                 granule = int32(granule + step)
 
 
@@ -380,10 +382,16 @@ def has_columns(group, piece, split):
 
 
 @device
-def read_granule(values, source, place, width):
+def is_granule(source, place, width):
+    """Whether so many columns, at this address in a slot, are a granule."""
+    return width == vector_width(source.pointer) and place & (VECTOR_BYTES - 1) == 0
+
+
+@device
+def read_columns(values, source, place, width, as_granule):
     """values[:width] = the columns at an address in a slot and behind it."""
     size = element_size(source.pointer)
-    if width == vector_width(source.pointer) and place % VECTOR_BYTES == 0:
+    if as_granule:
         staged_vector(source.pointer, place, values)
     else:
         for k in range(width):
@@ -434,22 +442,27 @@ def row_writer(results):
             bits = vector_bits(target.pointer)
             width = 1 << bits
             head, tail = lone_columns(shift, piece.count, 0, piece.count, bits)
-            granule, n = team.lane, n_granules(shift, piece.count, bits)
-            while granule < n:
-                col = int32((granule << bits) - shift)
-                if col >= 0 and col + width <= piece.count:
-                    read_granule(values, sources[0], int32(at[0] + col * size), width)
+            begin, end = int32(1 if shift > 0 else 0), int32((shift + piece.count) >> bits)
+            one, two = int32(at[0] - shift * size), int32(at[1] + other - shift * size)
+            as_granule = is_granule(sources[0], one, width)
+            others_as_granule = is_granule(sources[len(sources) - 1], two, width)
+            granule = team.lane
+            while granule < end:
+                if granule >= begin:
+                    read_columns(values, sources[0], int32(one + (granule << bits) * size), width, as_granule)
                     if len(sources) == 2:
-                        read_granule(others, sources[1], int32(at[1] + other + col * size), width)
-                    results(values, others, piece.first + col, width, numbers)
-                    store_vector(target.pointer, piece.first + col, values)
+                        place = int32(two + (granule << bits) * size)
+                        read_columns(others, sources[1], place, width, others_as_granule)
+                    col = piece.first - shift + (int64(granule) << bits)
+                    results(values, others, col, width, numbers)
+                    store_vector(target.pointer, col, values)
                 granule = int32(granule + step)
         k, n_lone = team.lane, int32(head + piece.count - tail)
         while k < n_lone:
             col = int32(k if k < head else k - head + tail)
-            read_granule(values, sources[0], int32(at[0] + col * size), 1)
+            read_columns(values, sources[0], int32(at[0] + col * size), 1, False)
             if len(sources) == 2:
-                read_granule(others, sources[1], int32(at[1] + other + col * size), 1)
+                read_columns(others, sources[1], int32(at[1] + other + col * size), 1, False)
             results(values, others, piece.first + col, 1, numbers)
             store(target.pointer, (piece.first + col) * target.stride, values[0])
             k = int32(k + step)

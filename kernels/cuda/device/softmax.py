@@ -1,5 +1,7 @@
 """Softmax and its backward. The mathematics stands in kernels/cpu/softmax.py."""
 
+import math
+
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import mul, number, row_inverse, sub
 from gpusoftmax.kernels.cuda.device.exponential import (
@@ -49,8 +51,12 @@ def softmax_rows(rows, split, start, logits, probs, scale, scale_low):
     # 1. the first pass: maximum and sum
     row_max, _, total = softmax_state(source, n_cols, row, team, split, params)
     # 2. the last pass
-    exponent, inverse = anchor(row_max, params[2]), row_inverse(row_max, total, number(total, 0.0))
+    exponent = anchor(row_max, params[2])
     lowest = lowest_of(exponent, params[2])
+    if total == cheap_exp_from(row_max, exponent, lowest, params[2], params[3]):
+        # Nothing but one maximum counts. Relative to itself it is exactly 1.
+        exponent, total = number(total, math.inf), number(total, 1.0)
+    inverse = row_inverse(row_max, total, number(total, 0.0))
     if stored_in_halves(target.pointer):
         numbers = row, halved(row_max), exponent, lowest, inverse, params
         write_half_probs(target, (source,), n_cols, team, split, numbers, scale)

@@ -1,8 +1,8 @@
 """Dynamic shared memory and what fills it: asynchronous copies, the parts of a row, states sent between blocks.
 
 Slots are addresses in shared memory, 32 bits wide: the start of dynamic shared memory is asked for once in a kernel
-(sm_90 computes it, for every access, from the number of the block in its cluster). Places of states are byte offsets
-from there. What an architecture lacks is replaced here: asynchronous copies (sm_80) by a load and a store, clusters
+(on sm_90 it is computed from the number of the block in its cluster, again for each access). Places of states are byte
+offsets from there. What an architecture lacks is replaced here: asynchronous copies (sm_80) by a load and a store, clusters
 (sm_90) by nothing, since plan.py gives them to no other.
 """
 
@@ -121,6 +121,26 @@ def pad_element(typingctx, pointer, padding, at):
 
 
 @intrinsic
+def pad_vector(typingctx, pointer, padding, at):
+    """Sixteen aligned bytes of a slot, stored as the pointer's elements are, are `padding`."""
+    dtype, bits = STORED_DTYPE[pointer.dtype], pointer.dtype.bitwidth
+
+    def codegen(context, builder, signature, args):
+        value = conversion.narrow(builder, args[1], dtype)
+        if bits == 16:
+            half = builder.zext(value, _I32)
+            value = builder.or_(half, builder.shl(half, ir.Constant(_I32, 16)))
+        count = VECTOR_BYTES * 8 // max(bits, 32)
+        vector = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+        for k in range(count):
+            vector = builder.insert_element(vector, value, ir.Constant(_I32, k))
+        builder.store(vector, _slot(builder, args[2], vector.type), align=VECTOR_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(pointer, padding, types.int32), codegen
+
+
+@intrinsic
 def end_copies(typingctx):
     """The copies since the last call form a group that `wait_for_copies` counts."""
 
@@ -196,8 +216,8 @@ def _numbers_of(builder, words, pointer, context, like):
 def staged_runs(typingctx, pointer, at, shift, count, lanes, held):
     """held[:] = the numbers of this lane's runs of sixteen bytes, which lie `lanes` (a literal) granules apart.
 
-    `at` is the address of the lane's first granule; `shift` (0 to 15, the same for all lanes) says how many bytes behind
-    it the run begins. A shifted run is cut out of the two granules that hold it, in a branch for each number of whole
+    `at` is the address of the lane's first granule; `shift` (0 to 15, the same for all lanes) says how many bytes
+    behind it the run begins. A shifted run is cut out of the two granules that hold it, in a branch for each number of whole
     words. Groups that begin beyond `count` columns are not read; None: all are.
     """
     if not isinstance(lanes, types.IntegerLiteral):
