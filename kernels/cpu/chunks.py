@@ -86,12 +86,15 @@ def sum_stripe(term, arguments, first, count, phase, zero, is_coarse):
     strip = STRIP * stripe
     full = count - count % strip
     total, error, ties = zero, zero, zero
-    for k in range(phase, full, strip):
-        part = zero
-        for another in range(k, k + strip, stripe):
-            value, ties = term(first + another, None, ties, arguments)
-            part = add(part, value)
-        total, error = accumulate(total, error, part, is_coarse)
+    part = zero
+    last = phase + strip - stripe
+    for k in range(phase, full, stripe):
+        value, ties = term(first + k, None, ties, arguments)
+        part = add(part, value)
+        if k == last:
+            total, error = accumulate(total, error, part, is_coarse)
+            part = zero
+            last += strip
     for k in range(full, count, stripe):
         value = zero
         if k + phase < count:

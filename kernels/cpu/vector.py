@@ -96,6 +96,22 @@ def address_of(typingctx, array):
 
 
 @intrinsic
+def on_stack(typingctx, count):
+    """The address of `count` words of 8 bytes, 0 at first, that last until the kernel returns; `count` is a literal."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # Numba asks again with the literal
+
+    def codegen(context, builder, signature, args):
+        memory = ir.ArrayType(ir.IntType(64), count.literal_value)
+        with builder.goto_entry_block():
+            address = builder.alloca(memory)
+        builder.store(ir.Constant(memory, None), address)
+        return builder.ptrtoint(address, ir.IntType(64))
+
+    return types.int64(count), codegen
+
+
+@intrinsic
 def as_numbers(typingctx, pointer, like):
     """The same address as a pointer to numbers of the computation format: meant for where `holds_numbers` is true."""
 
