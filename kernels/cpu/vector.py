@@ -269,6 +269,20 @@ def store_cols(typingctx, line, col, left, vector):
 
 
 @intrinsic
+def cols_before_line(typingctx, line, col):
+    """How many columns from `col` on lie before the next cache line begins; 0 if one begins there."""
+    size = line.types[0].dtype.bitwidth // 8
+
+    def codegen(context, builder, signature, args):
+        word = ir.IntType(64)
+        address = builder.ptrtoint(builder.gep(builder.extract_value(args[0], 0), [args[1]]), word)
+        ahead = builder.and_(builder.neg(address), ir.Constant(word, CACHE_LINE - 1))
+        return builder.lshr(ahead, ir.Constant(word, size.bit_length() - 1))
+
+    return types.intp(line, types.intp), codegen
+
+
+@intrinsic
 def stream_cols(typingctx, line, col, vector):
     """store_cols of a whole vector past the caches; it must start at a cache line."""
 
