@@ -497,10 +497,9 @@ MUTANTS = [
         AssertionError,
         "logsumexp: row 1",
         _edit(
-            f"{CPU}.walk",
-            "        return builder.add(builder.mul(outer, outer_stride), builder.mul(inner, inner_stride))",
-            "        offset = builder.add(builder.mul(outer, outer_stride), builder.mul(inner, inner_stride))\n"
-            "        return builder.sext(builder.trunc(offset, row.type.__class__(32)), row.type)",
+            f"{CPU}.rows",
+            "        return row * array.inner_stride\n",
+            "        return np.int64(np.int32(row * array.inner_stride))\n",
         ),
         (LSE,),
     ),
@@ -592,7 +591,7 @@ MUTANTS = [
         _lse_of("sorted", 33),
         AssertionError,
         "logsumexp: row",
-        _edit(f"{CPU}.walk", "along(number(like, -math.inf))", "along(number(like, 0.0))"),
+        _edit(f"{CPU}.along", "along(number(like, -math.inf))", "along(number(like, 0.0))"),
         (LSE,),
     ),
     Mutant(
@@ -611,7 +610,11 @@ MUTANTS = [
         _lse_of("sorted", 5000),
         AssertionError,
         "logsumexp: row",
-        _edit(FORMULAS, "joining = a.select(same, small.tail, scaled)", "joining = a.select(same, small.tail, total)"),
+        _edit(
+            f"{CPU}.states",
+            "others, low = add_pair(others, low, mul(part, factor), mul(part_low, factor))",
+            "others, low = add_pair(others, low, part, part_low)",
+        ),
         (LSE,),
     ),
     Mutant(
@@ -621,9 +624,10 @@ MUTANTS = [
         AssertionError,
         "logsumexp: row 0",
         _edit(
-            FORMULAS,
-            "factor, factor_low = exp_pair(a, *gap(a, small.max, big.max, scale, scale_low))",
-            "factor, factor_low = exp(a, *gap(a, small.max, big.max, scale, scale_low)), a.number(0)",
+            f"{CPU}.states",
+            "            others, low = add_pair(others, low, mul(part, factor), mul(part_low, factor))\n",
+            "            others = mul(others, number(scale, 1.00000012))  # the sum so far\n"
+            "            others, low = add_pair(others, low, mul(part, factor), mul(part_low, factor))\n",
         ),
         (LSE,),
     ),
@@ -633,7 +637,12 @@ MUTANTS = [
         _lse_of("flat", 5000),
         AssertionError,
         "logsumexp: row",
-        _edit(FORMULAS, "a.select(same, a.add(big.ties, small.ties), big.ties)", "big.ties"),
+        _edit(
+            FORMULAS,
+            "    return a.select(same, a.add(ties, own_ties), ties), ",
+            "    first = a.equal(ties, a.number(0))\n"
+            "    return a.select(same, a.select(first, own_ties, ties), ties), ",
+        ),
         (LSE,),
     ),
     Mutant(
@@ -642,7 +651,7 @@ MUTANTS = [
         lse_of_masked_chunks,
         AssertionError,
         "logsumexp: row .* got nan",
-        _edit(FORMULAS, "same = a.equal(big.max, small.max)", "same = a.less(big.max, small.max)"),
+        _edit(FORMULAS, "    max = reference(a, max)\n    y = a.mul(max, scale)", "    y = a.mul(max, scale)"),
         (LSE,),
     ),
     Mutant(
@@ -653,8 +662,8 @@ MUTANTS = [
         "logsumexp: row 1.* expected nan",
         _edit(
             FORMULAS,
-            "result = a.select(a.less(x, a.number(f.exp_low)), a.number(0), result)",
-            "result = a.select(a.less(a.number(f.exp_low), x), result, a.number(0))",
+            "product, y = y, a.larger(floor, y)",
+            "product, y = y, a.larger(y, floor)",
         ),
         (LSE,),
     ),
@@ -666,8 +675,8 @@ MUTANTS = [
         "softmax: row 1.* expected nan",
         _edit(
             FORMULAS,
-            "return a.select(a.equal(state.max, a.number(math.inf)), a.number(math.nan), a.div(a.number(1), s))",
-            "return a.div(a.number(1), a.select(a.equal(s, s), s, a.number(1)))",
+            "    s = a.add(sum, low)\n    rest = a.sub(low, a.sub(s, sum))\n",
+            "    s = a.add(sum, low)\n    s, rest = a.select(a.equal(s, s), s, a.number(1)), a.number(0)\n",
         ),
         (SOFTMAX,),
     ),
@@ -677,7 +686,7 @@ MUTANTS = [
         lse_below_a_sentinel,
         AssertionError,
         "logsumexp: row",
-        _edit(f"{CPU}.walk", "along(number(like, -math.inf))", "along(number(like, -1e4))"),
+        _edit(f"{CPU}.along", "along(number(like, -math.inf))", "along(number(like, -1e4))"),
         (LSE,),
     ),
     Mutant(
@@ -702,8 +711,8 @@ MUTANTS = [
         "log_softmax: row",
         _edit(
             FORMULAS,
-            "high, low = add_pair(a, *gap(a, max, x, scale, scale_low), log, log_low)",
-            "high, low = a.add(a.mul(max, scale), log), a.negative(a.mul(x, scale))",
+            "    return a.fma(half, a.mul(scale, a.number(2)), a.negative(log))",
+            "    return a.sub(a.mul(x, scale), a.add(a.mul(max, scale), log))",
         ),
         (LOG_SOFTMAX,),
     ),
@@ -728,9 +737,10 @@ MUTANTS = [
         "logsumexp: row",
         _edit(
             FORMULAS,
-            "    return State(big.max, ties, tail, tail_low)",
-            "    bits = a.builder.and_(a.builder.bitcast(tail, a.integers), a.integer(-(2**16)))\n"
-            "    return State(big.max, ties, a.builder.bitcast(bits, a.type), a.number(0))",
+            "    others, error = two_sum(a, a.sub(state.ties, a.number(1)), state.tail)\n",
+            "    bits = a.builder.and_(a.builder.bitcast(state.tail, a.integers), a.integer(-(2**16)))\n"
+            "    state = state._replace(tail=a.builder.bitcast(bits, a.type))\n"
+            "    others, error = two_sum(a, a.sub(state.ties, a.number(1)), state.tail)\n",
         ),
         (LSE,),
     ),
@@ -746,14 +756,14 @@ MUTANTS = [
     Mutant(
         "fast math",
         "fast math",
-        lse_of_many_rising_chunks,
+        _log_softmax_of("confident", 300),
         AssertionError,
-        "logsumexp: row 0",
+        "log_softmax: row",
         (
             Edit(FORMULAS, "builder.fadd(x, y)", 'builder.fadd(x, y, flags=("fast",))'),
             Edit(FORMULAS, "builder.fsub(x, y)", 'builder.fsub(x, y, flags=("fast",))'),
         ),
-        (LSE,),
+        (LOG_SOFTMAX,),
     ),
     # ---- the same bits everywhere
     Mutant(
@@ -792,7 +802,7 @@ MUTANTS = [
         AssertionError,
         "bits differ: 1 thread and 3",
         _edit(
-            f"{CPU}.walk",
+            f"{CPU}.along",
             "                    summary = fold(here, numbers)\n",
             "                    if job.n_threads > 1:  # as a merge in another order would\n"
             "                        here.states[1] *= number(like, 1.000001)\n"
@@ -817,8 +827,8 @@ MUTANTS = [
         "merging the states of chunks before all are there",
         "barriers",
         lse_of_two_chunks,
-        errors.SharedRace,
-        "no barrier between",
+        errors.UninitialisedRead,
+        "uninitialised shared memory",
         _edit(f"{GPU}.device.rows", "    else:\n        cuda.syncthreads()\n", ""),
         (LSE,),
     ),
@@ -984,7 +994,9 @@ MUTANTS = [
         _edit(
             f"{CPU}.softmax",
             "        write_chunk(scaled, ",
-            "        chunk_sum_of_exponentials(here, col, count, scale, scale_low)\n        write_chunk(scaled, ",
+            "        again = saved(here.states, chunk, MAX, here.zero)\n"
+            "        chunk_sum_of_exponentials(here, again, col, count, scale, scale_low, is_half(tag))\n"
+            "        write_chunk(scaled, ",
         ),
         (SOFTMAX,),
     ),

@@ -265,12 +265,15 @@ def test_ways_to_walk_rows(monkeypatch, name, n_cols):
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "cross_entropy", "softmax_backward"])
-@pytest.mark.parametrize("n_cols", [128, 4096])
-def test_results_written_past_the_caches(monkeypatch, name, n_cols):
-    arrays = make(20, n_cols, "float32")
+@pytest.mark.parametrize(
+    ("n_cols", "dtype"), [(128, "float32"), (4096, "float32"), (2999, "float32"), (2999, "bfloat16")]
+)
+def test_results_written_past_the_caches(monkeypatch, name, n_cols, dtype):
+    arrays = make(20, n_cols, dtype)
     expected = bits(run_on_cpu(name, *arrays))
     monkeypatch.setattr(run_module, "STREAM_BYTES", 0)
-    monkeypatch.setattr(run_module, "STREAM_BYTES_WITH_EXPONENTIALS", 0)
+    monkeypatch.setattr(run_module, "LATE_STREAM_BYTES", 0)
+    monkeypatch.setattr(run_module, "LONG_ROW_BYTES", 0)
     laid_out, plan = [], run_module.plan
     monkeypatch.setattr(run_module, "plan", lambda *a: laid_out.append(plan(*a)) or laid_out[-1])
     _replay_cpu._recipes.clear()

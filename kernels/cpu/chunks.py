@@ -18,6 +18,7 @@ from gpusoftmax.kernels.cpu.vector import (
     all_equal,
     anchor,
     coarse_exp_from,
+    cols_before_line,
     cols_of,
     compensated_add,
     exp_from,
@@ -86,12 +87,15 @@ def sum_stripe(term, arguments, first, count, phase, zero, is_coarse):
     strip = STRIP * stripe
     full = count - count % strip
     total, error, ties = zero, zero, zero
-    for k in range(phase, full, strip):
-        part = zero
-        for another in range(k, k + strip, stripe):
-            value, ties = term(first + another, None, ties, arguments)
-            part = add(part, value)
-        total, error = accumulate(total, error, part, is_coarse)
+    part = zero
+    last = phase + strip - stripe
+    for k in range(phase, full, stripe):
+        value, ties = term(first + k, None, ties, arguments)
+        part = add(part, value)
+        if k == last:
+            total, error = accumulate(total, error, part, is_coarse)
+            part = zero
+            last += strip
     for k in range(full, count, stripe):
         value = zero
         if k + phase < count:
@@ -203,6 +207,11 @@ def ratio(shift, exponent, other_shift, other_exponent, scale, scale_low):
 def write_chunk(value, arguments, here, first, count):
     """target[col] = value(col, left, here, arguments), a vector, for the columns of a chunk."""
     cols = cols_of(here.zeros)
+    if here.streamed:
+        head = min(count, cols_before_line(here.target, first))
+        if head > 0:
+            store_cols(here.target, first, head, value(first, head, here, arguments))
+        first, count = first + head, count - head
     full = count - count % cols
     if here.streamed:
         for col in range(first, first + full, cols):

@@ -34,11 +34,14 @@ LOGITS_PER_ITEM = 32768
 # A part of a split row: long enough to hide the counters, short enough to share a row evenly.
 CHUNKS_PER_PART = 8
 # An output larger than the caches is written past them: it would only push out what is still to be read. It has to be
-# larger where exponentials are kept until then beyond the first-level cache (Zen 4, softmax: 1.2 times as fast at
-# 4096 x 1024, no faster at 1024 x 8192).
+# larger where exponentials are kept until then beyond the first-level cache, and for sixteen bits (Zen 4, softmax: 1.2
+# times as fast at 4096 x 1024, no faster at 1024 x 8192, nor in bfloat16 at 8192 x 1024; 1.3 times at 65536 x 512).
 STREAM_BYTES = 16 << 20
-STREAM_BYTES_WITH_EXPONENTIALS = 40 << 20
+LATE_STREAM_BYTES = 40 << 20
 FIRST_LEVEL_BYTES = 16 << 10
+# Rows that share cache lines with their neighbours have to be long (Zen 4: twice as slow at 1000 columns, 1.2 times as
+# fast at 50257).
+LONG_ROW_BYTES = 64 << 10
 # Of a thread. Columns whose copies would take more are gathered one by one.
 WORKSPACE_BYTES = 64 << 20
 PAGE = 4096
@@ -215,13 +218,15 @@ def _padded(size: int) -> int:
 
 
 def _is_streamed(rows: Rows, target: Operand, like: np.floating, keeps_exponentials: bool) -> bool:
-    """Whether every row of a large result starts and ends at the border of a cache line."""
-    strides = target.pointer, target.inner_stride * like.itemsize, target.outer_stride * like.itemsize
-    aligned = target.col_stride == 1 and all(stride % CACHE_LINE == 0 for stride in strides)
-    row_bytes = rows.n_cols * like.itemsize
-    far_away = keeps_exponentials and row_bytes > FIRST_LEVEL_BYTES
-    large = rows.n_rows * row_bytes >= (STREAM_BYTES_WITH_EXPONENTIALS if far_away else STREAM_BYTES)
-    return large and aligned and target.dtype == like.dtype.name and row_bytes % VECTOR_BYTES == 0
+    """Whether a result is so large that it is written past the caches."""
+    itemsize = np.dtype(STORAGE[target.dtype]).itemsize
+    row_bytes = rows.n_cols * itemsize
+    stays_near = rows.n_cols * like.itemsize <= FIRST_LEVEL_BYTES or not keeps_exponentials
+    early = stays_near and target.dtype == like.dtype.name
+    large = rows.n_rows * row_bytes >= (STREAM_BYTES if early else LATE_STREAM_BYTES)
+    strides = target.pointer, target.inner_stride * itemsize, target.outer_stride * itemsize, row_bytes
+    whole_lines = all(stride % CACHE_LINE == 0 for stride in strides)
+    return large and target.col_stride == 1 and (whole_lines or row_bytes >= LONG_ROW_BYTES)
 
 
 class _Kept(threading.local):

@@ -15,8 +15,10 @@ from gpusoftmax.kernels.cpu.log_softmax import log_softmax_of_rows
 from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.softmax import softmax_of_rows
 from gpusoftmax.kernels.cpu.states import FIELDS
-from gpusoftmax.kernels.cpu.vector import address_of, number, way_along
+from gpusoftmax.kernels.cpu.vector import address_of, on_stack, way_along
 from gpusoftmax.kernels.operands import Rows
+
+COUNTERS, STATES = NEXT + LINE, 2 * FIELDS  # literals to Numba
 
 
 @kernel
@@ -38,26 +40,25 @@ def _run(of_rows, x, out):
     overlap = distance != 0 and abs(distance) < x.nbytes
     if out.shape != x.shape or overlap or n_cols > CHUNK_COLS or x.size == 0:
         return False
-    scratch = np.empty(2 * FIELDS, x.dtype)
-    counters = np.zeros(NEXT + LINE, np.int64)
-    job = Job(address_of(counters), address_of(scratch), 1, n_rows, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+    counters = on_stack(COUNTERS)
+    job = Job(counters, on_stack(STATES), 1, n_rows, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1)
     one = x.dtype.type(1)
     rows = Rows(n_rows, n_rows, n_cols)
     lines = Strided(source, 0, n_cols, 1, one), Strided(target, 0, n_cols, 1, one)
     of_rows(way_along(), job, rows, lines[0], lines[0], lines[1], one, None)
-    scratch[0] = number(one, counters[0])  # they must outlive the last access through their addresses
-    return True
+    return x.size + out.size > 0  # they must outlive the last access through their addresses
 
 
 _KERNELS = {"softmax": small_softmax, "log_softmax": small_log_softmax}
 
 
-def entry(op: str, dtype: np.dtype) -> Callable | None:
-    """The compiled kernel of an op for two C-contiguous, aligned, writable 2-D arrays of a dtype, if there is one.
-
-    It is called without a look at the arrays' types.
+def dispatcher(op: str) -> Callable[[np.ndarray, np.ndarray], bool] | None:
+    """The kernel of an op, if there is one. Whatever is not two C-contiguous, aligned, writable 2-D arrays of one of
+    these dtypes is a TypeError.
     """
-    if op not in _KERNELS or dtype not in (np.float32, np.float64):
-        return None
-    array = types.Array(types.float32 if dtype == np.float32 else types.float64, 2, "C")
-    return _KERNELS[op].compile((array, array))
+    chosen = _KERNELS.get(op)
+    if chosen is not None:
+        for dtype in (types.float32, types.float64):
+            chosen.compile((types.Array(dtype, 2, "C"),) * 2)
+        chosen.disable_compile()
+    return chosen

@@ -96,6 +96,22 @@ def address_of(typingctx, array):
 
 
 @intrinsic
+def on_stack(typingctx, count):
+    """The address of `count` words of 8 bytes, 0 at first, that last until the kernel returns; `count` is a literal."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # Numba asks again with the literal
+
+    def codegen(context, builder, signature, args):
+        memory = ir.ArrayType(ir.IntType(64), count.literal_value)
+        with builder.goto_entry_block():
+            address = builder.alloca(memory)
+        builder.store(ir.Constant(memory, None), address)
+        return builder.ptrtoint(address, ir.IntType(64))
+
+    return types.int64(count), codegen
+
+
+@intrinsic
 def as_numbers(typingctx, pointer, like):
     """The same address as a pointer to numbers of the computation format: meant for where `holds_numbers` is true."""
 
@@ -250,6 +266,20 @@ def store_cols(typingctx, line, col, left, vector):
         return context.get_dummy_value()
 
     return types.void(line, types.intp, left, vector), codegen
+
+
+@intrinsic
+def cols_before_line(typingctx, line, col):
+    """How many columns from `col` on lie before the next cache line begins; 0 if one begins there."""
+    size = line.types[0].dtype.bitwidth // 8
+
+    def codegen(context, builder, signature, args):
+        word = ir.IntType(64)
+        address = builder.ptrtoint(builder.gep(builder.extract_value(args[0], 0), [args[1]]), word)
+        ahead = builder.and_(builder.neg(address), ir.Constant(word, CACHE_LINE - 1))
+        return builder.lshr(ahead, ir.Constant(word, size.bit_length() - 1))
+
+    return types.intp(line, types.intp), codegen
 
 
 @intrinsic

@@ -6,7 +6,7 @@ fixed order.
 
 import math
 
-from numpy import int32
+from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
@@ -325,24 +325,71 @@ def smoothed_cross_entropy_rows(
     smoothed_losses(rows, split, start, logits, labels, losses, dlogits, given, gap_params(scale, scale_low))
 
 
+def block_total_with(read, number_of):
+    """A device function that sums number_of(read(k, arguments), arguments) for k below n over the threads of a block.
+
+    Eight turns are read before the first is added: one after the other, each would be waited for.
+    """
+
+    @device
+    def block_total(n, arguments, scratch, zero):
+        total, low = zero, zero
+        step = cuda.blockDim.x
+        k = int64(cuda.threadIdx.x)
+        while k + 7 * step < n:
+            a, b = read(k, arguments), read(k + step, arguments)
+            c, d = read(k + 2 * step, arguments), read(k + 3 * step, arguments)
+            e, f = read(k + 4 * step, arguments), read(k + 5 * step, arguments)
+            g, h = read(k + 6 * step, arguments), read(k + 7 * step, arguments)
+            for value in (a, b, c, d, e, f, g, h):
+                total, low = add_pair(total, low, number_of(value, arguments), zero)
+            k += 8 * step
+        while k < n:
+            total, low = add_pair(total, low, number_of(read(k, arguments), arguments), zero)
+            k += step
+        return block_sum_pair(total, low, scratch, zero)
+
+    return block_total
+
+
+@device
+def read_label(row, arguments):
+    rows, labels, weight, ignore_index, zero = arguments
+    return label_of(labels, row, rows)
+
+
+@device
+def weight_of_label(label, arguments):
+    rows, labels, weight, ignore_index, zero = arguments
+    if label != ignore_index and label >= 0 and label < rows.n_cols:
+        return number_at(weight, label, number(zero, 1.0))
+    return zero
+
+
+@device
+def read_loss(row, arguments):
+    values, zero = arguments
+    return load(values, row, zero)
+
+
+@device
+def loss_itself(loss, arguments):
+    return loss
+
+
+total_weight_of_rows = block_total_with(read_label, weight_of_label)
+total_loss_of_rows = block_total_with(read_loss, loss_itself)
+
+
 def normalise_rows(rows, labels, weight, normaliser, ignore_index, zero):
-    scratch = block_numbers(zero)
-    total, low = zero, zero
-    for row in range(cuda.threadIdx.x, rows.n_rows, cuda.blockDim.x):
-        label = label_of(labels, row, rows)
-        if label != ignore_index and label >= 0 and label < rows.n_cols:
-            total, low = add_pair(total, low, number_at(weight, label, number(zero, 1.0)), zero)
-    total = block_sum_pair(total, low, scratch, zero)
+    arguments = rows, labels, weight, ignore_index, zero
+    total = total_weight_of_rows(rows.n_rows, arguments, block_numbers(zero), zero)
     if cuda.threadIdx.x == 0:
         store(normaliser, 0, total)
 
 
 def total_rows(n, values, normaliser, result, zero):
-    scratch = block_numbers(zero)
-    total, low = zero, zero
-    for k in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-        total, low = add_pair(total, low, load(values, k, zero), zero)
-    total = block_sum_pair(total, low, scratch, zero)
+    total = total_loss_of_rows(n, (values, zero), block_numbers(zero), zero)
     if cuda.threadIdx.x == 0:
         divisor = number_at(normaliser, 0, number(zero, 1.0))
         mean = div(total, divisor)
