@@ -1,9 +1,9 @@
 """Dynamic shared memory and what fills it: asynchronous copies, the parts of a row, states sent between blocks.
 
-Slots are addresses in shared memory, 32 bits wide: the start of dynamic shared memory is asked for once in a kernel
-(on sm_90 it is computed from the number of the block in its cluster, again for each access). Places of states are byte
-offsets from there. What an architecture lacks is replaced here: asynchronous copies (sm_80) by a load and a store, clusters
-(sm_90) by nothing, since plan.py gives them to no other.
+Slots are addresses in shared memory, 32 bits wide: the start of dynamic shared memory is asked for once in a kernel (on
+sm_90 it is computed from the number of the block in its cluster, again for each access). Places of states are byte
+offsets from there. What an architecture lacks is replaced here: asynchronous copies (sm_80) by a load and a store,
+clusters (sm_90) by nothing, since plan.py gives them to no other.
 """
 
 import contextlib
@@ -217,8 +217,8 @@ def staged_runs(typingctx, pointer, at, shift, count, lanes, held):
     """held[:] = the numbers of this lane's runs of sixteen bytes, which lie `lanes` (a literal) granules apart.
 
     `at` is the address of the lane's first granule; `shift` (0 to 15, the same for all lanes) says how many bytes
-    behind it the run begins. A shifted run is cut out of the two granules that hold it, in a branch for each number of whole
-    words. Groups that begin beyond `count` columns are not read; None: all are.
+    behind it the run begins. A shifted run is cut out of the two granules that hold it, in a branch for each number of
+    whole words. Groups that begin beyond `count` columns are not read; None: all are.
     """
     if not isinstance(lanes, types.IntegerLiteral):
         return None  # Numba asks again with the literal
