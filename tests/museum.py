@@ -996,7 +996,7 @@ MUTANTS = [
             f"{CPU}.softmax",
             "        write_chunk(scaled, ",
             "        again = saved(here.states, chunk, MAX, here.zero)\n"
-            "        chunk_sum_of_exponentials(here, again, col, count, scale, scale_low, is_half(tag))\n"
+            "        sum_of_exponentials(here, here.home, again, None, col, count, scale, scale_low, is_half(tag))\n"
             "        write_chunk(scaled, ",
         ),
         (SOFTMAX,),
