@@ -9,8 +9,10 @@ import json
 import re
 
 from gpusoftmax.kernels.cuda import cache
-from gpusoftmax.kernels.cuda.plan import MAX_THREADS, MIN_BLOCKS, Long, Short
+from gpusoftmax.kernels.cuda.plan import MAX_THREADS, MIN_BLOCKS, Columns, Long, Short
 from gpusoftmax.kernels.operands import STORAGE, Labels, Rows
+
+_SPLITS = {"short": Short, "long": Long, "columns": Columns}
 
 
 def ptx_architecture(arch: str) -> str:
@@ -61,8 +63,8 @@ def image(kernel: str, signature: tuple[str, ...], arch: str) -> Image:
     """The image of `kernel`, "<file>.<function>" under kernels/cuda/device.
 
     `signature` holds one word per argument: "rows", "labels", "strided bfloat16" (an Operand), "*float32" (Numbers: a
-    pointer), "short" or "long" (how rows are split, see plan.py), "int64", "float32" or "float64". Tuples take several
-    parameters of the compiled kernel.
+    pointer), "short", "long" or "columns" (how rows are split, see plan.py), "int64", "float32" or "float64". Tuples
+    take several parameters of the compiled kernel.
     """
     return Image(kernel, signature, arch)
 
@@ -120,8 +122,8 @@ def _numba_type(types, word: str):
     if word in ("rows", "labels"):
         fields = Rows if word == "rows" else Labels
         return types.NamedUniTuple(types.int64, len(fields._fields), fields)
-    if word in ("short", "long"):
-        fields = Short if word == "short" else Long
+    if word in _SPLITS:
+        fields = _SPLITS[word]
         return types.NamedUniTuple(types.int32, len(fields._fields), fields)
     if word.startswith("strided "):
         strides = (types.int64,) * 3

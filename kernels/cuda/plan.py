@@ -8,6 +8,12 @@ format alone, and with it the bits. `row_plan` decides who computes what, and ma
     held      a block for each row, which stays in its shared memory: read once
     cluster   sm_90: a cluster of 2 to 16 blocks for each row, which stays in their shared memory
     online    what does not fit stays away: a first pass and a last one, that begins with what is still there
+    columns   neighbouring rows lie side by side in memory (axis != -1): a block takes 4 to 32 of them, neighbouring
+              threads have neighbouring rows, and a thread does what one lane of a warp does in the other regimes.
+              `held` tells whether the rows are read once
+
+The regimes walk one tree. Rows that lie in another way, or have other neighbours, may be walked in another way: they
+have the same bits.
 """
 
 import functools
@@ -26,6 +32,8 @@ STATE_NUMBERS = 5
 MAX_CHUNKS = 1024
 """Beyond, chunks have several pieces: the states of a row take 20 KiB of shared memory at most (float64: 40)."""
 MAX_THREADS = 256
+SECTOR_BYTES = 32
+"""What a multiprocessor gets from memory at the least."""
 MIN_BLOCKS = 2
 """Blocks of MAX_THREADS that the registers must leave room for: one loads while the other computes. 128 registers are
 what the kernels take without spilling (kernels/README.md); float64 takes up to twice as many and runs alone.
@@ -127,6 +135,28 @@ class Long(NamedTuple):
     first_slot: int
 
 
+class Columns(NamedTuple):
+    """A kernel's view of a plan: rows that lie side by side in memory. A lane of the tree is a thread here, or (turns)
+    the lanes of 2 or 4 threads are one's.
+    """
+
+    lane_bits: int  # log2 of the lanes
+    row_bits: int  # log2 of the rows of a block
+    turns: int
+    n_chunks: int
+    piece_bits: int
+    slots: int
+    slot_bytes: int
+    slot_values: int  # columns of a slot that a lane has
+    first_slot: int
+
+
+EXCHANGE_NUMBERS = 2 * MAX_THREADS + 8
+"""At the start of the shared memory of Columns: a number for each thread, twice in turn, and one for each warp."""
+ROW_RESULTS = 2
+"""Behind the states of the chunks of Columns: as many states, for what is the result of a whole row."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One launch, of `rows` rows. chunk_cols decides the bits of a row and depends on n_cols and the format alone;
@@ -141,7 +171,7 @@ class Plan:
     shared_bytes: int = 0
     cluster: int = 1
     held: bool = True
-    split: Short | Long | None = None
+    split: Short | Long | Columns | None = None
 
     @property
     def kept_bytes(self) -> int:
@@ -162,6 +192,7 @@ def row_plan(
     arch: str,
     multiprocessors: int,
     passes: int = 2,
+    neighbours: int = 1,
 ) -> Plan:
     """The launch of a kernel that reads rows.
 
@@ -177,9 +208,15 @@ def row_plan(
         Of the device.
     passes : int
         1: the rows are only summed up; 2: results are computed from the columns after that.
+    neighbours : int
+        How many rows lie side by side in memory, in each array whose rows are read or written.
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
+    if neighbours * itemsize >= SECTOR_BYTES:
+        plan = _columns(n_rows, n_cols, tree, itemsize, len(formats), compute, limits, multiprocessors, passes)
+        if plan is not None:
+            return plan
     slot_bytes = _rounded(min(n_cols, tree.piece_cols) * itemsize) + 16  # 16: rows that begin beside a boundary
     if tree.n_chunks == 1:
         return _short(n_rows, tree, slot_bytes, len(formats), limits, multiprocessors)
@@ -261,6 +298,63 @@ def _long(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors,
         cluster=cluster,
         held=held,
         split=Long(tree.n_chunks, pieces.bit_length() - 1, cluster, slots, slot_bytes, first_slot),
+    )
+
+
+def _columns(n_rows, n_cols, tree, itemsize, n_sources, compute, limits, multiprocessors, passes):
+    """None if it would not pay, or if the states of the chunks do not fit."""
+    pieces = tree.n_chunks * (tree.chunk_cols // tree.piece_cols)
+    values = max(min(_ratio(n_cols, tree.lanes), values_per_lane(compute)), 1)
+    number_bytes = 8 if compute == "float64" else 4
+    states = STATE_NUMBERS * (tree.n_chunks + ROW_RESULTS) if tree.n_chunks > 1 else 0
+    wanted = pieces if passes == 2 else min(pieces, 2)
+    shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
+
+    def first_slot(rows):
+        return number_bytes * (EXCHANGE_NUMBERS + states * rows)
+
+    def slot_bytes(rows):
+        return rows * tree.lanes * values * itemsize
+
+    def bytes_of(rows, slots):
+        return first_slot(rows) + slots * n_sources * slot_bytes(rows)
+
+    def fits(rows):
+        """So many rows are held by each of two blocks on a multiprocessor, and every multiprocessor has a block."""
+        return bytes_of(rows, wanted) <= shared and _ratio(n_rows, rows) >= multiprocessors
+
+    # As many rows as fit: where they do not begin at a sector, fewer sectors are shared with another block.
+    sizes = [rows for rows in (32, 16, 8, 4) if rows * itemsize >= SECTOR_BYTES and rows * tree.lanes >= WARP_SIZE]
+    rows = next(filter(fits, sizes), sizes[-1])
+    blocks = _ratio(n_rows, rows)
+    # Column by column, a warp for each row uses one element of a sector: that much fewer multiprocessors are enough.
+    if tree.n_chunks > 1 and blocks * (SECTOR_BYTES // itemsize) < multiprocessors:
+        return None
+    held = bytes_of(rows, wanted) <= limits.block_bytes
+    room = limits.block_bytes if held or bytes_of(rows, 1) > shared else shared
+    slots = min(wanted, (room - first_slot(rows)) // (n_sources * slot_bytes(rows)))
+    if slots < 1:
+        return None
+    threads = min(rows * tree.lanes, MAX_THREADS)
+    return Plan(
+        regime="columns",
+        threads=threads,
+        blocks=min(blocks, MAX_BLOCKS),
+        chunk_cols=tree.chunk_cols,
+        rows=min(n_rows, MAX_BLOCKS * rows),
+        shared_bytes=bytes_of(rows, slots),
+        held=passes == 1 or slots >= wanted,
+        split=Columns(
+            lane_bits=tree.lanes.bit_length() - 1,
+            row_bits=rows.bit_length() - 1,
+            turns=rows * tree.lanes // threads,
+            n_chunks=tree.n_chunks,
+            piece_bits=(pieces // tree.n_chunks).bit_length() - 1,
+            slots=slots,
+            slot_bytes=slot_bytes(rows),
+            slot_values=values,
+            first_slot=first_slot(rows),
+        ),
     )
 
 

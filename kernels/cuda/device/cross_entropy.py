@@ -22,10 +22,10 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     reference,
     sub,
 )
+from gpusoftmax.kernels.cuda.device.columns import lane_of, lanes_at_once, place_of_column
 from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_gap, half_gap, negative_log_probability
 from gpusoftmax.kernels.cuda.device.memory import (
     block_numbers,
-    element_size,
     is_null,
     load,
     load_label,
@@ -35,22 +35,25 @@ from gpusoftmax.kernels.cuda.device.memory import (
 from gpusoftmax.kernels.cuda.device.reduce import (
     block_sum_pair,
     first_of_block,
-    publish,
-    warp_sum,
+    next_parts,
+    no_parts,
+    team_sum,
     warp_sum_pair,
 )
 from gpusoftmax.kernels.cuda.device.row_state import (
     gap_params,
     loss_piece_state,
     loss_state,
+    max_of_chunks,
     merged_states,
+    open_piece,
+    publish_number,
     publish_state,
-    read_logits,
+    rows_of_block_with,
     state_place,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
-    chunk_of,
     exchange_states,
     meet,
     open_row,
@@ -61,9 +64,15 @@ from gpusoftmax.kernels.cuda.device.rows import (
     slot_of,
     stage_next,
     team_of,
-    wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
+from gpusoftmax.kernels.cuda.device.split import (
+    is_long,
+    is_one_chunk,
+    split_chunks,
+    split_lanes,
+    split_piece_bits,
+    split_turns,
+)
 from gpusoftmax.kernels.cuda.device.staging import get, staged
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
@@ -93,14 +102,17 @@ def smoothing_piece(source, at, piece, piece_max, weight, factor, row, team, spl
     run out.
     """
     zero, one = number(factor, 0.0), number(factor, 1.0)
-    total, low, weights, weights_low = zero, zero, zero, zero
-    size = element_size(source.pointer)
-    for col in range(team.lane, piece.count, split_lanes(split)):
-        x = transform(staged(source.pointer, at + (source.shift + col) * size, zero), piece.first + col, row, params)
-        w = number_at(weight, piece.first + col, one)
-        total, low = add_pair(total, low, mul(w, mul(-half_gap(x, reference(piece_max)), factor)), zero)
-        weights, weights_low = add_pair(weights, weights_low, w, zero)
-    return warp_sum(add(total, low), split_lanes(split)), warp_sum(add(weights, weights_low), split_lanes(split))
+    totals, all_weights = no_parts(zero), no_parts(zero)
+    for turn in range(split_turns(split)):
+        total, low, weights, weights_low = zero, zero, zero, zero
+        for col in range(lane_of(turn, team, split), piece.count, split_lanes(split)):
+            x = staged(source.pointer, place_of_column(source, at, col, turn, split), zero)
+            x = transform(x, piece.first + col, row, params)
+            w = number_at(weight, piece.first + col, one)
+            total, low = add_pair(total, low, mul(w, mul(-half_gap(x, reference(piece_max)), factor)), zero)
+            weights, weights_low = add_pair(weights, weights_low, w, zero)
+        totals, all_weights = next_parts(totals, add(total, low)), next_parts(all_weights, add(weights, weights_low))
+    return team_sum(totals, 0, split), team_sum(all_weights, 1, split)
 
 
 @device
@@ -113,16 +125,22 @@ def moved(weights, part_max, new_max, factor):
 
 
 @device
-def merged_distances(row_max, factor, team, split):
-    """The sum of distances of all chunks, measured from the maximum of the row."""
-    total, low = number(factor, 0.0), number(factor, 0.0)
-    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        part_max = get(state_place(0, chunk, factor), factor)
-        distances = get(state_place(3, chunk, factor), factor)
-        weights = get(state_place(4, chunk, factor), factor)
-        total, low = add_pair(total, low, distances, number(factor, 0.0))
-        total, low = add_pair(total, low, moved(weights, part_max, row_max, factor), number(factor, 0.0))
-    return warp_sum_pair(total, low)
+def distances_of_row(row, lane, split, factor):
+    """The sum of distances of all chunks of a row, measured from its maximum, and what its rounding has left."""
+    zero = number(factor, 0.0)
+    row_max = max_of_chunks(row, lane, split, factor)
+    total, low = zero, zero
+    for chunk in range(lane, split_chunks(split), WARP_SIZE):
+        part_max = get(state_place(0, chunk, row, split, factor), factor)
+        distances = get(state_place(3, chunk, row, split, factor), factor)
+        weights = get(state_place(4, chunk, row, split, factor), factor)
+        total, low = add_pair(total, low, distances, zero)
+        total, low = add_pair(total, low, moved(weights, part_max, row_max, factor), zero)
+    total, low = warp_sum_pair(total, low)
+    return total, low, zero, zero
+
+
+distances_of_rows = rows_of_block_with(distances_of_row, 1)
 
 
 @device
@@ -137,10 +155,9 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
     open_row((source,), n_cols, team, split, zero)
     meet(split)
     for k in range(team.n_pieces):
-        wait_for_piece(k, team, split)
-        piece = read_logits(held, source, k, n_cols, row, team, split, params)
-        current = loss_piece_state(source, held, piece, split, params)
+        piece = open_piece(held, source, k, n_cols, row, team, split, params)
         at = slot_of(k, team, split, 1)
+        current = loss_piece_state(source, held, at, piece, row, team, split, params)
         current_distances, current_weights = smoothing_piece(
             source, at, piece, current[0], weight, factor, row, team, split, params
         )
@@ -152,16 +169,15 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
             distances = add(distances, moved(weights, state[0], merged[0], factor))
             current_distances = add(current_distances, moved(current_weights, current[0], merged[0], factor))
             state, distances, weights = merged, add(distances, current_distances), add(weights, current_weights)
-        if not is_short(split) and k & last_piece == last_piece:
+        if not is_one_chunk(split) and k & last_piece == last_piece:
             publish_state(k, state, team, split)
-            chunk = chunk_of(k, team, split)
-            publish(state_place(3, chunk, factor), distances, team, split)
-            publish(state_place(4, chunk, factor), weights, team, split)
-    if is_short(split):
+            publish_number(3, k, distances, team, split)
+            publish_number(4, k, weights, team, split)
+    if is_one_chunk(split):
         return state, distances
     exchange_states(split)
     state = merged_states(team, split, params)
-    distances, low = merged_distances(state[0], factor, team, split)
+    distances, low, _, _ = distances_of_rows(split, factor, factor)
     return state, add(distances, low)
 
 
@@ -190,7 +206,8 @@ def gradients_with(smoothed):
 
 @device
 def fill_row(target, n_cols, value, team, split):
-    for col in range(team.rank * split_lanes(split) + team.lane, n_cols, team.size * split_lanes(split)):
+    lanes = lanes_at_once(split)
+    for col in range(team.rank * lanes + team.lane, n_cols, team.size * lanes):
         store(target.pointer, col * target.stride, value)
 
 
@@ -217,7 +234,7 @@ def losses_with(smoothed):
                 store(row_of(losses, row, rows).pointer, 0, fill)
             if not is_null(dlogits.pointer):
                 fill_row(target, rows.n_cols, fill, team, split)
-        if not is_short(split) and not counts:
+        if is_long(split) and not counts:
             return
         n_cols = rows.n_cols if counts else 0
         x_label, w_label = zero, one

@@ -3,6 +3,7 @@
     part     of a warp: xor butterfly. After log2(lanes) exchanges every lane holds the result, and all lanes hold the
              same bits (addition commutes bit for bit, and both partners of an exchange add the same two numbers)
     block    one number per warp goes through `scratch`; every warp then folds the same 32 entries
+    team     of a row: a part, or the threads of columns.py, which add up the same numbers in the same tree
     row      a state for each chunk goes into the shared memory of all blocks that share the row, see row_state.py
 
 Every block_* function ends with all threads holding the result and with `scratch` free for the next call.
@@ -10,7 +11,8 @@ Every block_* function ends with all threads holding the result and with `scratc
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
-from gpusoftmax.kernels.cuda.device.split import split_cluster
+from gpusoftmax.kernels.cuda.device.columns import any_of_block, max_of_workers, sum_of_turns, sum_of_workers
+from gpusoftmax.kernels.cuda.device.split import is_columns, split_cluster, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import put, put_in_block
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
@@ -49,6 +51,38 @@ def warp_sum_pair(total, low):
 def any_lane(condition):
     """Whether the condition holds in any lane of the warp."""
     return cuda.any_sync(FULL_WARP, condition)
+
+
+@device
+def team_max(value, number, split):
+    """The largest of the lanes' values. `number`: see columns.exchange_place."""
+    return max_of_workers(value, number, split) if is_columns(split) else warp_max(value, split_lanes(split))
+
+
+@device
+def no_parts(like):
+    """For `next_parts`."""
+    return like, like, like, like
+
+
+@device
+def next_parts(parts, value):
+    """The values of a thread's turns: the last four."""
+    return parts[1], parts[2], parts[3], value
+
+
+@device
+def team_sum(parts, number, split):
+    """The sum over the lanes of a row, of which each thread has been one, or several in turn."""
+    if is_columns(split):
+        return sum_of_workers(sum_of_turns(parts, split), number, split)
+    return warp_sum(parts[3], split_lanes(split))
+
+
+@device
+def any_of_team(condition, split, like):
+    """Whether the condition holds for any of the threads that must go the same way."""
+    return any_of_block(condition, like) if is_columns(split) else any_lane(condition)
 
 
 @device

@@ -27,9 +27,20 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     sub,
     tie,
 )
+from gpusoftmax.kernels.cuda.device.columns import lane_of, row_in_block
 from gpusoftmax.kernels.cuda.device.exponential import accurate_exp_gap, cheap_exp_gap, gradual_exp_gap, scale_in_base_2
 from gpusoftmax.kernels.cuda.device.memory import n_values, number_size, piece_numbers, stored_in_halves
-from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish, warp_max, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.reduce import (
+    any_of_team,
+    next_parts,
+    no_parts,
+    publish,
+    team_max,
+    team_sum,
+    warp_max,
+    warp_sum,
+    warp_sum_pair,
+)
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
@@ -43,10 +54,18 @@ from gpusoftmax.kernels.cuda.device.rows import (
     stage_next,
     wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
-from gpusoftmax.kernels.cuda.device.staging import get, put
+from gpusoftmax.kernels.cuda.device.split import (
+    is_columns,
+    is_one_chunk,
+    split_chunks,
+    split_lanes,
+    split_piece_bits,
+    split_row_bits,
+    split_turns,
+)
+from gpusoftmax.kernels.cuda.device.staging import fresh_lane, get, put
 from gpusoftmax.kernels.cuda.device.transform import transform
-from gpusoftmax.kernels.cuda.plan import GROUP, STATE_NUMBERS, WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import EXCHANGE_NUMBERS, GROUP, STATE_NUMBERS, WARP_SIZE
 
 
 @device
@@ -57,13 +76,27 @@ def gap_params(scale, scale_low):
 
 
 @device
-def read_logits(held, source, k, n_cols, row, team, split, params):
-    """held = piece k through `transform`; padding never becomes a maximum and adds nothing to a sum."""
-    piece = piece_of(k, n_cols, team, split, params[0])
-    at = slot_of(k, team, split, 1)
-    read_piece(held, source, at, piece, team, split, number(params[0], -math.inf))
+def read_logits(held, source, at, piece, turn, row, team, split, params):
+    """held = a lane's columns through `transform`; padding never becomes a maximum and adds nothing to a sum."""
+    read_piece(held, source, at, piece, turn, team, split, number(params[0], -math.inf))
     for j in range(n_values(params[0])):
-        held[j] = transform(held[j], piece.first + team.lane + j * split_lanes(split), row, params)
+        held[j] = transform(held[j], piece.first + lane_of(turn, team, split) + j * split_lanes(split), row, params)
+
+
+@device
+def read_turn(held, source, at, piece, turn, row, team, split, params):
+    """As read_logits, where one lane's columns have not been held since the piece was opened."""
+    if is_columns(split):
+        read_logits(held, source, at, piece, turn, row, team, split, params)
+
+
+@device
+def open_piece(held, source, k, n_cols, row, team, split, params):
+    """Waits for piece k and takes it into registers; where a thread is several lanes in turn it stays in its slot."""
+    wait_for_piece(k, team, split)
+    piece = piece_of(k, n_cols, team, split, params[0])
+    if not is_columns(split):
+        read_logits(held, source, slot_of(k, team, split, 1), piece, 0, row, team, split, params)
     return piece
 
 
@@ -75,47 +108,59 @@ def group_sum(values, first):
 
 
 @device
-def piece_max(held, piece, split, params):
+def piece_max(held, source, at, piece, row, team, split, params):
     largest = number(params[0], -math.inf)
-    for group in range(0, n_values(params[0]), GROUP):
-        if has_columns(group, piece, split):
-            for k in range(group, group + GROUP):
-                largest = maximum(largest, held[k])
-    return warp_max(largest, split_lanes(split))
+    for turn in range(split_turns(split)):
+        read_turn(held, source, at, piece, turn, row, team, split, params)
+        for group in range(0, n_values(params[0]), GROUP):
+            if has_columns(group, piece, split):
+                for k in range(group, group + GROUP):
+                    largest = maximum(largest, held[k])
+    return team_max(largest, 0, split)
 
 
 def piece_state_with(exp_gap):
     """A device function that computes the state of a piece, given one of the exponentials of exponential.py."""
 
     @device
-    def piece_state(source, held, piece, split, params):
+    def piece_state(source, held, at, piece, row, team, split, params):
         scale, scale_low, c, c_low = params
         zero, one = number(scale, 0.0), number(scale, 1.0)
-        largest = piece_max(held, piece, split, params)
+        largest = piece_max(held, source, at, piece, row, team, split, params)
         half = mul(reference(largest), number(scale, 0.5))
         values = piece_numbers(scale)
-        total = zero
-        for group in range(0, n_values(scale), GROUP):
-            if has_columns(group, piece, split):
-                for k in range(group, group + GROUP):
-                    values[k] = exp_gap(held[k], half, scale, scale_low, c, c_low)
-                total = add(total, group_sum(values, group))
-        total = warp_sum(total, split_lanes(split))
-        ties, tail = one, sub(total, one)
-        confident = not total >= number(scale, 1.5)
-        if any_lane(confident):  # the others of the warp keep what they have
-            exact_ties, exact_tail = zero, zero
+        totals = no_parts(zero)
+        for turn in range(split_turns(split)):
+            read_turn(held, source, at, piece, turn, row, team, split, params)
+            total = zero
             for group in range(0, n_values(scale), GROUP):
                 if has_columns(group, piece, split):
                     for k in range(group, group + GROUP):
-                        values[k] = gradual_exp_gap(held[k], half, scale, scale_low)
-                        if held[k] == largest:
-                            values[k] = zero
-                    exact_tail = add(exact_tail, group_sum(values, group))
-                    for k in range(group, group + GROUP):
-                        values[k] = tie(held[k], largest)
-                    exact_ties = add(exact_ties, group_sum(values, group))
-            exact_ties, exact_tail = warp_sum(exact_ties, split_lanes(split)), warp_sum(exact_tail, split_lanes(split))
+                        values[k] = exp_gap(held[k], half, scale, scale_low, c, c_low)
+                    total = add(total, group_sum(values, group))
+            totals = next_parts(totals, total)
+        total = team_sum(totals, 1, split)
+        ties, tail = one, sub(total, one)
+        if piece.count == 0:  # of a row that does not count, or behind the end of one
+            ties, tail = zero, zero
+        confident = piece.count > 0 and not total >= number(scale, 1.5)
+        if any_of_team(confident, split, scale):  # the others keep what they have
+            all_ties, tails = no_parts(zero), no_parts(zero)
+            for turn in range(split_turns(split)):
+                read_turn(held, source, at, piece, turn, row, team, split, params)
+                exact_ties, exact_tail = zero, zero
+                for group in range(0, n_values(scale), GROUP):
+                    if has_columns(group, piece, split):
+                        for k in range(group, group + GROUP):
+                            values[k] = gradual_exp_gap(held[k], half, scale, scale_low)
+                            if held[k] == largest:
+                                values[k] = zero
+                        exact_tail = add(exact_tail, group_sum(values, group))
+                        for k in range(group, group + GROUP):
+                            values[k] = tie(held[k], largest)
+                        exact_ties = add(exact_ties, group_sum(values, group))
+                all_ties, tails = next_parts(all_ties, exact_ties), next_parts(tails, exact_tail)
+            exact_ties, exact_tail = team_sum(all_ties, 0, split), team_sum(tails, 1, split)
             if confident:
                 ties, tail = exact_ties, exact_tail
                 if largest == number(scale, -math.inf):
@@ -129,31 +174,48 @@ def piece_state_with(exp_gap):
 
 
 @device
-def state_place(number_of_state, chunk, like):
-    """Where a number of a chunk's state lies in shared memory."""
-    return (chunk * STATE_NUMBERS + number_of_state) * number_size(like)
+def state_place(number_of_state, chunk, row, split, like):
+    """Where a number of a chunk's state lies in shared memory, for the block's row of this number."""
+    place = chunk * STATE_NUMBERS + number_of_state
+    if is_columns(split):
+        place = EXCHANGE_NUMBERS + (place << split_row_bits(split)) + row
+    return place * number_size(like)
+
+
+@device
+def publish_number(number_of_state, k, value, team, split):
+    """A number of the state of the chunk that ends with piece k."""
+    place = state_place(number_of_state, chunk_of(k, team, split), row_in_block(split), split, value)
+    publish(place, value, team, split)
 
 
 @device
 def publish_state(k, state, team, split):
-    chunk = chunk_of(k, team, split)
-    publish(state_place(0, chunk, state[0]), state[0], team, split)
-    publish(state_place(1, chunk, state[0]), state[1], team, split)
-    publish(state_place(2, chunk, state[0]), add(state[2], state[3]), team, split)
+    publish_number(0, k, state[0], team, split)
+    publish_number(1, k, state[1], team, split)
+    publish_number(2, k, add(state[2], state[3]), team, split)
 
 
 @device
-def rescaled_group(group, row_max, team, split, params):
+def max_of_chunks(row, lane, split, like):
+    row_max = number(like, -math.inf)
+    for chunk in range(lane, split_chunks(split), WARP_SIZE):
+        row_max = maximum(row_max, get(state_place(0, chunk, row, split, like), like))
+    return warp_max(row_max, WARP_SIZE)
+
+
+@device
+def rescaled_group(group, row_max, row, lane, split, params):
     """(ties, tail, tail_low) of 32 chunks, relative to the row's maximum; every lane holds them."""
     zero = number(params[0], 0.0)
-    chunk = group * WARP_SIZE + team.lane
+    chunk = group * WARP_SIZE + lane
     state = (number(params[0], -math.inf), zero, zero, zero)
     if chunk < split_chunks(split):
-        largest = get(state_place(0, chunk, zero), zero)
+        largest = get(state_place(0, chunk, row, split, zero), zero)
         state = (
             largest,
-            get(state_place(1, chunk, zero), zero),
-            get(state_place(2, chunk, zero), zero),
+            get(state_place(1, chunk, row, split, zero), zero),
+            get(state_place(2, chunk, row, split, zero), zero),
             zero,
         )
     state = merge((row_max, zero, zero, zero), state, params[0], params[1])
@@ -164,24 +226,76 @@ def rescaled_group(group, row_max, team, split, params):
 @device
 def group_place(number_of_state, group, split, like):
     """Where a number of a group's sum lies in shared memory: behind the states of the chunks."""
-    return state_place(number_of_state, split_chunks(split) + group, like)
+    return state_place(number_of_state, split_chunks(split) + group, 0, split, like)
+
+
+def rows_of_block_with(merged, result):
+    """A device function that returns merged(row, lane, split, numbers), four numbers that the lanes of a warp make of
+    the chunks of a row. Where a block has several rows, its warps share them; `result`, 0 or 1, says where each thread
+    then finds what belongs to its own.
+    """
+
+    @device
+    def place(number_of_state, row, split, like):
+        return state_place(number_of_state, split_chunks(split) + result, row, split, like)
+
+    @device
+    def rows_of_block(split, numbers, like):
+        if not is_columns(split):
+            return merged(0, cuda.laneid, split, numbers)
+        for row in range(cuda.threadIdx.x // WARP_SIZE, 1 << split_row_bits(split), cuda.blockDim.x // WARP_SIZE):
+            lane = fresh_lane()
+            results = merged(row, lane, split, numbers)
+            if lane == 0:
+                for i in range(4):
+                    put(place(i, row, split, like), results[i])
+        cuda.syncthreads()  # every warp's results are there before any thread reads that of its row
+        row = row_in_block(split)
+        return (
+            get(place(0, row, split, like), like),
+            get(place(1, row, split, like), like),
+            get(place(2, row, split, like), like),
+            get(place(3, row, split, like), like),
+        )
+
+    return rows_of_block
+
+
+@device
+def state_of_row(row, lane, split, params):
+    """The state of a row from those of its chunks, by the lanes of one warp: the tree of merged_states."""
+    zero = number(params[0], 0.0)
+    row_max = max_of_chunks(row, lane, split, zero)
+    if split_chunks(split) <= WARP_SIZE:
+        ties, tail, tail_low = rescaled_group(0, row_max, row, lane, split, params)
+        return row_max, ties, tail, tail_low
+    own_ties, own, own_low = zero, zero, zero
+    for group in range((split_chunks(split) + WARP_SIZE - 1) // WARP_SIZE):
+        ties, tail, tail_low = rescaled_group(group, row_max, row, lane, split, params)
+        if group == lane:
+            own_ties = add(own_ties, ties)
+            own, own_low = add_pair(own, own_low, tail, tail_low)
+    own, own_low = warp_sum_pair(own, own_low)
+    return row_max, warp_sum(own_ties, WARP_SIZE), own, own_low
+
+
+states_of_rows = rows_of_block_with(state_of_row, 0)
 
 
 @device
 def merged_states(team, split, params):
-    """The state of the row from those of its chunks, which lie in shared memory; the same for all threads."""
+    """The state of the row from those of its chunks, which lie in shared memory; the same for all its threads."""
     zero = number(params[0], 0.0)
-    row_max = number(params[0], -math.inf)
-    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        row_max = maximum(row_max, get(state_place(0, chunk, zero), zero))
-    row_max = warp_max(row_max, WARP_SIZE)
+    if is_columns(split):
+        return states_of_rows(split, params, zero)
+    row_max = max_of_chunks(0, team.lane, split, zero)
     n_groups = (split_chunks(split) + WARP_SIZE - 1) // WARP_SIZE
     if n_groups == 1:
-        ties, tail, tail_low = rescaled_group(0, row_max, team, split, params)
+        ties, tail, tail_low = rescaled_group(0, row_max, 0, team.lane, split, params)
         return row_max, ties, tail, tail_low
     warp = cuda.threadIdx.x // WARP_SIZE
     for group in range(warp, n_groups, cuda.blockDim.x // WARP_SIZE):
-        ties, tail, tail_low = rescaled_group(group, row_max, team, split, params)
+        ties, tail, tail_low = rescaled_group(group, row_max, 0, team.lane, split, params)
         if team.lane == 0:
             put(group_place(0, group, split, zero), ties)
             put(group_place(1, group, split, zero), tail)
@@ -211,17 +325,19 @@ def row_state_with(piece_state):
         open_row((source,), n_cols, team, split, zero)
         meet(split)
         for k in range(team.n_pieces):
-            wait_for_piece(k, team, split)
-            piece = read_logits(held, source, k, n_cols, row, team, split, params)
-            stage_next(k, (source,), n_cols, team, split, zero)
-            current = piece_state(source, held, piece, split, params)
+            piece = open_piece(held, source, k, n_cols, row, team, split, params)
+            if not is_columns(split):
+                stage_next(k, (source,), n_cols, team, split, zero)
+            current = piece_state(source, held, slot_of(k, team, split, 1), piece, row, team, split, params)
+            if is_columns(split):
+                stage_next(k, (source,), n_cols, team, split, zero)
             if k & last_piece == 0:
                 state = current
             else:
                 state = merge(state, current, params[0], params[1])
-            if not is_short(split) and k & last_piece == last_piece:
+            if not is_one_chunk(split) and k & last_piece == last_piece:
                 publish_state(k, state, team, split)
-        if is_short(split):
+        if is_one_chunk(split):
             return state
         exchange_states(split)
         return merged_states(team, split, params)
@@ -234,11 +350,11 @@ accurate_piece_state = piece_state_with(accurate_exp_gap)
 
 
 @device
-def loss_piece_state(source, held, piece, split, params):
+def loss_piece_state(source, held, at, piece, row, team, split, params):
     """For results that are logarithms. Two bytes a logit leave no time for more than the cheap exponential."""
     if stored_in_halves(source.pointer):
-        return cheap_piece_state(source, held, piece, split, params)
-    return accurate_piece_state(source, held, piece, split, params)
+        return cheap_piece_state(source, held, at, piece, row, team, split, params)
+    return accurate_piece_state(source, held, at, piece, row, team, split, params)
 
 
 softmax_state = row_state_with(cheap_piece_state)

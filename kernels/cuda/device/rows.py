@@ -10,7 +10,8 @@ Global memory is accessed by granules, sixteen aligned bytes, wherever the row b
 
 A granule inside the row is copied whole; at the ends of the row elements are copied one by one, so that no byte beside
 it is touched. Results leave the same way, by granules of the output's own alignment. Rows whose columns are not
-neighbours are copied element by element into the same slots: a row has the same bits wherever it lies.
+neighbours are copied element by element into the same slots: a row has the same bits wherever it lies. Where rows lie
+side by side in memory instead, columns.py has another way to fill the slots and to empty them.
 
 A warp has `slots` slots. If it has more pieces than slots it goes around them: the first pass leaves the last pieces
 there; the last pass begins with those and fetches the others again in reverse order, since what was read last is most
@@ -22,6 +23,14 @@ from typing import NamedTuple
 from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
+from gpusoftmax.kernels.cuda.device.columns import (
+    columns_writer,
+    copy_piece,
+    lane_of,
+    n_columns,
+    own_place,
+    row_in_block,
+)
 from gpusoftmax.kernels.cuda.device.memory import (
     VECTOR_BYTES,
     advance,
@@ -35,12 +44,14 @@ from gpusoftmax.kernels.cuda.device.memory import (
     vector_width,
 )
 from gpusoftmax.kernels.cuda.device.split import (
+    is_columns,
     is_short,
     split_chunks,
     split_cluster,
     split_first_slot,
     split_lanes,
     split_piece_bits,
+    split_row_bits,
     split_slots,
 )
 from gpusoftmax.kernels.cuda.device.staging import (
@@ -85,7 +96,8 @@ class Piece(NamedTuple):
 
 class Team(NamedTuple):
     """The threads that share a row, as one of them sees it: it is lane `lane` of part `rank` of `size` parts. A part is
-    a warp, or a few lanes of one where the row is short, and has `n_pieces` pieces of the row.
+    a warp, or a few lanes of one where the row is short, and has `n_pieces` pieces of the row. Where rows lie side by
+    side, a part is a block, and `lane` the worker's number.
     """
 
     lane: int
@@ -116,6 +128,8 @@ def row_of(array, row, rows):
 @device
 def own_row(start, split):
     """The row of this thread's team, of those from `start` on; past the last row for some teams of the last block."""
+    if is_columns(split):
+        return start + (int64(cuda.blockIdx.x) << split_row_bits(split)) + row_in_block(split)
     if is_short(split):
         part = cuda.threadIdx.x // split_lanes(split)
         return start + cuda.blockIdx.x * (cuda.blockDim.x // split_lanes(split)) + part
@@ -124,6 +138,10 @@ def own_row(start, split):
 
 @device
 def team_of(split, n_sources):
+    if is_columns(split):
+        worker = int32(int32(cuda.threadIdx.x) >> split_row_bits(split))
+        n_pieces = int32(split_chunks(split) << split_piece_bits(split))
+        return Team(worker, int32(0), int32(1), n_pieces, int32(split_first_slot(split)))
     part = int32(cuda.threadIdx.x // split_lanes(split))
     lane = int32(cuda.threadIdx.x - part * split_lanes(split))
     if is_short(split):
@@ -183,9 +201,11 @@ def lone_columns(shift, piece, low, high, bits):
 
 
 @device
-def stage_granules(source, at, piece, n_cols, team, split):
+def stage_granules(source, at, piece, n_cols, team, split, like):
     """Starts the copies of the granules that hold columns of the piece and lie inside the row."""
-    if source.stride == 1:
+    if is_columns(split):
+        copy_piece(source, at, piece, team, split, like)
+    elif source.stride == 1:
         bits = vector_bits(source.pointer)
         for granule in range(team.lane, n_granules(source.shift, piece, bits), split_lanes(split)):
             col = piece.first - source.shift + (granule << bits)
@@ -196,6 +216,8 @@ def stage_granules(source, at, piece, n_cols, team, split):
 @device
 def stage_lone_columns(source, at, piece, n_cols, team, split):
     """Copies the columns that stage_granules leaves. These loads are waited for; those are not."""
+    if is_columns(split):
+        return
     head, tail = piece.count, piece.count
     if source.stride == 1:
         head, tail = lone_columns(source.shift, piece, 0, n_cols, vector_bits(source.pointer))
@@ -210,7 +232,7 @@ def stage(k, sources, n_cols, team, split, like):
     piece = piece_of(k, n_cols, team, split, like)
     at = slot_of(k, team, split, len(sources))
     for i in range(len(sources)):
-        stage_granules(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split)
+        stage_granules(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split, like)
     end_copies()
     for i in range(len(sources)):
         stage_lone_columns(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split)
@@ -224,7 +246,7 @@ def open_row(sources, n_cols, team, split, like):
         piece = piece_of(k, n_cols, team, split, like)
         at = slot_of(k, team, split, len(sources))
         for i in range(len(sources)):
-            stage_granules(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split)
+            stage_granules(sources[i], at + i * split.slot_bytes, piece, n_cols, team, split, like)
         end_copies()
     for k in range(n_staged):  # only now: what these wait for, the copies of all slots do not wait for
         piece = piece_of(k, n_cols, team, split, like)
@@ -265,8 +287,12 @@ def stage_next(k, sources, n_cols, team, split, like):
 
 
 @device
-def read_piece(held, source, at, piece, team, split, padding):
+def read_piece(held, source, at, piece, turn, team, split, padding):
     """held = this lane's columns of the piece in the slot `at`; `padding` beyond its end."""
+    if is_columns(split):
+        count = WARP_SIZE * n_columns(lane_of(turn, team, split), piece, split)
+        staged_columns(source.pointer, own_place(source, at, turn, split), count, 32, padding, held)
+        return
     place = at + (source.shift + team.lane) * element_size(source.pointer)
     count = piece.count - team.lane
     # The distance of a lane's columns is a constant in each branch: one address serves them all.
@@ -308,8 +334,13 @@ def row_writer(results):
     source, into results; `others` holds the same columns of the second, if there is one.
     """
 
+    write_columns = columns_writer(results)
+
     @device
     def write_piece(target, sources, at, piece, team, split, numbers, like):
+        if is_columns(split):
+            write_columns(target, sources, at, piece, team, split, numbers, like)
+            return
         values, others = granule_numbers(like), granule_numbers(like)
         head, tail = piece.count, piece.count
         if target.stride == 1:

@@ -5,11 +5,14 @@ here: asynchronous copies (sm_80) by a load and a store, clusters (sm_90) by not
 other.
 """
 
+import contextlib
+
 from llvmlite import ir
 
 from gpusoftmax.kernels import conversion
 from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
 from gpusoftmax.kernels.cuda.device.memory import (
+    GLOBAL_SPACE,
     SHARED_SPACE,
     STORED_DTYPE,
     VECTOR_BYTES,
@@ -18,7 +21,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     lanes_of_vector,
     vector_type,
 )
-from gpusoftmax.kernels.cuda.plan import GROUP, values_per_lane
+from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE, values_per_lane
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _MAX_PENDING = 7  # copies in flight that `wait_for_copies` can tell apart
@@ -39,6 +42,33 @@ def _volatile(builder, text, constraints, *arguments):
     """PTX that other memory accesses are not moved across."""
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(ir.InlineAsm(kind, text, ",".join([*constraints, "~{memory}"]), True), arguments)
+
+
+def _walk(builder, first, step, count, length, act, prepare=lambda k: None):
+    """act(k, address) for every k < count <= length and first + k step, GROUP at a time where there are so many, and
+    after prepare(k) for all of a group where there are not.
+
+    An address is made from the one before, by an addition that LLVM does not see through: it would compute all of them
+    in advance, and they take two registers each.
+    """
+    add = ir.InlineAsm(ir.FunctionType(_I64, [_I64, _I64]), "add.s64 $0, $1, $2;", "=l,l,l")
+    next_group = builder.mul(step, ir.Constant(_I64, GROUP))
+    for group in range(0, length, GROUP):
+        address = first
+        with builder.if_else(builder.icmp_signed("<=", ir.Constant(_I32, group + GROUP), count)) as (whole, part):
+            with whole:
+                for k in range(group, group + GROUP):
+                    act(k, address)
+                    address = builder.call(add, [address, step])
+            with part, contextlib.ExitStack() as existing:
+                address = first
+                for k in range(group, group + GROUP):
+                    prepare(k)
+                for k in range(group, group + GROUP - 1):
+                    existing.enter_context(builder.if_then(builder.icmp_signed("<", ir.Constant(_I32, k), count)))
+                    act(k, address)
+                    address = builder.call(add, [address, step])
+        first = builder.call(add, [first, next_group])
 
 
 @intrinsic
@@ -72,6 +102,57 @@ def copy_element(typingctx, pointer, index, at):
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.int64), codegen
+
+
+@intrinsic
+def copy_columns(typingctx, pointer, index, step, at, count, like):
+    """The elements pointer[index + k step], k < count, to places in shared memory WARP_SIZE elements apart.
+
+    `count` is at most values_per_lane. Elements of four bytes and more are there when `wait_for_copies` says so; others
+    at once, with all of them under way at a time.
+    """
+    size = pointer.dtype.bitwidth // 8
+
+    def codegen(context, builder, signature, args):
+        stored, length = context.get_value_type(pointer.dtype), values_per_lane(like.name)
+        target, count = _shared(builder, args[3], stored), builder.trunc(args[4], _I32)
+
+        first = builder.ptrtoint(global_address(builder, args[0], args[1], stored), _I64)
+        step = builder.mul(args[2], ir.Constant(_I64, size))
+
+        def target_of(k):
+            return builder.gep(target, [ir.Constant(_I32, k * WARP_SIZE)])
+
+        def each(*acts):
+            _walk(builder, first, step, count, length, *acts)
+
+        def copy(k, address):
+            place = builder.ptrtoint(target_of(k), _I32)
+            _volatile(builder, f"cp.async.ca.shared.global [$0], [$1], {size};", "rl", place, address)
+
+        def copy_at_once():
+            with builder.goto_entry_block():
+                held = [builder.alloca(stored) for _ in range(length)]
+
+            def take(k, address):
+                source = builder.inttoptr(address, stored.as_pointer(GLOBAL_SPACE))
+                builder.store(builder.load(source, align=size), held[k])
+
+            # Those that are not taken are zero: undefined ones would be kept from turn to turn of a loop.
+            each(take, lambda k: builder.store(ir.Constant(stored, 0), held[k]))
+            each(lambda k, _: builder.store(builder.load(held[k]), target_of(k), align=size))
+
+        if size < 4:
+            copy_at_once()
+        else:
+            with builder.if_else(compiled_for(builder, 80)) as (asynchronous, plain):
+                with asynchronous:
+                    each(copy)
+                with plain:
+                    copy_at_once()
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.int64, types.int64, types.int64, like), codegen
 
 
 @intrinsic
@@ -215,6 +296,21 @@ def put_in_block(typingctx, at, rank, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, value), codegen
+
+
+@intrinsic
+def fresh_lane(typingctx):
+    """cuda.laneid, asked for anew.
+
+    For loops in which lanes exchange numbers: what depends on cuda.laneid alone is the same in every turn, so that LLVM
+    makes a loop for some lanes and another for the rest, which then wait for each other.
+    """
+
+    def codegen(context, builder, signature, args):
+        ask = ir.InlineAsm(ir.FunctionType(_I32, []), "mov.u32 $0, %laneid;", "=r", True)
+        return builder.call(ask, [])
+
+    return types.int32(), codegen
 
 
 @intrinsic
