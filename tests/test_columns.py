@@ -1,4 +1,4 @@
-"""Rows that lie side by side in memory (axis != -1): which are read in whole sectors, their traffic, bits and results."""
+"""Rows that lie side by side in memory (axis != -1): which take that way, their traffic, bits and results."""
 
 import dataclasses
 import mmap

@@ -29,7 +29,7 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_slot_values,
     split_turns,
 )
-from gpusoftmax.kernels.cuda.device.staging import copy_columns, get, put, staged
+from gpusoftmax.kernels.cuda.device.staging import copy_columns, get, put, staged, staged_columns
 from gpusoftmax.kernels.cuda.plan import GROUP, MAX_THREADS, WARP_SIZE
 
 FULL_WARP = 0xFFFFFFFF
@@ -42,6 +42,11 @@ WARP_BITS = 5  # log2 of WARP_SIZE
 @device
 def warp_of_block():
     return int32(int32(cuda.threadIdx.x) >> WARP_BITS)
+
+
+@device
+def warps_of_block():
+    return int32(int32(cuda.blockDim.x) >> WARP_BITS)
 
 
 @device
@@ -77,8 +82,23 @@ def n_columns(lane, piece, split):
 @device
 def own_place(source, at, turn, split):
     """Where this thread's columns of a turn begin in the slot `at`; they are WARP_SIZE elements apart."""
-    first = int32((warp_of_block() * split_turns(split) + turn) * split_slot_values(split) * WARP_SIZE)
-    return int32(at + (first + cuda.laneid) * element_size(source.pointer))
+    return place_in_slot(source, at, warp_of_block(), turn, cuda.laneid, split)
+
+
+@device
+def place_in_slot(source, at, warp, turn, place, split):
+    """Where the columns of a thread begin, the one at `place` in its warp."""
+    first = int32((warp * split_turns(split) + turn) * split_slot_values(split) * WARP_SIZE)
+    return int32(at + (first + place) * element_size(source.pointer))
+
+
+@device
+def read_lane(held, source, at, piece, row, lane, split, padding):
+    """held = the columns of a lane of any of the block's rows, which some thread has copied to the slot `at`."""
+    turn = int32(lane // workers(split))
+    thread = int32(((lane - turn * workers(split)) << split_row_bits(split)) + row)
+    place = place_in_slot(source, at, thread >> WARP_BITS, turn, thread & (WARP_SIZE - 1), split)
+    staged_columns(source.pointer, place, WARP_SIZE * n_columns(lane, piece, split), 32, padding, held)
 
 
 @device
@@ -163,7 +183,7 @@ def all_workers_with(combine):
 
     @device
     def all_workers(value, number, split):
-        warps = int32(int32(cuda.blockDim.x) >> WARP_BITS)
+        warps = warps_of_block()
         put(exchange_place(number, warp_of_block(), value), value)
         cuda.syncthreads()  # every warp's numbers are there before any warp reads them
         if warps == 8:
@@ -202,6 +222,6 @@ def any_of_block(condition, like):
         put(flags + 4 * warp_of_block(), int32(1 if in_warp else 0))
     cuda.syncthreads()  # every warp's flag is there before any warp reads it
     found = int32(0)
-    for warp in range(int32(cuda.blockDim.x) >> WARP_BITS):
+    for warp in range(warps_of_block()):
         found |= get(flags + 4 * warp, int32(0))
     return found != 0

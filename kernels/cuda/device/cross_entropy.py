@@ -32,6 +32,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     piece_numbers,
     store,
 )
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, loss_piece_state
 from gpusoftmax.kernels.cuda.device.reduce import (
     block_sum_pair,
     first_of_block,
@@ -41,8 +42,6 @@ from gpusoftmax.kernels.cuda.device.reduce import (
     warp_sum_pair,
 )
 from gpusoftmax.kernels.cuda.device.row_state import (
-    gap_params,
-    loss_piece_state,
     loss_state,
     max_of_chunks,
     merged_states,

@@ -3,7 +3,8 @@
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import fma, log_sum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import cheap_exp, negative_log_probability
-from gpusoftmax.kernels.cuda.device.row_state import gap_params, loss_state
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.row_state import loss_state
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import transform

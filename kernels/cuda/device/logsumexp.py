@@ -2,7 +2,8 @@
 
 from gpusoftmax.kernels.cuda.device.arithmetic import logsumexp
 from gpusoftmax.kernels.cuda.device.memory import store
-from gpusoftmax.kernels.cuda.device.row_state import gap_params, loss_state
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.row_state import loss_state
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, team_of
 
 

@@ -11,7 +11,7 @@ Every block_* function ends with all threads holding the result and with `scratc
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
-from gpusoftmax.kernels.cuda.device.columns import any_of_block, max_of_workers, sum_of_turns, sum_of_workers
+from gpusoftmax.kernels.cuda.device.columns import max_of_workers, sum_of_turns, sum_of_workers
 from gpusoftmax.kernels.cuda.device.split import is_columns, split_cluster, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import put, put_in_block
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
@@ -77,12 +77,6 @@ def team_sum(parts, number, split):
     if is_columns(split):
         return sum_of_workers(sum_of_turns(parts, split), number, split)
     return warp_sum(parts[3], split_lanes(split))
-
-
-@device
-def any_of_team(condition, split, like):
-    """Whether the condition holds for any of the threads that must go the same way."""
-    return any_of_block(condition, like) if is_columns(split) else any_lane(condition)
 
 
 @device

@@ -1,14 +1,12 @@
 """The state (max, ties, tail, tail_low) of a row; `gpusoftmax.kernels.formulas` defines it.
 
-    piece     a lane's columns, then a butterfly over the lanes: the maximum first, so that nothing is rescaled
+It is made of those of its parts:
+
+    piece     see piece_state.py
     chunk     a warp's pieces, merged in order; nearly always one
     row       the states of all chunks, rescaled to the maximum of the row and added up in a fixed tree: 32 chunks by
               their numbers in a butterfly, then these sums in another. Whoever has computed a chunk, and wherever the
               sums are formed, they are the same.
-
-A piece's maximum adds exactly 1 to the sum S over its columns, and S - 1 is what its ties and the others add. Where S
-is 1.5 or more, that has at most three times the relative error of S. Where it is less, the sum is taken again without
-the maximum, which keeps the loss of a confident row exact. NaN and infinities take that way too.
 """
 
 import math
@@ -21,22 +19,13 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     add_pair,
     maximum,
     merge,
-    mul,
     number,
-    reference,
-    sub,
-    tie,
 )
-from gpusoftmax.kernels.cuda.device.columns import lane_of, row_in_block
-from gpusoftmax.kernels.cuda.device.exponential import accurate_exp_gap, cheap_exp_gap, gradual_exp_gap, scale_in_base_2
-from gpusoftmax.kernels.cuda.device.memory import n_values, number_size, piece_numbers, stored_in_halves
+from gpusoftmax.kernels.cuda.device.columns import row_in_block
+from gpusoftmax.kernels.cuda.device.memory import number_size, piece_numbers
+from gpusoftmax.kernels.cuda.device.piece_state import cheap_piece_state, loss_piece_state, read_logits
 from gpusoftmax.kernels.cuda.device.reduce import (
-    any_of_team,
-    next_parts,
-    no_parts,
     publish,
-    team_max,
-    team_sum,
     warp_max,
     warp_sum,
     warp_sum_pair,
@@ -45,11 +34,9 @@ from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
     exchange_states,
-    has_columns,
     meet,
     open_row,
     piece_of,
-    read_piece,
     slot_of,
     stage_next,
     wait_for_piece,
@@ -58,36 +45,11 @@ from gpusoftmax.kernels.cuda.device.split import (
     is_columns,
     is_one_chunk,
     split_chunks,
-    split_lanes,
     split_piece_bits,
     split_row_bits,
-    split_turns,
 )
 from gpusoftmax.kernels.cuda.device.staging import fresh_lane, get, put
-from gpusoftmax.kernels.cuda.device.transform import transform
-from gpusoftmax.kernels.cuda.plan import EXCHANGE_NUMBERS, GROUP, STATE_NUMBERS, WARP_SIZE
-
-
-@device
-def gap_params(scale, scale_low):
-    """What an exponential of a gap needs to know besides the logit and the maximum."""
-    c, c_low = scale_in_base_2(scale, scale_low)
-    return scale, scale_low, c, c_low
-
-
-@device
-def read_logits(held, source, at, piece, turn, row, team, split, params):
-    """held = a lane's columns through `transform`; padding never becomes a maximum and adds nothing to a sum."""
-    read_piece(held, source, at, piece, turn, team, split, number(params[0], -math.inf))
-    for j in range(n_values(params[0])):
-        held[j] = transform(held[j], piece.first + lane_of(turn, team, split) + j * split_lanes(split), row, params)
-
-
-@device
-def read_turn(held, source, at, piece, turn, row, team, split, params):
-    """As read_logits, where one lane's columns have not been held since the piece was opened."""
-    if is_columns(split):
-        read_logits(held, source, at, piece, turn, row, team, split, params)
+from gpusoftmax.kernels.cuda.plan import EXCHANGE_NUMBERS, STATE_NUMBERS, WARP_SIZE
 
 
 @device
@@ -98,76 +60,6 @@ def open_piece(held, source, k, n_cols, row, team, split, params):
     if not is_columns(split):
         read_logits(held, source, slot_of(k, team, split, 1), piece, 0, row, team, split, params)
     return piece
-
-
-@device
-def group_sum(values, first):
-    """The sum of GROUP values as a balanced tree."""
-    low = add(add(values[first], values[first + 1]), add(values[first + 2], values[first + 3]))
-    return add(low, add(add(values[first + 4], values[first + 5]), add(values[first + 6], values[first + 7])))
-
-
-@device
-def piece_max(held, source, at, piece, row, team, split, params):
-    largest = number(params[0], -math.inf)
-    for turn in range(split_turns(split)):
-        read_turn(held, source, at, piece, turn, row, team, split, params)
-        for group in range(0, n_values(params[0]), GROUP):
-            if has_columns(group, piece, split):
-                for k in range(group, group + GROUP):
-                    largest = maximum(largest, held[k])
-    return team_max(largest, 0, split)
-
-
-def piece_state_with(exp_gap):
-    """A device function that computes the state of a piece, given one of the exponentials of exponential.py."""
-
-    @device
-    def piece_state(source, held, at, piece, row, team, split, params):
-        scale, scale_low, c, c_low = params
-        zero, one = number(scale, 0.0), number(scale, 1.0)
-        largest = piece_max(held, source, at, piece, row, team, split, params)
-        half = mul(reference(largest), number(scale, 0.5))
-        values = piece_numbers(scale)
-        totals = no_parts(zero)
-        for turn in range(split_turns(split)):
-            read_turn(held, source, at, piece, turn, row, team, split, params)
-            total = zero
-            for group in range(0, n_values(scale), GROUP):
-                if has_columns(group, piece, split):
-                    for k in range(group, group + GROUP):
-                        values[k] = exp_gap(held[k], half, scale, scale_low, c, c_low)
-                    total = add(total, group_sum(values, group))
-            totals = next_parts(totals, total)
-        total = team_sum(totals, 1, split)
-        ties, tail = one, sub(total, one)
-        if piece.count == 0:  # of a row that does not count, or behind the end of one
-            ties, tail = zero, zero
-        confident = piece.count > 0 and not total >= number(scale, 1.5)
-        if any_of_team(confident, split, scale):  # the others keep what they have
-            all_ties, tails = no_parts(zero), no_parts(zero)
-            for turn in range(split_turns(split)):
-                read_turn(held, source, at, piece, turn, row, team, split, params)
-                exact_ties, exact_tail = zero, zero
-                for group in range(0, n_values(scale), GROUP):
-                    if has_columns(group, piece, split):
-                        for k in range(group, group + GROUP):
-                            values[k] = gradual_exp_gap(held[k], half, scale, scale_low)
-                            if held[k] == largest:
-                                values[k] = zero
-                        exact_tail = add(exact_tail, group_sum(values, group))
-                        for k in range(group, group + GROUP):
-                            values[k] = tie(held[k], largest)
-                        exact_ties = add(exact_ties, group_sum(values, group))
-                all_ties, tails = next_parts(all_ties, exact_ties), next_parts(tails, exact_tail)
-            exact_ties, exact_tail = team_sum(all_ties, 0, split), team_sum(tails, 1, split)
-            if confident:
-                ties, tail = exact_ties, exact_tail
-                if largest == number(scale, -math.inf):
-                    ties = zero
-        return mul(largest, number(scale, 0.5)), ties, tail, zero
-
-    return piece_state
 
 
 # ---------------------------------------------------------------- all chunks of a row
@@ -343,18 +235,6 @@ def row_state_with(piece_state):
         return merged_states(team, split, params)
 
     return row_state
-
-
-cheap_piece_state = piece_state_with(cheap_exp_gap)
-accurate_piece_state = piece_state_with(accurate_exp_gap)
-
-
-@device
-def loss_piece_state(source, held, at, piece, row, team, split, params):
-    """For results that are logarithms. Two bytes a logit leave no time for more than the cheap exponential."""
-    if stored_in_halves(source.pointer):
-        return cheap_piece_state(source, held, at, piece, row, team, split, params)
-    return accurate_piece_state(source, held, at, piece, row, team, split, params)
 
 
 softmax_state = row_state_with(cheap_piece_state)

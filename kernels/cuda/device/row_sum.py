@@ -5,8 +5,9 @@ from numpy import int32
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, number
 from gpusoftmax.kernels.cuda.device.memory import n_values, piece_numbers
+from gpusoftmax.kernels.cuda.device.piece_state import group_sum
 from gpusoftmax.kernels.cuda.device.reduce import next_parts, no_parts, team_sum, warp_sum_pair
-from gpusoftmax.kernels.cuda.device.row_state import group_sum, publish_number, rows_of_block_with, state_place
+from gpusoftmax.kernels.cuda.device.row_state import publish_number, rows_of_block_with, state_place
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     exchange_states,

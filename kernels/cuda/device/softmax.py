@@ -4,7 +4,8 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import inverse_sum, mul, reference, sub
 from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_gap, exact_exp_gap
 from gpusoftmax.kernels.cuda.device.memory import stored_in_halves
-from gpusoftmax.kernels.cuda.device.row_state import gap_params, softmax_state
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.row_state import softmax_state
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import transform
