@@ -600,7 +600,9 @@ MUTANTS = [
         softmax_backward_of_unaligned_rows,
         errors.OutOfBounds,
         "16-byte access",
-        _edit(f"{GPU}.device.rows", "col + (1 << bits) <= n_cols:", "col < n_cols:"),
+        _edit(
+            f"{GPU}.device.rows", "whole, end = int32(left >> bits),", "whole, end = int32((left + width - 1) >> bits),"
+        ),
         ("softmax_backward_rows",),
     ),
     # ---- the online sum
@@ -775,11 +777,10 @@ MUTANTS = [
         (
             Edit(
                 f"{GPU}.device.rows",
-                "    place = at + (source.shift + team.lane) * element_size(source.pointer)\n",
+                "    granule = int32(at + team.lane * VECTOR_BYTES)\n",
                 "    lane = team.lane ^ 1 if source.shift > 0 and team.lane < 2 else team.lane\n"
-                "    place = at + (source.shift + lane) * element_size(source.pointer)\n",
+                "    granule = int32(at + lane * VECTOR_BYTES)\n",
             ),
-            Edit(f"{GPU}.device.rows", "piece.count - team.lane\n", "piece.count - lane\n"),
         ),
         (LSE,),
     ),
@@ -1080,8 +1081,8 @@ MUTANTS = [
         "uses of local memory",
         _edit(
             f"{GPU}.device.rows",
-            "read_granule(values, sources[0], at, col, width)",
-            "read_granule(values, sources[0], at, col, min(width, piece.count))",
+            "int32(one + (granule << bits) * size), width, as_granule)",
+            "int32(one + (granule << bits) * size), min(width, piece.count), as_granule)",
         ),
         ("copy_rows",),
     ),
@@ -1091,7 +1092,7 @@ MUTANTS = [
         _ptx("copy_rows", functools.partial(codegen.check_vectors, loads=True, stores=True)),
         AssertionError,
         "0 loads of 16 bytes",
-        _edit(f"{GPU}.device.rows", "copy_vector(source.pointer, col,", "copy_element(source.pointer, col,"),
+        _edit(f"{GPU}.device.rows", "    copy_vector,\n", "    copy_element as copy_vector,\n"),
         ("copy_rows",),
     ),
     Mutant(

@@ -47,6 +47,20 @@ def test_every_access_to_a_row_is_counted(records):
     assert 32 * sum(n for one, n in counted.items() if one.startswith("STG") and ".128" in one) == granules
 
 
+@pytest.mark.parametrize(
+    "op, dtype, most",
+    [
+        ("softmax", "bfloat16", 24),
+        ("softmax", "float32", 48),
+        ("cross_entropy", "bfloat16", 21),
+        ("cross_entropy", "float32", 40),
+    ],
+)
+def test_instructions_per_logit(op, dtype, most):
+    """A copy of these bytes leaves an H200 time for 32 and 64 of softmax, 16 and 32 of the loss (kernels/README.md)."""
+    assert predict.record(Case(op, dtype, 4096, 32000))["instructions_per_element"] < most
+
+
 def test_a_copy_is_bound_by_memory_and_takes_its_bytes():
     layout = Layout(blocks=132 * 2 * 10, cluster=1, warps=8, blocks_per_multiprocessor=2)
     found = model.predict(layout, Counter({"FADD": 132 * 4 * 1000}), 4.3e9)

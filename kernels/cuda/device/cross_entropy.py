@@ -54,7 +54,6 @@ from gpusoftmax.kernels.cuda.device.row_state import (
     loss_piece_state,
     loss_state,
     of_cheap,
-    of_loss,
     publish_state,
     read_logits,
     relative,
@@ -143,7 +142,7 @@ def merged_distances(row_max, factor, team, split):
 def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
     """The state of the row, as loss_state has it, and sum_c factor w_c (max - x_c)."""
     zero, least = number(factor, 0.0), number(factor, -math.inf)
-    params = of_loss(source, params)
+    params = of_cheap(params)
     held = piece_numbers(factor)
     state = (least, zero, zero)
     distances, weights = zero, zero
@@ -155,7 +154,7 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
     while k < team.n_pieces:
         wait_for_piece(k, team, split)
         piece = read_logits(held, source, k, n_cols, row, team, split, params)
-        current = loss_piece_state(source, held, piece, split, params)
+        current = loss_piece_state(held, piece, split, params)
         at = slot_of(k, team, split, 1)
         current_distances, current_weights = smoothing_piece(
             source, at, piece, current[0], weight, factor, row, team, split, params

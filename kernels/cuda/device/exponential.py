@@ -18,16 +18,13 @@ Two anchors differ by an integer, so that parts of a row are brought to one anch
 subtracted first, with y = (x - m) / 2 (halving keeps the gap of the two largest numbers finite, and the 2 is part of
 the scale):
 
-    cheap      2^(y c) by ex2.approx                       5 u + |y c| u                            3 instructions
-    accurate   2^n p(f),  n = round(y c), f = y c - n      1.5 u, and the part of y's rounding
-               p of degree 6 on |f| <= 1/2                 error that a log-sum-exp could show     18
-    exact      the same with all of y's rounding error     1.5 u                                   23
+    cheap      2^(y c) by ex2.approx                       5 u + |y c| u        3 instructions
+    exact      2^n p(f),  n = round(y c), f = y c - n,     1.5 u               23
+               with y's rounding error
 
-All give 0 for -inf and, if not said otherwise, keep NaN; below 2^-126 they give 0. In float64 all are the formulas'
-exp_from and exp_gap.
-
-The accurate one sees error = (x/2 - y) - max/2, which is y's rounding error where |x| >= |max|. Elsewhere |y| <= |max|,
-so that the error is in the maximum's last places, and no log-sum-exp holds more.
+Sums are those of cheap exponentials. A log-sum-exp shows at most 5 u (1 - 1/s) of their errors, should all of them lie
+on one side; it is allowed 4 u, and 8 u from 2 on. All give 0 for -inf and, if not said otherwise, keep NaN; below
+2^-126 they give 0. In float64 all are the formulas' exp_from and exp_gap.
 """
 
 import math
@@ -94,24 +91,11 @@ def _power_of_2(a, y, error, c, c_low):
     return a.select(vanishes, a.number(0), a.mul(power, scale))
 
 
-def _accurate(a, x, max_half, scale, scale_low, c, c_low):
-    if a.format is formulas.DOUBLE:
-        return formulas.exp_gap(a, formulas.transform(a, x), max_half, scale, scale_low)
-    y = _half_gap(a, x, max_half)
-    error = a.sub(_half_gap(a, x, y), max_half)
-    return _power_of_2(a, y, error, c, c_low)
-
-
 def _exact(a, x, max_half, scale, scale_low, c, c_low):
     if a.format is formulas.DOUBLE:
         return formulas.exp_gap(a, formulas.transform(a, x), max_half, scale, scale_low)
     y, error = formulas.two_sum(a, a.mul(x, a.number(0.5)), a.negative(max_half))
     return _power_of_2(a, y, error, c, c_low)
-
-
-def _gradual(a, x, max_half, scale, scale_low):
-    """The formulas' exp_gap, which does not flush: what is left of a confident row may be that small."""
-    return formulas.exp_gap(a, formulas.transform(a, x), max_half, scale, scale_low)
 
 
 def _exp(a, x):
@@ -205,9 +189,7 @@ def _corrected(a, inverse, max, exponent, c_low):
 half_gap = formula(_half_gap)
 scale_in_base_2 = formula(_scale_in_base_2, n_results=2)
 cheap_exp_gap = formula(_cheap)
-accurate_exp_gap = formula(_accurate)
 exact_exp_gap = formula(_exact)
-gradual_exp_gap = formula(_gradual)
 cheap_exp = formula(_exp)
 negative_log_probability = formula(_negative_log_probability)
 anchor = formula(_anchor)

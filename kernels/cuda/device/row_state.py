@@ -37,7 +37,6 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
 from gpusoftmax.kernels.cuda.device.columns import own_states
 from gpusoftmax.kernels.cuda.device.exponential import (
     accurate_exp_from,
-    accurate_exp_gap,
     anchor,
     cheap_exp_from,
     cheap_exp_gap,
@@ -46,7 +45,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     scale_in_base_2,
     unless_equal,
 )
-from gpusoftmax.kernels.cuda.device.memory import n_values, number_size, piece_numbers, stored_in_halves
+from gpusoftmax.kernels.cuda.device.memory import n_values, number_size, piece_numbers
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
@@ -102,9 +101,9 @@ def piece_max(held, piece, split, params):
     return warp_max(largest, split_lanes(split))
 
 
-def piece_sum_with(exp_from, exp_gap, with_maximum=True):
-    """A device function that sums the exponentials of a piece, or of what is less than its maximum. Where that does not
-    refer to a power of two, it takes the second of the exponentials.
+def piece_sum_with(with_maximum=True, lift=0):
+    """A device function that sums the exponentials of a piece, or of what is less than its maximum. With a lift it is
+    2^lift times as much, so that terms far below the maximum are not lost.
     """
 
     @device
@@ -113,11 +112,12 @@ def piece_sum_with(exp_from, exp_gap, with_maximum=True):
         values = piece_numbers(scale)
         total = number(scale, 0.0)
         if is_near(exponent):
-            lowest = lowest_of(exponent, c)
+            lifted = sub(exponent, number(scale, lift)) if lift else exponent
+            lowest = lowest_of(lifted, c)
             for group in range(0, n_values(scale), GROUP):
                 if has_columns(group, piece, split):
                     for k in range(group, group + GROUP):
-                        values[k] = exp_from(held[k], exponent, lowest, c, c_low)
+                        values[k] = cheap_exp_from(held[k], lifted, lowest, c, c_low)
                         if not with_maximum:
                             values[k] = unless_equal(values[k], held[k], largest)
                     total = add(total, group_sum(values, group))
@@ -126,7 +126,10 @@ def piece_sum_with(exp_from, exp_gap, with_maximum=True):
             for group in range(0, n_values(scale), GROUP):
                 if has_columns(group, piece, split):
                     for k in range(group, group + GROUP):
-                        values[k] = exp_gap(held[k], half, scale, scale_low, c, c_low)
+                        if lift:
+                            values[k] = lifted_exp_gap(held[k], half, scale, scale_low, lift)
+                        else:
+                            values[k] = cheap_exp_gap(held[k], half, scale, scale_low, c, c_low)
                         if not with_maximum:
                             values[k] = unless_equal(values[k], held[k], largest)
                     total = add(total, group_sum(values, group))
@@ -135,22 +138,23 @@ def piece_sum_with(exp_from, exp_gap, with_maximum=True):
     return piece_sum
 
 
-cheap_sum = piece_sum_with(cheap_exp_from, cheap_exp_gap)
-accurate_sum = piece_sum_with(accurate_exp_from, accurate_exp_gap)
-cheap_rest = piece_sum_with(cheap_exp_from, cheap_exp_gap, with_maximum=False)
-accurate_rest = piece_sum_with(accurate_exp_from, accurate_exp_gap, with_maximum=False)
+LIFT = 64
+piece_sum = piece_sum_with()
+piece_rest = piece_sum_with(with_maximum=False)
+lifted_rest = piece_sum_with(with_maximum=False, lift=LIFT)
+
+
+@device
+def lifted_exp_gap(x, half, scale, scale_low, lift):
+    """2^lift exp((x - max) scale), gradual underflow included."""
+    return mul(exp_gap(mul(x, number(scale, 0.5)), half, scale, scale_low), number(scale, 2.0**lift))
 
 
 @device
 def of_cheap(params):
-    """The parameters where sums are those of cheap exponentials."""
+    """The parameters for sums, which are those of cheap exponentials."""
     scale, scale_low, c, c_low = params
     return scale, scale_low, c, low_of_cheap(c_low)
-
-
-@device
-def of_loss(source, params):
-    return of_cheap(params) if stored_in_halves(source.pointer) else params
 
 
 @device
@@ -164,25 +168,10 @@ def halved(largest):
 
 
 @device
-def softmax_piece_state(source, held, piece, split, params):
+def softmax_piece_state(held, piece, split, params):
     largest = piece_max(held, piece, split, params)
-    total = cheap_sum(held, largest, anchor(largest, params[2]), piece, split, params)
+    total = piece_sum(held, largest, anchor(largest, params[2]), piece, split, params)
     return largest, number(total, 0.0), total
-
-
-@device
-def loss_sum(source, held, largest, exponent, piece, split, params):
-    """Two bytes a logit leave no time for more than the cheap exponential."""
-    if stored_in_halves(source.pointer):
-        return cheap_sum(held, largest, exponent, piece, split, params)
-    return accurate_sum(held, largest, exponent, piece, split, params)
-
-
-@device
-def loss_rest(source, held, largest, exponent, piece, split, params):
-    if stored_in_halves(source.pointer):
-        return cheap_rest(held, largest, exponent, piece, split, params)
-    return accurate_rest(held, largest, exponent, piece, split, params)
 
 
 @device
@@ -196,29 +185,32 @@ def ties_of(held, largest, piece, split):
 
 
 @device
-def at_maximum(source, largest, exponent, params):
-    """What the maximum itself adds to loss_sum: the same bits."""
+def at_maximum(largest, exponent, params):
+    """What the maximum itself adds to piece_sum: the same bits."""
     scale, scale_low, c, c_low = params
     if not is_near(exponent):
         return number(scale, 1.0)
-    if stored_in_halves(source.pointer):
-        return cheap_exp_from(reference(largest), exponent, lowest_of(exponent, c), c, c_low)
-    return accurate_exp_from(reference(largest), exponent, lowest_of(exponent, c), c, c_low)
+    return cheap_exp_from(reference(largest), exponent, lowest_of(exponent, c), c, c_low)
 
 
 @device
-def loss_piece_state(source, held, piece, split, params):
+def loss_piece_state(held, piece, split, params):
     scale = params[0]
     zero, least = number(scale, 0.0), number(scale, -math.inf)
     largest = piece_max(held, piece, split, params)
     exponent = anchor(largest, params[2])
-    total = loss_sum(source, held, largest, exponent, piece, split, params)
-    own = at_maximum(source, largest, exponent, params)
+    total = piece_sum(held, largest, exponent, piece, split, params)
+    own = at_maximum(largest, exponent, params)
     ties, others = number(scale, 1.0), sub(total, own)
     confident = not total >= mul(own, number(scale, 1.5))
     if any_lane(confident):  # the others of the warp keep what they have
         exact_ties = ties_of(held, largest, piece, split)
-        rest = loss_rest(source, held, largest, exponent, piece, split, params)
+        rest = piece_rest(held, largest, exponent, piece, split, params)
+        tiny = rest < number(scale, 2.0**-60)
+        if any_lane(tiny):  # terms that were flushed to 0 may add up to a number that would not be
+            lifted = mul(lifted_rest(held, largest, exponent, piece, split, params), number(scale, 2.0**-LIFT))
+            if tiny:
+                rest = lifted
         if confident:
             ties, others = exact_ties, rest
             if largest == least:
@@ -303,7 +295,7 @@ def saved_part(chunk, row_max, split, params):
 @device
 def joined_states(team, split, params):
     """The state of the row from those of its chunks, which lie in shared memory; the same for all threads."""
-    many = split_chunks(split) > WARP_SIZE  # else loops, which the assembler unrolls, are left out
+    many = split_chunks(split) > WARP_SIZE  # as a rule there are not, and the loops are passed by
     row_max, chunk = saved_max(team.lane, split, params[0]), int32(team.lane + WARP_SIZE)
     while many and chunk < split_chunks(split):
         row_max = maximum(row_max, saved_max(chunk, split, params[0]))
@@ -336,7 +328,7 @@ def row_state_with(piece_state):
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, row, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
-            current = piece_state(source, held, piece, split, params)
+            current = piece_state(held, piece, split, params)
             if k & last_piece == 0:
                 state = current
             else:
@@ -352,13 +344,14 @@ def row_state_with(piece_state):
     return row_state
 
 
-cheap_row_state = row_state_with(softmax_piece_state)
+softmax_row_state = row_state_with(softmax_piece_state)
 loss_row_state = row_state_with(loss_piece_state)
 
 
 @device
 def softmax_state(source, n_cols, row, team, split, params):
-    return cheap_row_state(source, n_cols, row, team, split, of_cheap(params))
+    """(max, 0, sum) of a row."""
+    return softmax_row_state(source, n_cols, row, team, split, of_cheap(params))
 
 
 @device
@@ -371,5 +364,5 @@ def relative(state, params):
 
 @device
 def loss_state(source, n_cols, row, team, split, params):
-    params = of_loss(source, params)
+    params = of_cheap(params)
     return relative(loss_row_state(source, n_cols, row, team, split, params), params)

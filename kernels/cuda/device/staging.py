@@ -1,7 +1,7 @@
 """Dynamic shared memory and what fills it: asynchronous copies, the parts of a row, states sent between blocks.
 
-Slots are addresses in shared memory, 32 bits wide: the start of dynamic shared memory is asked for once in a kernel
-(on sm_90 it is computed from the number of the block in its cluster, again for each access). Places of states are byte
+Slots are addresses in shared memory, 32 bits wide: the start of dynamic shared memory is asked for once in a kernel (on
+sm_90 it is computed from the number of the block in its cluster, again for each access). Places of states are byte
 offsets from there. What an architecture lacks is replaced here: asynchronous copies (sm_80) by a load and a store,
 clusters (sm_90) by nothing, since plan.py gives them to no other.
 """
