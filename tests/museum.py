@@ -828,8 +828,8 @@ MUTANTS = [
         "merging the states of chunks before all are there",
         "barriers",
         lse_of_two_chunks,
-        errors.UninitialisedRead,
-        "uninitialised shared memory",
+        errors.SharedRace,
+        "no barrier between",
         _edit(f"{GPU}.device.rows", "    else:\n        cuda.syncthreads()\n", ""),
         (LSE,),
     ),
@@ -996,7 +996,7 @@ MUTANTS = [
             f"{CPU}.softmax",
             "        write_chunk(scaled, ",
             "        again = saved(here.states, chunk, MAX, here.zero)\n"
-            "        chunk_sum_of_exponentials(here, again, col, count, scale, scale_low, is_half(tag))\n"
+            "        sum_of_exponentials(here, here.home, again, None, col, count, scale, scale_low, is_half(tag))\n"
             "        write_chunk(scaled, ",
         ),
         (SOFTMAX,),

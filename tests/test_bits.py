@@ -249,6 +249,16 @@ def test_shared_by_threads(threads, name, n_threads, shape):
         assert bits(run_on_cpu(name, *arrays)) == expected
 
 
+def test_parts_of_rows_that_are_folded_late(threads):
+    """A thread that folds a row while another one already writes it reads what was measured. It takes many calls."""
+    arrays = make(2, 30_000, "float32")
+    expected = bits(run_on_cpu("cross_entropy", *arrays))
+    for n_threads in (2, 3, 7):
+        threads(n_threads)
+        _replay_cpu._recipes.clear()
+        assert all(bits(run_on_cpu("cross_entropy", *arrays)) == expected for _ in range(150)), n_threads
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("n_cols", [1, 5, 64, 100, 2048, 4500])
 def test_ways_to_walk_rows(monkeypatch, name, n_cols):

@@ -268,6 +268,30 @@ def test_an_interrupt_leaves_when_nobody_works_on_the_arrays():
     assert run(program) == "done\n"
 
 
+def test_first_calls_of_many_threads_make_one_pool():
+    program = """
+        from gpusoftmax.kernels.cpu import parallel
+        expected, pools = gpusoftmax.softmax(x), []
+        made = parallel._Threads.__init__
+        def slowly(threads):
+            time.sleep(0.05)
+            made(threads)
+            pools.append(threads)
+        parallel._Threads.__init__ = slowly
+        first, parallel._threads = parallel._threads, None
+        barrier = threading.Barrier(8)
+        def work():
+            barrier.wait()
+            assert np.array_equal(gpusoftmax.softmax(x), expected)
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert len(pools) == 1
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
 def test_threads_that_sleep_are_woken():
     """Calls at all distances from each other: a thread that falls asleep as the bell rings misses no call for good."""
     program = """

@@ -13,7 +13,7 @@ from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import Line
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
 from gpusoftmax.kernels.cpu.rows import Here, element
-from gpusoftmax.kernels.cpu.states import FIELDS
+from gpusoftmax.kernels.cpu.states import FIELDS, MEASURED_FIELDS
 from gpusoftmax.kernels.cpu.vector import (
     across,
     advance,
@@ -60,10 +60,10 @@ def transpose(states, block, count, like):
     side = square_of(like)
     lanes = lanes_of(across(like))
     for row in range(0, count, side):
-        for field in range(0, FIELDS, side):
+        for field in range(0, MEASURED_FIELDS, side):
             source = advance(states, row * RECORD + field)
             square = advance(block, field * lanes + row)
-            load_transposed(source, RECORD, min(side, count - row), min(side, FIELDS - field), square, lanes)
+            load_transposed(source, RECORD, min(side, count - row), min(side, MEASURED_FIELDS - field), square, lanes)
 
 
 @device

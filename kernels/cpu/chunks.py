@@ -150,46 +150,28 @@ def exponential(col, left, ties, arguments):
     """exp of the columns relative to the chunk's anchor, left in `home`; where `largest` is given, a logit that equals
     it is counted in `ties` instead of added.
     """
-    here, home, largest, shift, exponent, low, scale, scale_low = arguments
+    here, home, largest, shift, exponent, low, scale, scale_low, is_coarse = arguments
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_write(home, col + CHUNK_COLS, here.zeros)
     x = load_cols(here.first, col, left, here.nothing)
-    e = exp_from(x, shift, exponent, low, scale, scale_low)
-    store_cols(home, col, left, e)
-    e, ties = set_ties_apart(e, x, ties, largest)
-    return e, ties
-
-
-@device
-def coarse_exponential(col, left, ties, arguments):
-    """`exponential` for results of sixteen bits."""
-    here, shift, exponent, low, scale, scale_low = arguments
-    prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
-    x = load_cols(here.first, col, left, here.nothing)
-    e = coarse_exp_from(x, shift, exponent, low, scale, scale_low)
-    store_cols(here.home, col, left, e)
-    return e, ties
-
-
-@device
-def chunk_sum_of_exponentials(here, largest, first, count, scale, scale_low, is_coarse):
-    """(sum, low) of a chunk, relative to its own anchor."""
-    shift, exponent = anchor(largest, scale)
     if is_coarse:
-        arguments = here, shift, exponent, floor(exponent), scale, scale_low
-        total, low, _ = sum_chunk(coarse_exponential, arguments, first, count, here.zeros, here.partials, True)
+        e = coarse_exp_from(x, shift, exponent, low, scale, scale_low)
     else:
-        numbers = here, here.home, None, shift, exponent, floor(exponent), scale, scale_low
-        total, low, _ = sum_chunk(exponential, numbers, first, count, here.zeros, here.partials)
-    return total, low
+        e = exp_from(x, shift, exponent, low, scale, scale_low)
+    store_cols(home, col, left, e)
+    return set_ties_apart(e, x, ties, largest)
 
 
 @device
-def chunk_state(here, home, largest, first, count, scale, scale_low):
-    """(sum, low, ties) of a chunk; the sum is that of the logits below the maximum. home: here.home, or None."""
+def sum_of_exponentials(here, home, largest, ties_of, first, count, scale, scale_low, is_coarse):
+    """(sum, low, ties) of a chunk, relative to the anchor of its maximum `largest`.
+
+    ties_of: the maximum again, if logits that equal it are to be counted instead of added, or None. home: where the
+    exponentials are left, or None. is_coarse: a constant, see sum_chunk.
+    """
     shift, exponent = anchor(largest, scale)
-    arguments = here, home, largest, shift, exponent, floor(exponent), scale, scale_low
-    return sum_chunk(exponential, arguments, first, count, here.zeros, here.partials)
+    arguments = here, home, ties_of, shift, exponent, floor(exponent), scale, scale_low, is_coarse
+    return sum_chunk(exponential, arguments, first, count, here.zeros, here.partials, is_coarse)
 
 
 @device

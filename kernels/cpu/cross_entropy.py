@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import (
     FIELDS,
     MAX,
     OWN,
-    SUM,
+    WRITER,
     chunk_ratio,
     fold_state,
     save,
@@ -151,7 +151,9 @@ class Gradient(NamedTuple):
 # What is kept of a chunk beside its state,
 LOGIT, DISTANCE, DISTANCE_LOW, WEIGHT = range(OWN, OWN + 4)
 # and of a row, where the chunks end.
-LABEL_LOGIT, LABEL_WEIGHT, ROW_LOSS, ON_LABEL = range(4)
+LABEL_LOGIT, LABEL_WEIGHT, ROW_LOSS = range(3)
+# When a chunk is written: the label's exponential, and what the gradient of the label's logit is made of.
+LABEL_EXP, ON_PROBS, ON_LABEL = range(WRITER, WRITER + 3)
 
 
 @kernel
@@ -223,7 +225,8 @@ def measure_chunks(here, home, first, last, loss):
         largest = saved(here.states, chunk, MAX, here.zero)
         if loss.share != number(loss.scale, 0.0):
             measure_smoothing(here, chunk, largest, col, count, loss)
-        save_state(here.states, chunk, chunk_state(here, home, largest, col, count, loss.scale, None))
+        sums = sum_of_exponentials(here, home, largest, largest, col, count, loss.scale, None, False)
+        save_state(here.states, chunk, sums)
 
 
 @device
@@ -340,19 +343,17 @@ def write_nothing(here, first, last, summary, loss):
 @device
 def write(here, first, last, gradient, loss):
     lanes = lanes_of(here.zero)
-    n_chunks = count_of_chunks(here.n_cols)
-    save(here.states, n_chunks, ON_LABEL, gradient.on_label)
-    on_label = (n_chunks * FIELDS + ON_LABEL) * lanes
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         ratio = chunk_ratio(here.states, chunk, gradient.shift, gradient.exponent, here.zero, loss.scale, None)
         factor = mul(ratio, gradient.on_probs)
-        save(here.states, chunk, SUM, factor)
+        save(here.states, chunk, ON_PROBS, factor)
+        save(here.states, chunk, ON_LABEL, gradient.on_label)
         for lane in range(here.n_rows):  # before the gradient takes the place of the exponentials
             label = label_of(loss.labels, here.row + lane, loss.rows)
             if col <= label and label < col + count:
                 e = load(here.home.pointer, label * here.home.step + lane, loss.scale)
-                store(here.states, (chunk * FIELDS + LOGIT) * lanes + lane, e)
+                store(here.states, (chunk * FIELDS + LABEL_EXP) * lanes + lane, e)
         if lanes > 1 or counts(label_of(loss.labels, here.row, loss.rows), loss):
             write_chunk(gradient_of, (factor, gradient.on_weight, loss), here, col, count)
         for lane in range(here.n_rows):
@@ -361,11 +362,11 @@ def write(here, first, last, gradient, loss):
                 for k in range(col, col + count):
                     store(here.target.pointer, k * here.target.step + lane, unused(label, loss))
             elif col <= label and label < col + count:
-                e = load(here.states, (chunk * FIELDS + LOGIT) * lanes + lane, loss.scale)
-                value = mul(e, load(here.states, (chunk * FIELDS + SUM) * lanes + lane, loss.scale))
+                e = load(here.states, (chunk * FIELDS + LABEL_EXP) * lanes + lane, loss.scale)
+                value = mul(e, load(here.states, (chunk * FIELDS + ON_PROBS) * lanes + lane, loss.scale))
                 weight = number_at(loss.weight, label, loss.scale)
                 value = sub(value, mul(gradient.on_weight, weight))
-                value = sub(value, load(here.states, on_label + lane, loss.scale))
+                value = sub(value, load(here.states, (chunk * FIELDS + ON_LABEL) * lanes + lane, loss.scale))
                 store(here.target.pointer, label * here.target.step + lane, value)
 
 

@@ -120,15 +120,16 @@ def yield_to_others(typingctx):
     """Lets another thread have this core, if one wants it: it may be the one that is waited for."""
 
     def codegen(context, builder, signature, args):
-        if os.name == "posix":
-            call_c(builder, "sched_yield")
+        call_c(builder, "sched_yield")
         return context.get_dummy_value()
 
     return types.void(), codegen
 
 
 def call_c(builder, name: str, *arguments) -> None:
-    """Calls a C function of the process that takes pointers and returns an int, which is ignored."""
+    """Calls a POSIX function and ignores what it returns. Elsewhere there is nobody to wait for or to wake."""
+    if os.name != "posix":
+        return
     module, type = builder.module, ir.FunctionType(ir.IntType(32), [argument.type for argument in arguments])
     builder.call(module.globals.get(name) or ir.Function(module, type, name), arguments)
 

@@ -9,11 +9,11 @@ same row state, so log_probs[target] is -loss bit for bit.
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import chunk_state, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, fold_state, save, save_state, saved, sum_of_saved
-from gpusoftmax.kernels.cpu.vector import add, exp, fma, load_cols, log_probability, log_sum, mul, negative
+from gpusoftmax.kernels.cpu.vector import add, exp, fma, is_half, load_cols, log_probability, log_sum, mul, negative
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
@@ -37,22 +37,23 @@ def log_softmax_rows(call):
 
 @device
 def log_softmax_of_rows(way, job, rows, logits, same, log_probs, scale, scale_low):
-    numbers = scale, scale_low
+    numbers = scale, scale_low, log_probs.tag
     walk(way, job, rows, logits, same, log_probs, save_maxima, measure, fold, write, numbers, scale)
 
 
 @device
 def measure(here, first, last, numbers):
-    scale, scale_low = numbers
+    scale, scale_low, tag = numbers
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
-        save_state(here.states, chunk, chunk_state(here, None, largest, col, count, scale, scale_low))
+        sums = sum_of_exponentials(here, None, largest, largest, col, count, scale, scale_low, is_half(tag))
+        save_state(here.states, chunk, sums)
 
 
 @device
 def fold(here, numbers):
-    scale, scale_low = numbers
+    scale, scale_low, _ = numbers
     state, _ = fold_state(here.states, count_of_chunks(here.n_cols), here.zero, scale, scale_low)
     log, _ = log_sum(state)
     return state[0], log

@@ -2,7 +2,7 @@
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import chunk_state
+from gpusoftmax.kernels.cpu.chunks import sum_of_exponentials
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, save_maxima, store_per_row
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import MAX, fold_state, save_state, saved
@@ -29,7 +29,8 @@ def measure(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
-        save_state(here.states, chunk, chunk_state(here, None, largest, col, count, scale, scale_low))
+        sums = sum_of_exponentials(here, None, largest, largest, col, count, scale, scale_low, False)
+        save_state(here.states, chunk, sums)
 
 
 @device

@@ -19,7 +19,9 @@ from gpusoftmax.kernels.cpu import pool
 
 
 def thread_count() -> int:
-    """What numba.set_num_threads asked for, else what Numba would use."""
+    """What numba.set_num_threads asked for, else what Numba would use; 1 where there are no POSIX threads to wait."""
+    if os.name != "posix":
+        return 1
     # get_num_threads starts Numba's own threads, which nothing here needs and a fork would not survive.
     return numba.get_num_threads() if numba_threads._is_initialized else numba.config.NUMBA_NUM_THREADS
 
@@ -47,13 +49,23 @@ class _Threads:
 
 
 _threads: _Threads | None = None
+_making = threading.Lock()
 _has_forked = False
 
 
+def _the_threads() -> _Threads:
+    """One pool for all: threads would go on looking at the memory of another one, which nobody keeps."""
+    global _threads
+    with _making:
+        if _threads is None:
+            _threads = _Threads()
+        return _threads
+
+
 def _after_fork() -> None:
-    """The child has the memory of the pool but none of its threads."""
-    global _threads, _has_forked
-    _threads, _has_forked = None, True
+    """The child has the memory of the pool but none of its threads, and perhaps a lock that one of them held."""
+    global _threads, _making, _has_forked
+    _threads, _making, _has_forked = None, threading.Lock(), True
 
 
 def _at_exit() -> None:
@@ -63,16 +75,14 @@ def _at_exit() -> None:
             thread.join(timeout=1)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_at_exit)
 
 
 def start(entry: int, block: np.ndarray, n_threads: int) -> None:
     """Runs a call (call.py) of the kernel whose C function lies at `entry` on this thread and n_threads - 1 others."""
-    global _threads
-    threads = _threads
-    if threads is None:
-        threads = _threads = _Threads()
+    threads = _threads or _the_threads()
     if n_threads > 1:
         if not threads.has_looked_for_openmp and "torch" in sys.modules:
             threads.has_looked_for_openmp = True

@@ -8,7 +8,7 @@ Softmax reads a row once: the exponentials stay where the probabilities go, and 
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_sum_of_exponentials, sum_chunk, write_chunk
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, save, saved, sum_of_saved
@@ -55,7 +55,9 @@ def sum_exponentials(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
-        total, low = chunk_sum_of_exponentials(here, largest, col, count, scale, scale_low, is_half(tag))
+        total, low, _ = sum_of_exponentials(
+            here, here.home, largest, None, col, count, scale, scale_low, is_half(tag)
+        )  # fmt: skip
         save(here.states, chunk, SUM, total)
         save(here.states, chunk, LOW, low)
 

@@ -29,9 +29,12 @@ from gpusoftmax.kernels.cpu.vector import (
     where_finite,
 )
 
-# What is kept of a chunk; the rest is for what an op sums beside it.
-MAX, SUM, LOW, TIES, OWN = range(5)
-FIELDS = 8
+# What is kept of a chunk: when it is measured, which other threads may read until they have all folded the row,
+MAX, SUM, LOW, TIES, OWN = range(5)  # OWN: what an op sums beside it
+MEASURED_FIELDS = 8
+# and when it is written, by the one thread that writes it.
+WRITER = MEASURED_FIELDS
+FIELDS = 16
 
 
 class Sum(NamedTuple):

@@ -27,7 +27,7 @@ WARP_SIZE = 32
 GROUP = 8
 """So many of a lane's numbers are added in a balanced tree, and left out together where there are no columns."""
 STATE_NUMBERS = 5
-"""Numbers of a chunk that go through shared memory: max, ties, tail and, for smoothed losses, distance and weight."""
+"""Numbers of a chunk that go through shared memory: max, ties, others and, for smoothed losses, distance and weight."""
 MAX_CHUNKS = 1024
 """Beyond, chunks have several pieces: the states of a row take 20 KiB of shared memory at most (float64: 40)."""
 MAX_THREADS = 256
@@ -256,8 +256,7 @@ def _short(n_rows, tree, slot_bytes, n_sources, limits, multiprocessors):
 def _long(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
     pieces = tree.chunk_cols // tree.piece_cols
     number_bytes = 8 if compute == "float64" else 4
-    states = tree.n_chunks + _ratio(tree.n_chunks, WARP_SIZE)
-    first_slot = _rounded(states * STATE_NUMBERS * number_bytes)
+    first_slot = _rounded(tree.n_chunks * STATE_NUMBERS * number_bytes)
     slot_bytes_of_all = n_sources * slot_bytes
     most_warps = min(MAX_THREADS // WARP_SIZE, (limits.block_bytes - first_slot) // slot_bytes_of_all)
     shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
