@@ -205,7 +205,7 @@ def check(name, dtype, lengths):
             middle = np.stack([arrays[0], arrays[0][::-1]]), np.stack([arrays[1]] * 2), np.stack([labels] * 2)
             if name.endswith("_backward"):  # to be as exact as promised, they take what the forward gives
                 middle = getattr(gpusoftmax, name.removesuffix("_backward"))(middle[0], 1), *middle[1:]
-            results, chosen, _, _ = run(name, middle, 1, approx="adversarial", track=False)
+            results, chosen, _, _ = run(name, middle, 1, approx="adversarial", multiprocessors=8, track=False)
             assert chosen.regime == "columns"
             CHECKS[name](results, *middle, 1)
 
