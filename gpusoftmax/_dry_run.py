@@ -82,13 +82,14 @@ def launches(op: str, shape: tuple[int, ...], dtype: str, arch: str, **options: 
 def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
     """A launch of each kernel that calls of `op` can use, where input and output have the same dtype."""
     with imagined(arch) as found:
-        for n_cols in (64, 100_000):  # rows that one warp holds, and longer ones
-            _call(op, (4, n_cols), dtype, {})
-            _call(op, (n_cols, 4), dtype, {"axis": 0})
+        # Rows that one warp holds, longer ones, and rows that lie side by side.
+        for shape, axis in (((4, 64), -1), ((4, 100_000), -1), ((64, 64), 0)):
+            n_cols = shape[axis]
+            _call(op, shape, dtype, {"axis": axis})
             if op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
-                _call(op, (4, n_cols), dtype, {"weight": weight, "label_smoothing": 0.1, "validate": True})
-            else:
+                _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
+            elif axis == -1:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
 

@@ -21,7 +21,6 @@ import numpy as np
 
 import gpusoftmax
 from gpusoftmax.kernels.cuda import compile, driver
-from gpusoftmax.kernels.cuda.plan import MAX_THREADS
 from gpusoftmax.kernels.operands import NO_BAD_LABEL
 from tests import inputs
 
@@ -30,7 +29,8 @@ DEVICE_SOURCES = Path(compile.__file__).parent / "device"
 LINKED = {"sm_75": ("sm_75",), "sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90": ("sm_90", "sm_100", "sm_120")}
 STATIC_SHARED_BYTES = 48 * 1024
 REGISTERS_PER_SM = 65536
-ROW_LENGTHS = (64, 4096)  # one split as plan.Short, one as plan.Long
+# Shapes and axes whose rows are split as plan.Short, plan.Long and plan.Columns.
+SPLITS = (((4, 64), -1), ((4, 4096), -1), ((64, 64), 0))
 # Approximate instructions that kernels may use: the exponentials of device/exponential.py that say so.
 APPROXIMATE = frozenset({"ex2.approx.ftz.f32"})
 
@@ -65,8 +65,8 @@ class Specialisation(NamedTuple):
 
     @property
     def split(self):
-        """ "short" or "long"; None for the kernels that run as one block."""
-        return next((word for word in self.signature if word in ("short", "long")), None)
+        """ "short", "long" or "columns"; None for the kernels that run as one block."""
+        return next((word for word in self.signature if word in ("short", "long", "columns")), None)
 
     def __str__(self):
         return "-".join(filter(None, (self.name, self.split, self.dtype)))
@@ -97,25 +97,26 @@ class _Array:
         return NO_BAD_LABEL
 
 
-def _calls(dtype, out_dtype, n_cols):
+def _calls(dtype, out_dtype, shape, axis):
     """(public function, arguments, options): together they launch every kernel there is for these dtypes."""
-    shape = (4, n_cols)
-    x, target, weight = _Array(shape, dtype), _Array(shape[:1], np.int64), _Array((n_cols,), dtype)
-    like = {"out": _Array(shape, out_dtype)}
+    n_cols, batch = shape[axis], shape[:1] if axis == -1 else shape[1:]
+    x, target, weight = _Array(shape, dtype), _Array(batch, np.int64), _Array((n_cols,), dtype)
+    like = {"out": _Array(shape, out_dtype), "axis": axis}
     for function in ("softmax", "log_softmax"):
         yield function, (x,), like
         yield f"{function}_backward", (x, _Array(shape, dtype)), like
-    yield "logsumexp", (x,), {} if dtype == out_dtype else {"out": _Array(shape[:1], out_dtype)}
+    yield "logsumexp", (x,), {"axis": axis} if dtype == out_dtype else {"out": _Array(batch, out_dtype), "axis": axis}
     for label_smoothing in (0.0, 0.1):
         options = {"label_smoothing": label_smoothing}
-        yield "cross_entropy", (x, target, weight), {**options, "validate": True}
+        yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
-    yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks such a row: copies
+    if axis == -1:
+        yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies
 
 
 def public_functions():
     """The functions that the recording calls."""
-    return {function for function, _, _ in _calls(np.float32, np.float32, ROW_LENGTHS[0])}
+    return {function for function, _, _ in _calls(np.float32, np.float32, *SPLITS[0])}
 
 
 def _launches(dtype, out_dtype):
@@ -126,8 +127,8 @@ def _launches(dtype, out_dtype):
         "launch": lambda *_: None,
     }
     with mock.patch.multiple(driver, **stand_in):
-        for n_cols in ROW_LENGTHS:
-            for function, arguments, options in _calls(dtype, out_dtype, n_cols):
+        for shape, axis in SPLITS:
+            for function, arguments, options in _calls(dtype, out_dtype, shape, axis):
                 getattr(gpusoftmax, function)(*arguments, **options)
     return recorded
 
@@ -226,9 +227,10 @@ def instructions(ptx):
 def check_ptx(specialisation, arch):
     """Everything below."""
     ptx = ptx_of(specialisation, arch)
-    check_header(ptx, arch, MAX_THREADS, compile.min_blocks(specialisation.signature, arch))
+    check_header(ptx, arch, *compile.launch_bounds(specialisation.signature, arch))
     check_memory(ptx)
-    check_vectors(ptx, specialisation.reads_rows, specialisation.writes_rows)
+    wide = specialisation.split != "columns"
+    check_vectors(ptx, specialisation.reads_rows and wide, specialisation.writes_rows and wide)
     if not specialisation.is_double:
         check_no_double(ptx)
     check_rounding(ptx)
@@ -262,7 +264,7 @@ def check_memory(ptx):
 
 
 def check_vectors(ptx, loads, stores):
-    """Rows are read and written 16 bytes at a time."""
+    """Rows are read (`loads`) and written (`stores`) 16 bytes at a time, or never so."""
     wide = {"ld": 0, "st": 0}
     for one in instructions(ptx):
         if one.words[:2] in (["ld", "global"], ["st", "global"]) and re.search(r"\.v4\..32|\.v2\..64", one.opcode):
@@ -390,8 +392,9 @@ def main():
     """A table of what every kernel takes on sm_90."""
     for specialisation in specialisations():
         linked = link(specialisation, "sm_90")
-        room = blocks_per_sm(linked.registers, MAX_THREADS)
-        print(f"{specialisation!s:36} {linked.registers:4} registers, {room} blocks of {MAX_THREADS} on an SM")
+        threads, _ = compile.launch_bounds(specialisation.signature, "sm_90")
+        room = blocks_per_sm(linked.registers, threads)
+        print(f"{specialisation!s:36} {linked.registers:4} registers, {room} blocks of {threads} on an SM")
 
 
 if __name__ == "__main__":

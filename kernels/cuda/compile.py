@@ -8,9 +8,13 @@ import importlib
 import json
 import re
 
+import numpy as np
+
 from gpusoftmax.kernels.cuda import cache
-from gpusoftmax.kernels.cuda.plan import MAX_THREADS, MIN_BLOCKS, Long, Short
+from gpusoftmax.kernels.cuda.plan import MAX_THREADS, MIN_BLOCKS, Columns, Long, Short, columns_threads
 from gpusoftmax.kernels.operands import STORAGE, Labels, Rows
+
+_SPLITS = {"short": Short, "long": Long, "columns": Columns}
 
 
 def ptx_architecture(arch: str) -> str:
@@ -61,8 +65,8 @@ def image(kernel: str, signature: tuple[str, ...], arch: str) -> Image:
     """The image of `kernel`, "<file>.<function>" under kernels/cuda/device.
 
     `signature` holds one word per argument: "rows", "labels", "strided bfloat16" (an Operand), "*float32" (Numbers: a
-    pointer), "short" or "long" (how rows are split, see plan.py), "int64", "float32" or "float64". Tuples take several
-    parameters of the compiled kernel.
+    pointer), "short", "long" or "columns" (how rows are split, see plan.py), "int64", "float32" or "float64". Tuples
+    take several parameters of the compiled kernel.
     """
     return Image(kernel, signature, arch)
 
@@ -89,9 +93,14 @@ def resources(image: Image) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", report)[1]), int(shared[1]) if shared else 0
 
 
-def min_blocks(signature: tuple[str, ...], arch: str) -> int:
-    """How many blocks of MAX_THREADS the registers of a kernel must leave room for."""
-    return 1 if arch != "sm_90" or "float64" in " ".join(signature) else MIN_BLOCKS
+def launch_bounds(signature: tuple[str, ...], arch: str) -> tuple[int, int]:
+    """(threads of a block at most, how many such blocks the registers of a kernel must leave room for)"""
+    is_double, threads = "float64" in " ".join(signature), MAX_THREADS
+    if "columns" in signature:
+        source = next(word for word in signature if word.startswith("strided ")).removeprefix("strided ")
+        itemsize = np.dtype(STORAGE[source]).itemsize
+        threads = columns_threads(itemsize, "float64" if is_double else "float32")
+    return threads, 1 if arch != "sm_90" or is_double else MIN_BLOCKS * MAX_THREADS // threads
 
 
 @functools.cache
@@ -109,7 +118,7 @@ def _ptx(kernel: str, signature: tuple[str, ...], arch: str) -> str:
         function,
         tuple(_numba_type(types, word) for word in signature),
         (compute // 10, compute % 10),
-        (MAX_THREADS, min_blocks(signature, arch)),
+        launch_bounds(signature, arch),
     )
     cache.put(key, ptx.encode())
     return ptx
@@ -121,8 +130,8 @@ def _numba_type(types, word: str):
     if word in ("rows", "labels"):
         fields = Rows if word == "rows" else Labels
         return types.NamedUniTuple(types.int64, len(fields._fields), fields)
-    if word in ("short", "long"):
-        fields = Short if word == "short" else Long
+    if word in _SPLITS:
+        fields = _SPLITS[word]
         return types.NamedUniTuple(types.int32, len(fields._fields), fields)
     if word.startswith("strided "):
         strides = (types.int64,) * 3

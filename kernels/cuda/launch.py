@@ -9,10 +9,11 @@ import numpy as np
 
 from gpusoftmax.kernels.cuda import compile, driver
 from gpusoftmax.kernels.cuda.compile import Image
-from gpusoftmax.kernels.cuda.plan import Long, Plan, Short, row_plan
+from gpusoftmax.kernels.cuda.plan import Columns, Long, Plan, Short, row_plan
 from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Place, Rows
 
 _STRIDED = {dtype: f"strided {dtype}" for dtype in STORAGE}
+_SPLITS = {Short: "short", Long: "long", Columns: "columns"}
 _SCALARS = {np.float32: "float32", np.float64: "float64", int: "int64"}
 
 
@@ -75,8 +76,8 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
         elif kind is Rows or kind is Labels:
             signature.append("rows" if kind is Rows else "labels")
             words += argument
-        elif kind is Short or kind is Long:
-            signature.append("short" if kind is Short else "long")
+        elif kind in _SPLITS:
+            signature.append(_SPLITS[kind])
             words += map(np.int32, argument)
         else:
             signature.append(_SCALARS[kind])
@@ -91,12 +92,23 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
 
 
 def launch_rows(kernel: str, place: Place, rows: Rows, *arguments, reads: int = 1, passes: int = 2) -> None:
-    """Starts a kernel that goes over rows: those of the first `reads` arguments, once or (passes) twice."""
+    """Starts a kernel that goes over rows: those of the first `reads` arguments, once or (passes) twice.
+
+    With two passes, it writes rows of the last argument that is an array.
+    """
     device = device_of(place)
     formats = tuple(argument.dtype for argument in arguments[:reads])
     compute = "float64" if any(isinstance(argument, np.float64) for argument in arguments) else "float32"
-    shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes
+    neighbours = _neighbours(rows, arguments, reads, passes)
+    shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes, neighbours
     plan = row_plan(rows.n_rows, *shape)
     for start in range(0, rows.n_rows, plan.rows):  # once, unless there are more rows than blocks
         last = row_plan(min(plan.rows, rows.n_rows - start), *shape)
         launch(kernel, last, place, rows, last.split, start, *arguments)
+
+
+def _neighbours(rows: Rows, arguments: tuple, reads: int, passes: int) -> int:
+    """How many rows lie side by side, in each array whose rows are read or written."""
+    arrays = [argument for argument in arguments if type(argument) is Operand]
+    walked = arrays[:reads] + (arrays[-1:] if passes == 2 else [])
+    return rows.n_inner if all(one.inner_stride == 1 and one.col_stride != 1 for one in walked) else 1

@@ -8,6 +8,11 @@ format alone, and with it the bits. `row_plan` decides who computes what, and ma
     held      a block for each row, which stays in its shared memory: read once
     cluster   sm_90: a cluster of 2 to 16 blocks for each row, which stays in their shared memory
     online    what does not fit stays away: a first pass and a last one, that begins with what is still there
+    columns   neighbouring rows lie side by side in memory (axis != -1): a block takes 4 to 64 of them, which its
+              threads read and write together, sector by sector; its warps sum them up one by one. `held` tells whether
+              the rows are read once
+
+The regimes walk one tree: a row has the same bits in each.
 """
 
 import functools
@@ -26,6 +31,8 @@ STATE_NUMBERS = 5
 MAX_CHUNKS = 1024
 """Beyond, chunks have several pieces: the states of a row take 20 KiB of shared memory at most (float64: 40)."""
 MAX_THREADS = 256
+SECTOR_BYTES = 32
+"""What a multiprocessor gets from memory at the least."""
 MIN_BLOCKS = 2
 """Blocks of MAX_THREADS that the registers must leave room for: one loads while the other computes. 128 registers are
 what the kernels take without spilling (kernels/README.md); float64 takes up to twice as many and runs alone.
@@ -132,6 +139,30 @@ class Long(NamedTuple):
     first_slot: int
 
 
+class Columns(NamedTuple):
+    """A kernel's view of a plan: rows that lie side by side in memory."""
+
+    lanes: int
+    lane_bits: int  # log2 of the lanes
+    row_bits: int  # log2 of the rows of a block
+    n_chunks: int
+    piece_bits: int
+    slots: int
+    slot_bytes: int
+    first_slot: int
+
+
+ENTRY_BYTES = 13 * 8
+"""What a row of Columns tells its block: how many columns, three addresses, at most nine numbers of its results."""
+
+
+def columns_threads(itemsize: int, compute: str) -> int:
+    """The most threads of a block of Columns: a sector of sixteen-bit numbers is that of sixteen rows, and a row may
+    take a warp. float64 has no registers for so many.
+    """
+    return 2 * MAX_THREADS if itemsize == 2 and compute == "float32" else MAX_THREADS
+
+
 @dataclass(frozen=True)
 class Plan:
     """One launch, of `rows` rows. chunk_cols decides the bits of a row and depends on n_cols and the format alone;
@@ -146,7 +177,7 @@ class Plan:
     shared_bytes: int = 0
     cluster: int = 1
     held: bool = True
-    split: Short | Long | None = None
+    split: Short | Long | Columns | None = None
 
     @property
     def kept_bytes(self) -> int:
@@ -167,6 +198,7 @@ def row_plan(
     arch: str,
     multiprocessors: int,
     passes: int = 2,
+    neighbours: int = 1,
 ) -> Plan:
     """The launch of a kernel that reads rows.
 
@@ -182,11 +214,17 @@ def row_plan(
         Of the device.
     passes : int
         1: the rows are only summed up; 2: results are computed from the columns after that.
+    neighbours : int
+        How many rows lie side by side in memory, in each array whose rows are read or written.
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
     # Lanes read whole groups; 16: rows that begin beside a boundary.
     slot_bytes = _ratio(min(n_cols, tree.piece_cols), tree.lanes * GROUP) * tree.lanes * GROUP * itemsize + 16
+    if neighbours * itemsize >= SECTOR_BYTES:
+        plan = _columns(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
+        if plan is not None:
+            return plan
     if tree.n_chunks == 1:
         return _short(n_rows, tree, slot_bytes, len(formats), limits, multiprocessors)
     return _long(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
@@ -266,6 +304,59 @@ def _long(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors,
         cluster=cluster,
         held=held,
         split=Long(tree.n_chunks, pieces.bit_length() - 1, cluster, slots, slot_bytes, first_slot),
+    )
+
+
+def _columns(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
+    """None if it would not pay, or if the states of the chunks do not fit."""
+    pieces = tree.n_chunks * (tree.chunk_cols // tree.piece_cols)
+    number_bytes = 8 if compute == "float64" else 4
+    states = tree.n_chunks * STATE_NUMBERS * number_bytes if tree.n_chunks > 1 else 0
+    wanted = pieces if passes == 2 else min(pieces, 2)
+    shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
+
+    def first_slot(rows):
+        return _rounded(rows * (ENTRY_BYTES + states))
+
+    def bytes_of(rows, slots):
+        return first_slot(rows) + slots * rows * n_sources * slot_bytes
+
+    def fits(rows):
+        """So many rows are held by each of two blocks on a multiprocessor, and every multiprocessor has a block."""
+        return bytes_of(rows, wanted) <= shared and _ratio(n_rows, rows) >= multiprocessors
+
+    # As many rows as fit: where they do not begin at a sector, fewer sectors are shared with another block.
+    most = columns_threads(itemsize, compute) // tree.lanes
+    least = min(max(SECTOR_BYTES // itemsize, WARP_SIZE // tree.lanes), most)
+    sizes = [rows for rows in (64, 32, 16, 8, 4) if least <= rows <= most]
+    rows = next(filter(fits, sizes), sizes[-1])
+    blocks = _ratio(n_rows, rows)
+    # Column by column, a warp for each row uses one element of a sector: that much fewer multiprocessors are enough.
+    if tree.n_chunks > 1 and blocks * (SECTOR_BYTES // itemsize) < multiprocessors:
+        return None
+    held = bytes_of(rows, wanted) <= limits.block_bytes
+    room = limits.block_bytes if held or bytes_of(rows, 1) > shared else shared
+    slots = min(wanted, (room - first_slot(rows)) // (rows * n_sources * slot_bytes))
+    if slots < 1:
+        return None
+    return Plan(
+        regime="columns",
+        threads=rows * tree.lanes,
+        blocks=min(blocks, MAX_BLOCKS),
+        chunk_cols=tree.chunk_cols,
+        rows=min(n_rows, MAX_BLOCKS * rows),
+        shared_bytes=bytes_of(rows, slots),
+        held=passes == 1 or slots >= wanted,
+        split=Columns(
+            lanes=tree.lanes,
+            lane_bits=tree.lanes.bit_length() - 1,
+            row_bits=rows.bit_length() - 1,
+            n_chunks=tree.n_chunks,
+            piece_bits=(pieces // tree.n_chunks).bit_length() - 1,
+            slots=slots,
+            slot_bytes=slot_bytes,
+            first_slot=first_slot(rows),
+        ),
     )
 
 

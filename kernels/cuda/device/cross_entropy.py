@@ -74,7 +74,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     team_of,
     wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
+from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes, split_piece_bits
 from gpusoftmax.kernels.cuda.device.staging import get, staged
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
@@ -130,9 +130,9 @@ def merged_distances(row_max, factor, team, split):
     """The sum of distances of all chunks, measured from the maximum of the row."""
     total, low = number(factor, 0.0), number(factor, 0.0)
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        part_max = get(state_place(0, chunk, factor), factor)
-        distances = get(state_place(3, chunk, factor), factor)
-        weights = get(state_place(4, chunk, factor), factor)
+        part_max = get(state_place(0, chunk, split, factor), factor)
+        distances = get(state_place(3, chunk, split, factor), factor)
+        weights = get(state_place(4, chunk, split, factor), factor)
         total, low = add_pair(total, low, distances, number(factor, 0.0))
         total, low = add_pair(total, low, moved(weights, part_max, row_max, factor), number(factor, 0.0))
     return warp_sum_pair(total, low)
@@ -167,13 +167,13 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
             distances = add(distances, moved(weights, state[0], merged[0], factor))
             current_distances = add(current_distances, moved(current_weights, current[0], merged[0], factor))
             state, distances, weights = merged, add(distances, current_distances), add(weights, current_weights)
-        if not is_short(split) and k & last_piece == last_piece:
+        if not is_one_chunk(split) and k & last_piece == last_piece:
             publish_state(k, state, team, split)
             chunk = chunk_of(k, team, split)
-            publish(state_place(3, chunk, factor), distances, team, split)
-            publish(state_place(4, chunk, factor), weights, team, split)
+            publish(state_place(3, chunk, split, factor), distances, team, split)
+            publish(state_place(4, chunk, split, factor), weights, team, split)
         k = int32(k + 1)
-    if is_short(split):
+    if is_one_chunk(split):
         return relative(state, params), distances
     exchange_states(split)
     state = joined_states(team, split, params)
@@ -238,7 +238,7 @@ def losses_with(smoothed):
                 store(row_of(losses, row, rows).pointer, 0, fill)
             if not is_null(dlogits.pointer):
                 fill_row(target, rows.n_cols, fill, team, split)
-        if not is_short(split) and not counts:
+        if is_long(split) and not counts:
             return
         n_cols = rows.n_cols if counts else 0
         x_label, w_label = zero, one

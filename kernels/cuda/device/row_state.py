@@ -34,6 +34,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     sub,
     tie,
 )
+from gpusoftmax.kernels.cuda.device.columns import own_states
 from gpusoftmax.kernels.cuda.device.exponential import (
     accurate_exp_from,
     anchor,
@@ -60,7 +61,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     stage_next,
     wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
+from gpusoftmax.kernels.cuda.device.split import is_one_chunk, split_chunks, split_lanes, split_piece_bits
 from gpusoftmax.kernels.cuda.device.staging import get
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import GROUP, STATE_NUMBERS, WARP_SIZE
@@ -221,16 +222,16 @@ def loss_piece_state(held, piece, split, params):
 
 
 @device
-def state_place(number_of_state, chunk, like):
+def state_place(number_of_state, chunk, split, like):
     """Where a number of a chunk's state lies in shared memory."""
-    return (chunk * STATE_NUMBERS + number_of_state) * number_size(like)
+    return own_states(split, like) + (chunk * STATE_NUMBERS + number_of_state) * number_size(like)
 
 
 @device
 def publish_state(k, state, team, split):
     chunk = chunk_of(k, team, split)
     for i in range(3):
-        publish(state_place(i, chunk, state[i]), state[i], team, split)
+        publish(state_place(i, chunk, split, state[i]), state[i], team, split)
 
 
 @device
@@ -278,7 +279,7 @@ def joined(one, two, params):
 @device
 def saved_max(chunk, split, like):
     """The maximum of a chunk; -inf where there is no such chunk."""
-    return get(state_place(0, chunk, like), like) if chunk < split_chunks(split) else number(like, -math.inf)
+    return get(state_place(0, chunk, split, like), like) if chunk < split_chunks(split) else number(like, -math.inf)
 
 
 @device
@@ -287,8 +288,8 @@ def saved_part(chunk, row_max, split, params):
     zero = number(row_max, 0.0)
     if chunk >= split_chunks(split):
         return zero, zero
-    state = get(state_place(0, chunk, zero), zero), get(state_place(1, chunk, zero), zero)
-    return as_part((state[0], state[1], get(state_place(2, chunk, zero), zero)), row_max, params)
+    state = get(state_place(0, chunk, split, zero), zero), get(state_place(1, chunk, split, zero), zero)
+    return as_part((state[0], state[1], get(state_place(2, chunk, split, zero), zero)), row_max, params)
 
 
 @device
@@ -332,10 +333,10 @@ def row_state_with(piece_state):
                 state = current
             else:
                 state = joined(state, current, params)
-            if not is_short(split) and k & last_piece == last_piece:
+            if not is_one_chunk(split) and k & last_piece == last_piece:
                 publish_state(k, state, team, split)
             k = int32(k + 1)
-        if is_short(split):
+        if is_one_chunk(split):
             return state
         exchange_states(split)
         return joined_states(team, split, params)

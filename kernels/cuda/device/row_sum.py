@@ -20,7 +20,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     stage_next,
     wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.split import is_short, split_chunks, split_lanes, split_piece_bits
+from gpusoftmax.kernels.cuda.device.split import is_one_chunk, split_chunks, split_lanes, split_piece_bits
 from gpusoftmax.kernels.cuda.device.staging import get
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
@@ -58,15 +58,15 @@ def row_sum_with(term):
             if k & last_piece == 0:
                 total, low = zero, zero
             total, low = add_pair(total, low, piece_sum(values, others, piece, split, like), zero)
-            if not is_short(split) and k & last_piece == last_piece:
-                publish(state_place(0, chunk_of(k, team, split), zero), add(total, low), team, split)
+            if not is_one_chunk(split) and k & last_piece == last_piece:
+                publish(state_place(0, chunk_of(k, team, split), split, zero), add(total, low), team, split)
             k = int32(k + 1)
-        if is_short(split):
+        if is_one_chunk(split):
             return total
         exchange_states(split)
         total, low = zero, zero
         for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-            total, low = add_pair(total, low, get(state_place(0, chunk, zero), zero), zero)
+            total, low = add_pair(total, low, get(state_place(0, chunk, split, zero), zero), zero)
         total, low = warp_sum_pair(total, low)
         return add(total, low)
 

@@ -14,7 +14,8 @@ it is touched, and what the lanes read beyond the row is filled with a padding t
 beside a boundary is cut out of the two granules that hold it, at a distance that is the same for the whole row.
 Results leave by granules of the output's own alignment: where input and output lie alike, those that two pieces share
 are in the slots of both, and the later piece writes them whole. Rows whose columns are not neighbours are copied
-element by element into the same slots: a row has the same bits wherever it lies.
+element by element into the same slots: a row has the same bits wherever it lies. Where rows lie
+side by side in memory instead, columns.py has another way to fill the slots and to empty them.
 
 A warp has `slots` slots. If it has more pieces than slots it goes around them: the first pass leaves the last pieces
 there; the last pass begins with those and fetches the others again in reverse order, since what was read last is most
@@ -26,6 +27,15 @@ from typing import NamedTuple
 from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
+from gpusoftmax.kernels.cuda.device.columns import (
+    copy_walked,
+    in_walked_row,
+    rows_of_block,
+    tell_results,
+    tell_sources,
+    walked_columns,
+    walked_writer,
+)
 from gpusoftmax.kernels.cuda.device.memory import (
     VECTOR_BYTES,
     advance,
@@ -39,6 +49,8 @@ from gpusoftmax.kernels.cuda.device.memory import (
     vector_width,
 )
 from gpusoftmax.kernels.cuda.device.split import (
+    is_columns,
+    is_long,
     is_short,
     quotient,
     remainder,
@@ -131,7 +143,7 @@ def row_of(array, row, rows):
 @device
 def own_row(start, split):
     """The row of this thread's team, of those from `start` on; past the last row for some teams of the last block."""
-    if is_short(split):
+    if not is_long(split):
         part = quotient(cuda.threadIdx.x, split_lanes(split))
         return start + int64(cuda.blockIdx.x) * quotient(cuda.blockDim.x, split_lanes(split)) + part
     if split_cluster(split) == 1:
@@ -145,6 +157,9 @@ def team_of(split, n_sources):
     lane = int32(cuda.threadIdx.x - part * split_lanes(split))
     if is_short(split):
         return Team(lane, int32(0), int32(1), int32(1), int32(shared_start() + part * n_sources * split.slot_bytes))
+    if is_columns(split):
+        slots = int32(shared_start() + split_first_slot(split) + part * n_sources * split.slot_bytes)
+        return Team(lane, int32(0), int32(1), int32(split_chunks(split) << split_piece_bits(split)), slots)
     warps = quotient(cuda.blockDim.x, int32(WARP_SIZE))
     rank = part
     if split_cluster(split) > 1:
@@ -180,7 +195,7 @@ def slot_of(k, team, split, n_sources):
     if is_short(split):
         return team.slots
     turn = k if k < split_slots(split) else remainder(k, split_slots(split))
-    return int32(team.slots + turn * n_sources * split.slot_bytes)
+    return int32(team.slots + turn * rows_of_block(split) * n_sources * split.slot_bytes)
 
 
 # ---------------------------------------------------------------- global memory -> slot
@@ -189,7 +204,7 @@ def slot_of(k, team, split, n_sources):
 @device
 def read_cols(piece, split, like):
     """Columns that the lanes read from a slot: whole groups, and of a long row always all."""
-    if is_short(split):
+    if not is_long(split):
         group = int32(split_lanes(split) * GROUP)
         return int32((piece.count + group - 1) & -group)
     return int32(WARP_SIZE * n_values(like))
@@ -280,7 +295,21 @@ def stage_element(source, place, col, n_cols, padding):
 
 
 @device
+def stage_walked(k, sources, team, split, padding):
+    """Starts to copy what this thread has to, of piece k of the row that it walks."""
+    piece = piece_of(k, walked_columns(split), team, split, padding)
+    at = in_walked_row(slot_of(k, team, split, len(sources)), len(sources), split)
+    for i in range(len(sources)):
+        place = int32(at + i * split.slot_bytes)
+        copy_walked(sources[i], i, place, piece, read_cols(piece, split, padding), split, padding)
+    end_copies()
+
+
+@device
 def stage(k, sources, n_cols, team, split, padding):
+    if is_columns(split):
+        stage_walked(k, sources, team, split, padding)
+        return
     piece = piece_of(k, n_cols, team, split, padding)
     at = slot_of(k, team, split, len(sources))
     for i in range(len(sources)):
@@ -291,11 +320,25 @@ def stage(k, sources, n_cols, team, split, padding):
 
 
 @device
+def sync_slots(split):
+    """A barrier of the threads that fill slots together."""
+    if is_columns(split):
+        cuda.syncthreads()
+    else:
+        cuda.syncwarp()
+
+
+@device
 def open_row(sources, n_cols, team, split, padding):
     """Starts to fill the slots with the first pieces of a row; `padding`, a number of the computation format, follows
     its last column.
     """
     n_staged = int32(1) if is_short(split) else int32(min(split_slots(split), team.n_pieces))
+    if is_columns(split):
+        tell_sources(sources, n_cols, team, split)
+        for k in range(n_staged):
+            stage_walked(int32(k), sources, team, split, padding)
+        return
     k = int32(0)
     while k < n_staged:
         piece = piece_of(k, n_cols, team, split, padding)
@@ -323,10 +366,12 @@ def open_row(sources, n_cols, team, split, padding):
 def fetch_last(sources, n_cols, team, split, padding):
     """Fills the slots for a last pass that no first one comes before: with the last pieces of a row."""
     n_staged = int32(1) if is_short(split) else int32(min(split_slots(split), team.n_pieces))
+    if is_columns(split):
+        tell_sources(sources, n_cols, team, split)
     for k in range(n_staged):
         stage(int32(team.n_pieces - 1 - k), sources, n_cols, team, split, padding)
     wait_for_copies(int32(0))
-    cuda.syncwarp()  # every lane has waited for its own copies
+    sync_slots(split)  # every lane has waited for its own copies
 
 
 @device
@@ -336,14 +381,14 @@ def wait_for_piece(k, team, split):
         wait_for_copies(int32(0))
     else:
         wait_for_copies(int32(min(int32(k + split_slots(split)), team.n_pieces) - 1 - k))
-    cuda.syncwarp()  # every lane has waited for its own copies
+    sync_slots(split)  # every lane has waited for its own copies
 
 
 @device
 def stage_next(k, sources, n_cols, team, split, padding):
     """In the first pass: the slot of piece k, which is in registers, is filled again."""
     if not is_short(split) and int32(k + split_slots(split)) < team.n_pieces:
-        cuda.syncwarp()  # every lane has read the slot
+        sync_slots(split)  # every lane has read the slot
         stage(int32(k + split_slots(split)), sources, n_cols, team, split, padding)
 
 
@@ -355,17 +400,18 @@ def read_piece(held, source, at, piece, team, split):
     """held = this lane's columns of the piece in the slot `at`; padding beyond its end."""
     granule = int32(at + team.lane * VECTOR_BYTES)
     shift = int32(source.shift * element_size(source.pointer))
+    in_loop = is_columns(split)
     # The distance of a lane's runs is a constant in each branch: one address serves them all.
-    if not is_short(split):
-        staged_runs(source.pointer, granule, shift, None, 32, held)
+    if is_long(split):
+        staged_runs(source.pointer, granule, shift, None, 32, False, held)
     elif split_lanes(split) == 32:
-        staged_runs(source.pointer, granule, shift, piece.count, 32, held)
+        staged_runs(source.pointer, granule, shift, piece.count, 32, in_loop, held)
     elif split_lanes(split) == 16:
-        staged_runs(source.pointer, granule, shift, piece.count, 16, held)
+        staged_runs(source.pointer, granule, shift, piece.count, 16, in_loop, held)
     elif split_lanes(split) == 8:
-        staged_runs(source.pointer, granule, shift, piece.count, 8, held)
+        staged_runs(source.pointer, granule, shift, piece.count, 8, in_loop, held)
     else:
-        staged_runs(source.pointer, granule, shift, piece.count, 4, held)
+        staged_runs(source.pointer, granule, shift, piece.count, 4, in_loop, held)
 
 
 @device
@@ -378,7 +424,7 @@ def col_of(k, team, split, source):
 @device
 def has_columns(group, piece, split):
     """Whether this group of a lane's values may hold any column: the others need not be computed with."""
-    return not is_short(split) or group * split_lanes(split) < piece.count
+    return is_long(split) or group * split_lanes(split) < piece.count
 
 
 @device
@@ -417,6 +463,8 @@ def row_writer(results):
     results(values, others, col, width, numbers) turns values[:width], the columns col, col + 1, ... of the first
     source, into results; `others` holds the same columns of the second, if there is one.
     """
+
+    write_walked = walked_writer(results)
 
     @device
     def write_whole(target, sources, at, first, team, split, numbers, like):
@@ -468,6 +516,13 @@ def row_writer(results):
             k = int32(k + step)
 
     @device
+    def write_piece_of_rows(k, target, sources, team, split, numbers, like):
+        """This thread's part of piece k of the row that it walks."""
+        piece = piece_of(k, walked_columns(split), team, split, like)
+        place = in_walked_row(slot_of(k, team, split, len(sources)), len(sources), split)
+        write_walked(target, sources, place, piece, split, numbers, like)
+
+    @device
     def write_piece(target, sources, at, piece, n_cols, team, split, numbers, like):
         if piece.count == 0:
             return
@@ -499,16 +554,21 @@ def row_writer(results):
             piece = piece_of(0, n_cols, team, split, like)
             write_piece(target, sources, team.slots, piece, n_cols, team, split, numbers, like)
             return
+        if is_columns(split):
+            tell_results(target, numbers, team, split)
         k = int32(team.n_pieces - 1)
         while k >= 0:
             if int32(k + split_slots(split)) < team.n_pieces:
                 wait_for_copies(min(int32(split_slots(split) - 1), k))
-                cuda.syncwarp()  # every lane has waited for its own copies
-            piece = piece_of(k, n_cols, team, split, like)
-            at = slot_of(k, team, split, len(sources))
-            write_piece(target, sources, at, piece, n_cols, team, split, numbers, like)
+                sync_slots(split)  # every lane has waited for its own copies
+            if is_columns(split):
+                write_piece_of_rows(k, target, sources, team, split, numbers, like)
+            else:
+                piece = piece_of(k, n_cols, team, split, like)
+                at = slot_of(k, team, split, len(sources))
+                write_piece(target, sources, at, piece, n_cols, team, split, numbers, like)
             if k >= split_slots(split):
-                cuda.syncwarp()  # every lane has read the slot
+                sync_slots(split)  # every lane has read the slot
                 stage(int32(k - split_slots(split)), sources, n_cols, team, split, like)
             k = int32(k - 1)
 
@@ -538,5 +598,7 @@ def exchange_states(split):
     if split_cluster(split) > 1:
         cluster_arrive()
         cluster_wait()
+    elif is_columns(split):
+        cuda.syncwarp()  # the chunks of a row are one warp's
     else:
         cuda.syncthreads()

@@ -1,15 +1,24 @@
-"""How rows are split, as a kernel sees it: plan.Short or plan.Long.
+"""How rows are split, as a kernel sees it: plan.Short, plan.Long or plan.Columns.
 
-The argument's type is a specialisation. What one of the two does not have is a constant here, so that one source gives
+The argument's type is a specialisation. What one of them does not have is a constant here, so that one source gives
 kernels for short rows without anything of the others.
 """
 
-from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
-from gpusoftmax.kernels.cuda.plan import WARP_SIZE, Short
+from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE, Columns, Long, Short
 
 
-def _is_short(split) -> bool:
-    return split.instance_class is Short
+def _is(kind):
+    """An intrinsic: whether the split is of this kind, a constant."""
+
+    def is_kind(typingctx, split):
+        def codegen(context, builder, signature, args):
+            return context.get_constant(types.boolean, split.instance_class is kind)
+
+        return types.boolean(split), codegen
+
+    is_kind.__name__ = f"is_{kind.__name__.lower()}"
+    return intrinsic(is_kind)
 
 
 def _field(name, constant):
@@ -50,13 +59,9 @@ shifted_up = _unsigned("shl")
 shifted_down = _unsigned("lshr")
 
 
-@intrinsic
-def is_short(typingctx, split):
-    def codegen(context, builder, signature, args):
-        return context.get_constant(types.boolean, _is_short(split))
-
-    return types.boolean(split), codegen
-
+is_short = _is(Short)
+is_long = _is(Long)
+is_columns = _is(Columns)
 
 split_lanes = _field("lanes", WARP_SIZE)
 split_chunks = _field("n_chunks", 1)
@@ -64,3 +69,11 @@ split_piece_bits = _field("piece_bits", 0)
 split_cluster = _field("cluster", 1)
 split_slots = _field("slots", 1)
 split_first_slot = _field("first_slot", 0)
+split_row_bits = _field("row_bits", 0)
+split_lane_bits = _field("lane_bits", 0)
+
+
+@device
+def is_one_chunk(split):
+    """Whether the state of a row's first chunk is that of the row."""
+    return is_short(split) or (is_columns(split) and split_chunks(split) == 1)

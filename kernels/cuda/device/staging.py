@@ -13,6 +13,7 @@ from llvmlite import ir
 from gpusoftmax.kernels import conversion
 from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
 from gpusoftmax.kernels.cuda.device.memory import (
+    GLOBAL_SPACE,
     SHARED_SPACE,
     STORED_DTYPE,
     VECTOR_BYTES,
@@ -91,6 +92,94 @@ def copy_vector(typingctx, pointer, index, at):
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.int32), codegen
+
+
+def _hidden_sum(builder, x, y):
+    """x + y, by an addition that LLVM does not see through."""
+    add = ir.InlineAsm(
+        ir.FunctionType(x.type, [x.type, x.type]),
+        f"add.s{x.type.width} $0, $1, $2;",
+        {32: "=r,r,r", 64: "=l,l,l"}[x.type.width],
+    )
+    return builder.call(add, [x, y])
+
+
+def _walk(builder, cursors, count, length, act, prepare=lambda k: None):
+    """act(k, *addresses) for every k < count <= length, GROUP at a time where there are so many, and after prepare(k)
+    for all of a group where there are not.
+
+    A cursor is a pair (first, step): its address number k is first + k step, and made from the one before. LLVM would
+    compute all of them in advance, and those in global memory take two registers each.
+    """
+    firsts, steps = zip(*cursors, strict=True)
+    strides = [builder.mul(step, ir.Constant(step.type, GROUP)) for step in steps]
+
+    def advanced(addresses, by):
+        return [_hidden_sum(builder, address, step) for address, step in zip(addresses, by, strict=True)]
+
+    for group in range(0, length, GROUP):
+        with builder.if_else(builder.icmp_signed("<=", ir.Constant(_I32, group + GROUP), count)) as (whole, part):
+            with whole:
+                addresses = firsts
+                for k in range(group, group + GROUP):
+                    act(k, *addresses)
+                    addresses = advanced(addresses, steps)
+            with part, contextlib.ExitStack() as existing:
+                addresses = firsts
+                for k in range(group, group + GROUP):
+                    prepare(k)
+                for k in range(group, group + GROUP - 1):
+                    existing.enter_context(builder.if_then(builder.icmp_signed("<", ir.Constant(_I32, k), count)))
+                    act(k, *addresses)
+                    addresses = advanced(addresses, steps)
+        firsts = advanced(firsts, strides)
+
+
+@intrinsic
+def copy_columns(typingctx, pointer, index, step, at, at_step, count, like):
+    """The elements pointer[index + k step], k < count, to a slot, the first at the address `at` and `at_step` bytes
+    apart.
+
+    `count` is at most values_per_lane. Elements of four bytes and more are there when `wait_for_copies` says so; others
+    at once, with all of them under way at a time.
+    """
+    size = pointer.dtype.bitwidth // 8
+
+    def codegen(context, builder, signature, args):
+        stored, length = context.get_value_type(pointer.dtype), values_per_lane(like.name)
+        first = builder.ptrtoint(global_address(builder, args[0], args[1], stored), _I64)
+        source, target = (first, builder.mul(args[2], ir.Constant(_I64, size))), (args[3], args[4])
+        count = args[5]
+
+        def copy(k, address, place):
+            _volatile(builder, f"cp.async.ca.shared.global [$0], [$1], {size};", "rl", place, address)
+
+        def copy_at_once():
+            with builder.goto_entry_block():
+                held = [builder.alloca(stored) for _ in range(length)]
+
+            def take(k, address):
+                element = builder.inttoptr(address, stored.as_pointer(GLOBAL_SPACE))
+                builder.store(builder.load(element, align=size), held[k])
+
+            def leave(k, place):
+                builder.store(builder.load(held[k]), _slot(builder, place, stored), align=size)
+
+            # Those that are not taken are zero: undefined ones would be kept from turn to turn of a loop.
+            _walk(builder, [source], count, length, take, lambda k: builder.store(ir.Constant(stored, 0), held[k]))
+            _walk(builder, [target], count, length, leave)
+
+        if size < 4:
+            copy_at_once()
+        else:
+            with builder.if_else(compiled_for(builder, 80)) as (asynchronous, plain):
+                with asynchronous:
+                    _walk(builder, [source, target], count, length, copy)
+                with plain:
+                    copy_at_once()
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.int64, types.int32, types.int32, types.int32, like), codegen
 
 
 @intrinsic
@@ -213,12 +302,13 @@ def _numbers_of(builder, words, pointer, context, like):
 
 
 @intrinsic
-def staged_runs(typingctx, pointer, at, shift, count, lanes, held):
+def staged_runs(typingctx, pointer, at, shift, count, lanes, in_loop, held):
     """held[:] = the numbers of this lane's runs of sixteen bytes, which lie `lanes` (a literal) granules apart.
 
     `at` is the address of the lane's first granule; `shift` (0 to 15, the same for all lanes) says how many bytes
     behind it the run begins. A shifted run is cut out of the two granules that hold it, in a branch for each number of
     whole words. Groups that begin beyond `count` columns are not read; None: all are.
+    In a loop they become zero: undefined ones would be kept from turn to turn.
     """
     if not isinstance(lanes, types.IntegerLiteral):
         return None  # Numba asks again with the literal
@@ -227,10 +317,11 @@ def staged_runs(typingctx, pointer, at, shift, count, lanes, held):
     run = run_of(size)
 
     def codegen(context, builder, signature, args):
-        _, address, distance, n_columns, _, numbers = args
+        _, address, distance, n_columns, _, repeated, numbers = args
         n_words = n_values // run * _WORDS.count
         with builder.goto_entry_block():
-            words = builder.bitcast(builder.alloca(ir.ArrayType(_I32, n_words)), _I32.as_pointer())
+            array = builder.alloca(ir.ArrayType(_I32, n_words))
+            words = builder.bitcast(array, _I32.as_pointer())
 
         def read_run(k, n_skipped):
             found = _granule(builder, address, k * step)
@@ -250,6 +341,9 @@ def staged_runs(typingctx, pointer, at, shift, count, lanes, held):
                     for k in range(group // run, (group + GROUP) // run):
                         read_run(k, n_skipped)
 
+        if not isinstance(count, types.NoneType):
+            with builder.if_then(repeated):
+                builder.store(ir.Constant(ir.ArrayType(_I32, n_words), None), array)
         with builder.if_else(builder.icmp_unsigned("==", distance, ir.Constant(_I32, 0))) as (aligned, shifted):
             with aligned:
                 read(None)
@@ -273,7 +367,7 @@ def staged_runs(typingctx, pointer, at, shift, count, lanes, held):
                 builder.store(value, builder.gep(numbers, [ir.Constant(_I32, k * run + j)]))
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int32, types.int32, count, lanes, held), codegen
+    return types.void(pointer, types.int32, types.int32, count, lanes, types.boolean, held), codegen
 
 
 @intrinsic
@@ -310,6 +404,42 @@ def put(typingctx, at, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, value), codegen
+
+
+def _varying(numbers):
+    """(position, type) of the members of a tuple that `put_numbers` writes: all but tuples."""
+    return [(k, kind) for k, kind in enumerate(numbers.types) if not isinstance(kind, types.BaseTuple)]
+
+
+def _number_place(builder, at, number, type):
+    return _shared(builder, builder.add(at, ir.Constant(_I64, 8 * number)), type)
+
+
+@intrinsic
+def put_numbers(typingctx, at, numbers):
+    """Writes the numbers and pointers of a tuple to shared memory, eight bytes apart. Tuples in it are left out."""
+
+    def codegen(context, builder, signature, args):
+        for place, (k, _) in enumerate(_varying(numbers)):
+            value = builder.extract_value(args[1], k)
+            builder.store(value, _number_place(builder, args[0], place, value.type))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, numbers), codegen
+
+
+@intrinsic
+def get_numbers(typingctx, at, own):
+    """What another thread has written with `put_numbers`. The tuples in it, the same for all, are one's own."""
+
+    def codegen(context, builder, signature, args):
+        result = args[1]
+        for place, (k, kind) in enumerate(_varying(own)):
+            value = builder.load(_number_place(builder, args[0], place, context.get_value_type(kind)))
+            result = builder.insert_value(result, value, k)
+        return result
+
+    return own(types.int64, own), codegen
 
 
 @intrinsic
