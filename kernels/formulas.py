@@ -281,21 +281,6 @@ def exp(a: Arithmetic, x, x_low):
     return a.select(a.less(a.number(f.exp_high), x), a.number(math.inf), result)
 
 
-def exp_pair(a: Arithmetic, x, x_low):
-    """exp(x + x_low) as (exp, exp_low) for x <= 0. A part of a row may be multiplied by hundreds of these."""
-    f = a.format
-    r_high, r_low, half, other_half = _reduce(a, x)
-    r, r_low = two_sum(a, r_high, r_low)
-    r_low = a.add(r_low, x_low)
-    correction = a.fma(a.mul(r, r), a.polynomial(r, f.exp_terms), a.fma(r_low, r, r_low))
-    high, low = two_sum(a, a.number(1), r)
-    high, error = two_sum(a, high, correction)
-    first, second = a.power_of_two(half), a.power_of_two(other_half)
-    vanishes = a.less(x, a.number(f.exp_low))
-    parts = (a.mul(a.mul(part, first), second) for part in (high, a.add(low, error)))
-    return tuple(a.select(vanishes, a.number(0), part) for part in parts)
-
-
 def exp_gap(a: Arithmetic, x, max, scale, scale_low):
     """exp((x - max) * scale)."""
     return exp(a, *gap(a, x, max, scale, scale_low))
@@ -490,33 +475,9 @@ def log_probability(a: Arithmetic, x, max, log, scale):
     return a.fma(half, a.mul(scale, a.number(2)), a.negative(log))
 
 
-def tail_term(a: Arithmetic, x, max, scale, scale_low):
-    """What a logit adds to the tail: nothing where it equals the maximum."""
-    return a.select(a.equal(x, max), a.number(0), exp_gap(a, x, max, scale, scale_low))
-
-
 def reference(a: Arithmetic, max):
     """What to subtract from logits whose maximum is `max`: 0 where there is none, since -inf - -inf is NaN."""
     return a.select(a.equal(max, a.number(-math.inf)), a.number(0), max)
-
-
-def merge(a: Arithmetic, one: State, two: State, scale, scale_low) -> State:
-    """The state of two parts of a row: the part with the smaller maximum is rescaled and joins the tail."""
-    one, two = State(*one), State(*two)
-    swap = a.less(one.max, two.max)
-    big = State(*(a.select(swap, y, x) for x, y in zip(one, two, strict=True)))
-    small = State(*(a.select(swap, x, y) for x, y in zip(one, two, strict=True)))
-    same = a.equal(big.max, small.max)
-    factor, factor_low = exp_pair(a, *gap(a, small.max, big.max, scale, scale_low))
-    total, error = two_sum(a, small.ties, small.tail)
-    scaled = a.mul(total, factor)
-    scaled_low = a.fma(total, factor_low, a.mul(a.add(error, small.tail_low), factor))
-    scaled_low = a.add(scaled_low, a.fma(total, factor, a.negative(scaled)))
-    joining = a.select(same, small.tail, scaled)
-    joining_low = a.select(same, small.tail_low, scaled_low)
-    tail, tail_low = add_pair(a, big.tail, big.tail_low, joining, joining_low)
-    ties = a.select(same, a.add(big.ties, small.ties), big.ties)
-    return State(big.max, ties, tail, tail_low)
 
 
 def inverse_sum(a: Arithmetic, state: State):
@@ -545,9 +506,3 @@ def logsumexp(a: Arithmetic, state: State, scale, scale_low):
     high, low = add_pair(a, offset, finite_or_zero(a, offset_low, offset), log, log_low)
     extreme = a.add(state.max, a.mul(state.tail, a.number(0)))
     return a.select(a.is_infinite(state.max), extreme, a.add(high, low))
-
-
-def negative_log_probability(a: Arithmetic, x, max, log, log_low, scale, scale_low):
-    """log s + (max - x) * scale: two terms that are not negative, so that nothing cancels. Rounded once."""
-    high, low = add_pair(a, *gap(a, max, x, scale, scale_low), log, log_low)
-    return a.add(high, low)

@@ -32,16 +32,18 @@ RECORD = 2 * FIELDS  # of a row: its one chunk, and what an op keeps of the row
 
 
 @device
-def row_at(row, states, home, job, rows, first, second, target, like):
-    """A row as a step sees it; `home` is None where exponentials stay where the result goes."""
+def row_at(row, k, slot, job, rows, first, second, target, like):
+    """A row, number k of its block, as a step sees it."""
     zero = number(like, 0.0)
     result = Line(element(target, row, rows), 1)
-    kept = as_numbers(result.pointer, like) if home == 0 else pointer_to(home, like)
+    kept = as_numbers(result.pointer, like)
+    if job.scratch != 0:  # exponentials do not stay where the result goes
+        kept = pointer_to(slot + job.scratch + k * job.scratch_bytes, like)
     return Here(
         row,
         1,
         rows.n_cols,
-        states,
+        advance(pointer_to(slot + job.partials, like), k * RECORD),
         None,
         along(zero),
         along(number(like, -math.inf)),
@@ -82,27 +84,16 @@ def rows_in_blocks(job, rows, first, second, target, prepare, measure, fold, wri
         for start in range(item * job.rows_per_item, last, job.height):
             count = min(job.height, last - start)
             for k in range(count):
-                home = slot + job.scratch + k * job.scratch_bytes if job.scratch != 0 else 0
-                here = row_at(
-                    start + k, advance(states, k * RECORD), home, job, rows, first, second, target, like
-                )  # fmt: skip
-                prepare(here, 0, 1, numbers)
+                prepare(row_at(start + k, k, slot, job, rows, first, second, target, like), 0, 1, numbers)
             for k in range(count):
-                home = slot + job.scratch + k * job.scratch_bytes if job.scratch != 0 else 0
-                here = row_at(
-                    start + k, advance(states, k * RECORD), home, job, rows, first, second, target, like
-                )  # fmt: skip
-                measure(here, 0, 1, numbers)
+                measure(row_at(start + k, k, slot, job, rows, first, second, target, like), 0, 1, numbers)
             transpose(states, block, count, like)
+            here = row_at(start, 0, slot, job, rows, first, second, target, like)
             lines = here.first, here.second, here.target, here.home
-            summary = fold(
-                Here(start, count, rows.n_cols, block, None, zero, nothing, zero, *lines, False), numbers
-            )  # fmt: skip
+            together = Here(start, count, rows.n_cols, block, None, zero, nothing, zero, *lines, False)
+            summary = fold(together, numbers)
             save_lanes(summaries, summary)
             for k in range(count):
-                home = slot + job.scratch + k * job.scratch_bytes if job.scratch != 0 else 0
-                here = row_at(
-                    start + k, advance(states, k * RECORD), home, job, rows, first, second, target, like
-                )  # fmt: skip
+                here = row_at(start + k, k, slot, job, rows, first, second, target, like)
                 write(here, 0, 1, saved_lane(summaries, k, summary), numbers)
         item, share = draw_item(counters, n_items, job.n_threads, ticket, share)
