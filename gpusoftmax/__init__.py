@@ -6,10 +6,12 @@ from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
 from gpusoftmax.softmax import softmax, softmax_backward
+from gpusoftmax.token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_backward
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TokenLogprobs",
     "compile",
     "cross_entropy",
     "cross_entropy_with_grad",
@@ -19,4 +21,6 @@ __all__ = [
     "logsumexp",
     "softmax",
     "softmax_backward",
+    "token_logprobs",
+    "token_logprobs_backward",
 ]

@@ -103,6 +103,12 @@ def same_shape(array, shape: tuple[int, ...], name: str, reason: str) -> None:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} {reason}")
 
 
+def targets(array, batch_shape: tuple[int, ...], reason: str) -> None:
+    """One target for each row, or several along a last axis."""
+    if array.shape != batch_shape and array.shape[:-1] != batch_shape:
+        raise ValueError(f"target has shape {array.shape}, expected {batch_shape} or {(*batch_shape, 'K')} {reason}")
+
+
 def same_home(one, two, one_name: str, two_name: str) -> None:
     """One array library and one device for all arguments of a call: nothing is copied behind the caller's back."""
     if one.kind != two.kind or one.place[:2] != two.place[:2]:

@@ -23,6 +23,8 @@ OPS = (
     "logsumexp",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "token_logprobs",
+    "token_logprobs_backward",
 )
 
 
@@ -86,7 +88,12 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
         for shape, axis in (((4, 64), -1), ((4, 100_000), -1), ((64, 64), 0)):
             n_cols = shape[axis]
             _call(op, shape, dtype, {"axis": axis})
-            if op.startswith("cross_entropy"):
+            if op == "token_logprobs":
+                _call(op, shape, dtype, {"axis": axis, "return_entropy": True, "validate": True})
+            elif op == "token_logprobs_backward":
+                gradient = _Imagined(_batch(shape, axis), _row_dtype(dtype))
+                _call(op, shape, dtype, {"axis": axis, "dentropy": gradient, "validate": True})
+            elif op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
             elif axis == -1:
@@ -123,12 +130,25 @@ def imagined(arch: str):
 
 def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> None:
     arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype))]
-    if op.endswith("_backward"):
+    batch = _batch(shape, options.get("axis", -1))
+    if op.startswith(("cross_entropy", "token_logprobs")):
+        arguments.append(_Imagined(batch, np.int64))
+        if op == "token_logprobs_backward":
+            arguments.append(_Imagined(batch, _row_dtype(dtype)))
+    elif op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
-    if op.startswith("cross_entropy"):
-        axis = options.get("axis", -1) % len(shape)
-        arguments.append(_Imagined(shape[:axis] + shape[axis + 1 :], np.int64))
     getattr(gpusoftmax, op)(*arguments, **options)
+
+
+def _batch(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without the axis, or axes, along which rows run."""
+    axes = {one % len(shape) for one in (axis if isinstance(axis, tuple) else (axis,))}
+    return tuple(size for number, size in enumerate(shape) if number not in axes)
+
+
+def _row_dtype(dtype: str) -> np.dtype:
+    """Of a number for each row."""
+    return np.dtype("float64" if dtype == "float64" else "float32")
 
 
 def images(arch: Any, ops: Any, dtypes: Any) -> "list[Image]":

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay
-from gpusoftmax.kernels.operands import NO_BAD_LABEL, NO_OPERAND, Numbers
+from gpusoftmax import _arrays, _checks, _labels, _replay
+from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
 
 def cross_entropy(
@@ -158,13 +158,8 @@ def _cross_entropy(
 
     kernels = _arrays.kernels(x.place, "cross_entropy")
     all_rows, all_labels, labels_memory = _arrays.all_labels(labels, n_cols)
-    if validate or (validate is None and x.place.target == "cpu"):
-        bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
-        found = _arrays.numbers(bad_row), _arrays.numbers(bad_label)
-        kernels.find_bad_label(all_rows, all_labels, *found, ignore_index, x.place)
-        if _arrays.to_python(bad_row) != NO_BAD_LABEL:
-            row, label = _arrays.to_python(bad_row), _arrays.to_python(bad_label)
-            raise _checks.bad_label(row, label, n_cols, ignore_index)
+    if _labels.are_checked(x, validate):
+        _labels.check(x, all_rows, all_labels, ignore_index)
 
     nothing = Numbers(0, dtype)
     weights = nothing if class_weight is None else _arrays.numbers(class_weight)

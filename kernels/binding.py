@@ -9,7 +9,8 @@ def bind(intrinsic: Callable, types, arithmetic: type, emit: Callable, n_results
     """A Numba intrinsic that emits `emit(arithmetic, *arguments)`.
 
     The arguments are numbers of the computation format, tuples of them (a row state for instance, which reaches `emit`
-    as a tuple) or None. On the CPU any of them may be a vector: numbers beside it are then the same in every lane.
+    as a tuple) or None, of which nothing but None is made. On the CPU any of them may be a vector: numbers beside it
+    are then the same in every lane.
     Returns one value or a tuple of `n_results`. `intrinsic` and `types` are the target's: numba.extending's or
     numba.cuda's.
     """
@@ -17,6 +18,8 @@ def bind(intrinsic: Callable, types, arithmetic: type, emit: Callable, n_results
     def function(typingctx, *arguments):
         parts = [argument.types if isinstance(argument, types.BaseTuple) else (argument,) for argument in arguments]
         operands = [part for part in itertools.chain(*parts) if not isinstance(part, types.NoneType)]
+        if not operands:
+            return types.none(*arguments), lambda context, builder, signature, values: context.get_dummy_value()
         operand = next((part for part in operands if not isinstance(part, types.Float)), operands[0])
         result = operand if n_results == 1 else types.UniTuple(operand, n_results)
 

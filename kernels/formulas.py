@@ -188,6 +188,10 @@ class Arithmetic:
         """The larger one; a NaN in y wins."""
         return self.select(self.builder.fcmp_ordered(">", x, y), x, y)
 
+    def minimum(self, x, y):
+        """The smaller one; y if either is a NaN."""
+        return self.select(self.less(x, y), x, y)
+
     def polynomial(self, x, coefficients):
         """Horner's rule; the coefficient of the lowest power comes first."""
         result = self.number(coefficients[-1])
@@ -451,6 +455,25 @@ def distance(a: Arithmetic, x, max, scale):
     """(max - x) scale."""
     max = reference(a, max)
     return a.mul(a.fma(x, a.number(-0.5), a.mul(max, a.number(0.5))), a.mul(scale, a.number(2)))
+
+
+def weighted(a: Arithmetic, e, distance):
+    """e times a distance, and 0 where e is: an infinite distance has the exponential 0."""
+    return a.mul(e, a.minimum(distance, a.number(2.0**100)))
+
+
+def weighted_distance(a: Arithmetic, e, x, max, scale, scale_low):
+    """weighted(e, (max - x) scale) for the exponential e of x. scale_low None: the scale is 1."""
+    if scale_low is None:
+        return weighted(a, e, a.sub(max, x))
+    # Halved: x and the maximum may lie further apart than the largest number.
+    half = a.fma(x, a.number(-0.5), a.mul(max, a.number(0.5)))
+    return weighted(a, e, a.mul(half, a.mul(scale, a.number(2))))
+
+
+def add_if_above(a: Arithmetic, count, x, threshold):
+    """count + 1 where x is larger than the threshold."""
+    return a.select(a.less(threshold, x), a.add(count, a.number(1)), count)
 
 
 def rise_to(a: Arithmetic, own_max, max, scale):

@@ -24,6 +24,7 @@ class Call(NamedTuple):
         return (*self.rows, *self.others)
 
 
+EVERY_FIELD = {"return_lse": True, "return_entropy": True, "return_rank": True, "return_argmax": True}
 CALLS = {
     "softmax": Call(gpusoftmax.softmax, ("x",)),
     "softmax_backward": Call(gpusoftmax.softmax_backward, ("probs", "dprobs")),
@@ -34,6 +35,12 @@ CALLS = {
         partial(gpusoftmax.cross_entropy, reduction="none"), ("logits",), ("target",), takes_out=False, per_row=True
     ),
     "cross_entropy_with_grad": Call(gpusoftmax.cross_entropy_with_grad, ("logits",), ("target",)),
+    "token_logprobs": Call(
+        partial(gpusoftmax.token_logprobs, **EVERY_FIELD), ("logits",), ("target",), takes_out=False, per_row=True
+    ),
+    "token_logprobs_backward": Call(
+        gpusoftmax.token_logprobs_backward, ("logits",), ("target", "dlogprob", "dentropy")
+    ),
 }
 # Those whose `out` has the shape of the logits: it may be an argument itself.
 IN_PLACE = [
@@ -45,6 +52,7 @@ def arguments(name, shape, dtype, seed=0):
     """NumPy arrays for each argument of a call, by name, in the order in which they are passed."""
     x = inputs.make("spread", shape, dtype, seed)
     gradient = inputs.make("peaked", shape, dtype, seed + 1)
+    row_dtype = "float64" if np.dtype(dtype) == np.float64 else "float32"
     made = {
         "x": x,
         "logits": x,
@@ -52,6 +60,8 @@ def arguments(name, shape, dtype, seed=0):
         "dprobs": gradient,
         "log_probs": np.asarray(gpusoftmax.log_softmax(x)),
         "dlog_probs": gradient,
+        "dlogprob": gradient[..., 0].astype(row_dtype),
+        "dentropy": gradient[..., -1].astype(row_dtype),
         "target": inputs.targets(int(np.prod(shape[:-1])), shape[-1], share_ignored=0.2, seed=seed).reshape(shape[:-1]),
     }
     return {argument: made[argument] for argument in CALLS[name].arguments}

@@ -57,7 +57,7 @@ class Specialisation(NamedTuple):
     @property
     def writes_rows(self):
         """Whether it writes whole rows too."""
-        return self.reads_rows and self.name != "logsumexp_rows"
+        return self.reads_rows and not self.name.startswith(("logsumexp_", "token_logprobs_"))
 
     @property
     def is_double(self):
@@ -110,6 +110,11 @@ def _calls(dtype, out_dtype, shape, axis):
         options = {"label_smoothing": label_smoothing}
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
+    gradient = _Array(batch, np.float64 if np.float64 in (dtype, out_dtype) else np.float32)
+    for entropy in (False, True):
+        yield "token_logprobs", (x, target), {"axis": axis, "return_entropy": entropy}
+        gradients = (gradient, gradient) if entropy else (gradient,)
+        yield "token_logprobs_backward", (x, target, *gradients), like
     if axis == -1:
         yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies
 

@@ -130,6 +130,51 @@ def cross_entropy_grad(
     return from_rows(dlogits, logits, axis)
 
 
+@_quiet
+def token_logprobs(logits, target, axis=-1, *, temperature=1.0, ignore_index=-100):
+    """(logprob, lse, entropy, rank, argmax) of rows: (n_rows, n_targets) for those of a target, else (n_rows,).
+
+    entropy = log s + sum_c p_c (max - x_c) / T. A rank is 1 + how many logits are larger, -1 where logprob is NaN or
+    the target ignored; argmax is -1 in a row with NaN.
+    """
+    rows = to_rows(logits, axis)
+    n_rows, n_cols = rows.shape
+    targets = np.reshape(target, (n_rows, -1))
+    scaled_by = row_temperature(temperature)
+    ignored, valid, safe = read_labels(targets, n_cols, ignore_index)
+    logp = log_softmax_rows(rows, scaled_by)
+    logprob = np.where(ignored, 0, np.where(valid, np.take_along_axis(logp, safe, 1), NAN))
+    at_target = np.take_along_axis(rows, safe, 1)
+    rank = 1 + (rows[:, None, :] > at_target[:, :, None]).sum(axis=2)
+    rank = np.where(valid & ~np.isnan(logprob), rank, -1)
+    has_nan = np.isnan(rows).any(axis=1)
+    argmax = np.where(has_nan, -1, np.argmax(np.where(np.isnan(rows), -np.inf, rows), axis=1))
+    return logprob, logsumexp_rows(rows, scaled_by), entropy_rows(rows, scaled_by), rank, argmax
+
+
+@_quiet
+def token_logprobs_backward(logits, target, dlogprob, dentropy, axis=-1, *, temperature=1.0, ignore_index=-100):
+    """sum_j g_j ([c = t_j] - p_c) - h p_c (log p_c + entropy), all over T; an ignored target has g_j = 0."""
+    rows = to_rows(logits, axis)
+    n_rows, n_cols = rows.shape
+    targets = np.reshape(target, (n_rows, -1))
+    ignored, valid, safe = read_labels(targets, n_cols, ignore_index)
+    scaled_by = row_temperature(temperature)
+    g = np.where(ignored, 0, np.where(valid, np.reshape(dlogprob, (n_rows, -1)).astype(np.longdouble), NAN))
+    probs = softmax_rows(rows, scaled_by)
+    dlogits = -probs * g.sum(axis=1, keepdims=True)
+    for j in range(targets.shape[1]):
+        dlogits[np.arange(n_rows), safe[:, j]] += np.where(valid[:, j], g[:, j], 0)
+    if dentropy is not None:
+        h = np.reshape(dentropy, (n_rows, 1)).astype(np.longdouble)
+        logp = log_softmax_rows(rows, scaled_by)
+        slope = np.where(probs == 0, 0, probs * (logp + entropy_rows(rows, scaled_by)[:, None]))
+        dlogits = dlogits - h * np.where(np.isnan(probs), NAN, slope)
+    else:
+        dlogits = np.where(ignored.all(axis=1)[:, None], 0, dlogits)
+    return from_rows(dlogits / scaled_by, logits, axis)
+
+
 # Rows: everything below works on (n_rows, n_cols) longdouble, with temperature a scalar or (n_rows, 1).
 
 
@@ -152,6 +197,14 @@ def logsumexp_rows(rows, temperature):
     row_max = _row_max(rows)
     lse = row_max / temperature + np.log1p(_sum_minus_one(rows, row_max, temperature))
     return np.where(np.isfinite(row_max), lse, row_max)[:, 0]
+
+
+@_quiet
+def entropy_rows(rows, temperature):
+    probs, distance = softmax_rows(rows, temperature), (_row_max(rows) - rows) / temperature
+    log_s = np.log1p(_sum_minus_one(rows, _row_max(rows), temperature))[:, 0]
+    mean = np.where(probs == 0, 0, probs * distance).sum(axis=1)
+    return np.where(np.isfinite(_row_max(rows)[:, 0]), log_s + mean, NAN)
 
 
 def _row_max(rows):

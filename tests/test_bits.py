@@ -16,6 +16,7 @@ from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
 from gpusoftmax.kernels.cpu.job import Job
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
 from tests import inputs
+from tests.calls import EVERY_FIELD
 from tests.conftest import Emulated
 from tests.emulator import emulated_gpu
 
@@ -28,6 +29,10 @@ OPERATIONS = {
     "logsumexp": lambda x, g, y: (gpusoftmax.logsumexp(x),),
     "cross_entropy": lambda x, g, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
+    ),
+    "token_logprobs": lambda x, g, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD, validate=False),
+    "token_logprobs_backward": lambda x, g, y: (
+        gpusoftmax.token_logprobs_backward(x, y, gpusoftmax.logsumexp(g), gpusoftmax.logsumexp(g), validate=False),
     ),
 }
 # dtype, n_cols, n_rows: every dtype; a few lanes, half a warp, and five chunks of the GPU, which are three of the CPU.

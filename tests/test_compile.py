@@ -41,7 +41,7 @@ def test_an_op_has_a_bounded_number_of_kernels(op):
 
 
 def test_every_public_operation_is_known():
-    assert set(_dry_run.OPS) == set(gpusoftmax.__all__) - {"compile", "explain"}
+    assert set(_dry_run.OPS) == {name for name in gpusoftmax.__all__ if name.islower()} - {"compile", "explain"}
 
 
 @pytest.fixture(scope="module")

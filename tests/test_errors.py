@@ -322,7 +322,8 @@ CASES = {
     "an op that there is not": (
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
-        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad",
+        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
+        "token_logprobs, token_logprobs_backward",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

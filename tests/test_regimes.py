@@ -12,6 +12,7 @@ import gpusoftmax
 from gpusoftmax.kernels.cuda import launch, plan
 from gpusoftmax.kernels.cuda.plan import MAX_THREADS, row_plan, tree_of
 from tests import inputs, tolerances
+from tests.calls import EVERY_FIELD
 from tests.emulator import emulated_gpu
 
 OPERATIONS = {
@@ -24,7 +25,14 @@ OPERATIONS = {
     "smoothed_cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
+    "token_logprobs": lambda x, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD),
+    "token_logprobs_backward": lambda x, y: (gpusoftmax.token_logprobs_backward(x, y, *_gradients(x)),),
 }
+
+
+def _gradients(x):
+    """Those of two results of a row, taken from the logits."""
+    return (gpusoftmax.logsumexp(x),) * 2
 
 
 def run(name, logits, arch="sm_90", **options):

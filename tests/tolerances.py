@@ -9,6 +9,7 @@ gap = (max - second maximum) / T (0 for ties), a result may be off by
     loss, one row   (24 + gap) u S                     S: see check_loss; without smoothing it is the loss
     loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
     dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
+    entropy         (24 + gap) u log s + sum_c (24 + 3 d_c) u p_c d_c
     backwards       32 u times the magnitudes of the terms that are added: see each check
 
 Why these terms: max - x is rounded once and exp turns that into a relative error of its size (hence d and gap); 24
@@ -170,6 +171,48 @@ def check_dlogits(got, logits, target, weight=None, *, grad_scale=1.0, **options
     row_sum = (ROW_SUM / FORMATS["float32"].unit + 16) * computed.unit
     _compare_row_sums("dlogits", got, want, row_sum * upstream[:, 0] + rounding.sum(axis=1))
     return worst
+
+
+@_quiet
+def check_entropy(got, logits, axis=-1, temperature=1.0):
+    """log s + sum_c p_c d_c, where exp(-d_c) may be off by (24 + 3 d_c) u: it is cheap on the GPU."""
+    rows, scaled_by = oracle.to_rows(logits, axis), oracle.row_temperature(temperature)
+    expected = oracle.entropy_rows(rows, scaled_by)
+    got, want = _as_column("entropy", got, expected.reshape(np.shape(got)))
+    _, computed, _ = _formats(got)
+    distance, gap = _distance_and_gap(logits, axis, temperature)
+    probs = oracle.softmax_rows(rows, scaled_by)
+    mean = np.where(probs == 0, 0, (24 + 3 * distance) * probs * distance).sum(axis=1, keepdims=True)
+    log_s = want - np.where(probs == 0, 0, probs * distance).sum(axis=1, keepdims=True)
+    tolerance = computed.unit * (mean + _loss_units(gap, computed) * np.abs(log_s))
+    return _compare("entropy", got, want, _or_flushed(tolerance, want, computed))
+
+
+@_quiet
+def check_token_logprobs_backward(got, logits, target, dlogprob, dentropy, axis=-1, temperature=1.0, **options):
+    """32 u times the magnitudes of the terms that are added, with the error of cheap exponentials, 3 d_c u of p_c."""
+    options = {"temperature": temperature, **options}
+    expected = oracle.token_logprobs_backward(logits, target, dlogprob, dentropy, axis, **options)
+    got, want = _as_rows("token_logprobs_backward", got, expected, axis)
+    _, computed, _ = _formats(got)
+    rows, scaled_by = oracle.to_rows(logits, axis), oracle.row_temperature(temperature)
+    distance, _ = _distance_and_gap(logits, axis, temperature)
+    probs = oracle.softmax_rows(rows, scaled_by)
+    upstream = np.abs(np.reshape(dlogprob, (len(rows), -1)).astype(np.longdouble)).sum(axis=1, keepdims=True)
+    slope = 0 if dentropy is None else np.abs(np.reshape(dentropy, (len(rows), 1)).astype(np.longdouble))
+    mean = np.where(probs == 0, 0, probs * distance).sum(axis=1, keepdims=True)
+    spread = np.where(probs == 0, 0, (32 + 3 * distance) * probs * (upstream + slope * (distance + mean)))
+    labels = np.where(want != 0, 32 * upstream, 0) * _at_targets(target, rows.shape)
+    tolerance = computed.unit * (spread + labels) / scaled_by
+    return _compare(
+        "token_logprobs_backward", got, want, _and_rounding(_or_flushed(tolerance, want, computed), want, got)
+    )
+
+
+def _at_targets(target, shape):
+    """1 at the columns that are targets of their rows, else 0."""
+    targets = np.reshape(target, (shape[0], -1))
+    return (np.arange(shape[1]) == targets[:, :, None]).any(axis=1)
 
 
 @_quiet

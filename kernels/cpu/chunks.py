@@ -15,6 +15,7 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.vector import (
     add,
+    add_if_above,
     all_equal,
     anchor,
     coarse_exp_from,
@@ -39,6 +40,7 @@ from gpusoftmax.kernels.cpu.vector import (
     stream_cols,
     stripe_of,
     sum_per_row,
+    weighted_distance,
 )
 
 # 8 KiB of float32: a chunk, its exponentials and what is prefetched of the next ones fit a 32 KiB L1 cache.
@@ -69,6 +71,19 @@ def chunk_max(here, first, count):
     return max_per_row(largest)
 
 
+@device
+def count_above(here, first, count, threshold):
+    """How many of `count` columns from `first` on are larger: a number along a row, a vector across rows."""
+    cols = cols_of(here.zeros)
+    above = here.zeros
+    full = count - count % cols
+    for col in range(first, first + full, cols):
+        above = add_if_above(above, load_cols(here.first, col, None, here.nothing), threshold)
+    if full < count:
+        above = add_if_above(above, load_cols(here.first, first + full, count - full, here.nothing), threshold)
+    return sum_per_row(above)
+
+
 # ---------------------------------------------------------------- sums
 
 
@@ -81,8 +96,8 @@ def accumulate(total, error, part, is_coarse):
 
 
 @device
-def sum_stripe(term, arguments, first, count, phase, zero, is_coarse):
-    """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), and their ties."""
+def sum_stripe(term, arguments, first, count, phase, zero, is_coarse, beside):
+    """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), their ties, what is beside."""
     stripe = stripe_of(zero)
     strip = STRIP * stripe
     full = count - count % strip
@@ -90,7 +105,8 @@ def sum_stripe(term, arguments, first, count, phase, zero, is_coarse):
     part = zero
     last = phase + strip - stripe
     for k in range(phase, full, stripe):
-        value, ties = term(first + k, None, ties, arguments)
+        value, ties, more = term(first + k, None, ties, arguments)
+        beside = add(beside, more)
         part = add(part, value)
         if k == last:
             total, error = accumulate(total, error, part, is_coarse)
@@ -99,47 +115,55 @@ def sum_stripe(term, arguments, first, count, phase, zero, is_coarse):
     for k in range(full, count, stripe):
         value = zero
         if k + phase < count:
-            value, ties = term(first + k + phase, count - k - phase, ties, arguments)
+            value, ties, more = term(first + k + phase, count - k - phase, ties, arguments)
+            beside = add(beside, more)
         total, error = accumulate(total, error, value, is_coarse)
-    return total, error, ties
+    return total, error, ties, beside
 
 
 @device
-def sum_chunk(term, arguments, first, count, zero, partials, is_coarse=False):
-    """(sum, low, ties) over the columns of a chunk. term(col, left, ties, arguments) -> vector, ties.
+def sum_chunk(term, arguments, first, count, zero, partials, is_coarse=False, beside=None):
+    """(sum, low, ties, beside) over the columns of a chunk. term(col, left, ties, arguments) -> vector, ties, more.
 
-    is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
+    is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32. beside: zeros
+    where a second sum, of `more`, is taken along, coarsely; None where there is none.
     """
     if partials is None and count <= stripe_of(zero):  # one term each, nothing to round
-        total, ties = term(first, count, zero, arguments)
-        return sum_per_row(total), sum_per_row(zero), sum_per_row(ties)
+        total, ties, beside = term(first, count, zero, arguments)
+        return sum_per_row(total), sum_per_row(zero), sum_per_row(ties), sum_per_row(beside)
     if partials is None:
-        total, error, ties = sum_stripe(term, arguments, first, count, 0, zero, is_coarse)
-        return sum_per_row(total), sum_per_row(negative(error)), sum_per_row(ties)
+        total, error, ties, beside = sum_stripe(term, arguments, first, count, 0, zero, is_coarse, beside)
+        return sum_per_row(total), sum_per_row(negative(error)), sum_per_row(ties), sum_per_row(beside)
     lanes = lanes_of(zero)
     stripe = stripe_of(zero)
     ties = zero
     n_phases = min(stripe, count)
     for phase in range(n_phases):
         if count <= stripe:  # one term each, nothing to round
-            total, ties = term(first + phase, 1, ties, arguments)
+            total, ties, more = term(first + phase, 1, ties, arguments)
         else:
-            total, error, more = sum_stripe(term, arguments, first, count, phase, zero, is_coarse)
-            ties = add(ties, more)
+            total, error, more_ties, more = sum_stripe(term, arguments, first, count, phase, zero, is_coarse, beside)
+            ties = add(ties, more_ties)
             store(partials, (stripe + phase) * lanes, error)
         store(partials, phase * lanes, total)
+        store(partials, (2 * stripe + phase) * lanes, more)
     # As the lanes of a vector are folded: the upper half of what there is on the lower one.
     half = stripe // 2
     while half > 0:
         for k in range(half * lanes, min(n_phases, 2 * half) * lanes, lanes):
-            low = k - half * lanes
-            store(partials, low, add(load(partials, low, zero), load(partials, k, zero)))
+            fold_partial(partials, k - half * lanes, k, zero)
             if count > stripe:
-                low += stripe * lanes
-                store(partials, low, add(load(partials, low, zero), load(partials, k + stripe * lanes, zero)))
+                fold_partial(partials, k + (stripe - half) * lanes, k + stripe * lanes, zero)
+            if beside is not None:
+                fold_partial(partials, k + (2 * stripe - half) * lanes, k + 2 * stripe * lanes, zero)
         half //= 2
     low = zero if count <= stripe else negative(load(partials, stripe * lanes, zero))
-    return load(partials, 0, zero), low, ties
+    return load(partials, 0, zero), low, ties, load(partials, 2 * stripe * lanes, beside)
+
+
+@device
+def fold_partial(partials, one, other, zero):
+    store(partials, one, add(load(partials, one, zero), load(partials, other, zero)))
 
 
 # ---------------------------------------------------------------- exponentials
@@ -159,12 +183,13 @@ def exponential(col, left, ties, arguments):
     else:
         e = exp_from(x, shift, exponent, low, scale, scale_low)
     store_cols(home, col, left, e)
-    return set_ties_apart(e, x, ties, largest)
+    e, ties = set_ties_apart(e, x, ties, largest)
+    return e, ties, None
 
 
 @device
 def sum_of_exponentials(here, home, largest, ties_of, first, count, scale, scale_low, is_coarse):
-    """(sum, low, ties) of a chunk, relative to the anchor of its maximum `largest`.
+    """What sum_chunk gives of a chunk's exponentials, relative to the anchor of its maximum `largest`.
 
     ties_of: the maximum again, if logits that equal it are to be counted instead of added, or None. home: where the
     exponentials are left, or None. is_coarse: a constant, see sum_chunk.
@@ -172,6 +197,23 @@ def sum_of_exponentials(here, home, largest, ties_of, first, count, scale, scale
     shift, exponent = anchor(largest, scale)
     arguments = here, home, ties_of, shift, exponent, floor(exponent), scale, scale_low, is_coarse
     return sum_chunk(exponential, arguments, first, count, here.zeros, here.partials, is_coarse)
+
+
+@device
+def exponential_and_distance(col, left, ties, arguments):
+    """exponential, and beside it the exponential times the distance to the maximum, which is 0 for those that tie."""
+    here, _, largest, _, _, _, scale, scale_low, _ = arguments
+    e, ties, _ = exponential(col, left, ties, arguments)
+    x = load_cols(here.first, col, left, here.nothing)
+    return e, ties, weighted_distance(e, x, largest, scale, scale_low)
+
+
+@device
+def sum_of_distances(here, largest, first, count, scale, scale_low):
+    """What sum_chunk gives of a chunk's exponentials, ties apart, and beside it the sum of exponential_and_distance."""
+    shift, exponent = anchor(largest, scale)
+    arguments = here, None, largest, shift, exponent, floor(exponent), scale, scale_low, False
+    return sum_chunk(exponential_and_distance, arguments, first, count, here.zeros, here.partials, False, here.zeros)
 
 
 @device

@@ -232,12 +232,12 @@ def measure_chunks(here, home, first, last, loss):
 @device
 def measure_smoothing(here, chunk, largest, first, count, loss):
     arguments = here, loss, largest
-    total, low, _ = sum_chunk(weighted_distance, arguments, first, count, here.zeros, here.partials)
+    total, low, _, _ = sum_chunk(weighted_distance, arguments, first, count, here.zeros, here.partials)
     save(here.states, chunk, DISTANCE, total)
     save(here.states, chunk, DISTANCE_LOW, low)
     weights = add(here.zero, number(loss.scale, count))
     if loss.weight != 0:
-        weights, _, _ = sum_chunk(only_weight, arguments, first, count, here.zeros, here.partials)
+        weights, _, _, _ = sum_chunk(only_weight, arguments, first, count, here.zeros, here.partials)
     save(here.states, chunk, WEIGHT, weights)
 
 
@@ -246,13 +246,13 @@ def weighted_distance(col, left, ties, arguments):
     """eps/V w_c (max - x_c). The factor is inside: the sum of the bare differences of large logits would overflow."""
     here, loss, largest = arguments
     x = load_cols(here.first, col, left, add(here.zeros, largest))
-    return mul(distance(x, largest, loss.share), weights_at(col, left, here, loss)), ties
+    return mul(distance(x, largest, loss.share), weights_at(col, left, here, loss)), ties, None
 
 
 @device
 def only_weight(col, left, ties, arguments):
     here, loss, _ = arguments
-    return weights_at(col, left, here, loss), ties
+    return weights_at(col, left, here, loss), ties, None
 
 
 @device

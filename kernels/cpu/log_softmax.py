@@ -82,14 +82,14 @@ def log_softmax_backward_rows(call):
 def sum_gradient(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        total, low, _ = sum_chunk(upstream, here, col, count, here.zeros, here.partials)
+        total, low, _, _ = sum_chunk(upstream, here, col, count, here.zeros, here.partials)
         save(here.states, chunk, SUM, total)
         save(here.states, chunk, LOW, low)
 
 
 @device
 def upstream(col, left, ties, here):
-    return load_cols(here.second, col, left, here.zeros), ties
+    return load_cols(here.second, col, left, here.zeros), ties, None
 
 
 @device

@@ -27,7 +27,7 @@ class Here(NamedTuple):
     n_rows: int
     n_cols: int
     states: object  # pointer to the states of the chunks
-    partials: object  # across rows: memory for two vectors for every lane of a stripe, see chunks.sum_chunk
+    partials: object  # across rows: memory for three vectors for every lane of a stripe, see chunks.sum_chunk
     zeros: object  # a vector along or across rows, 0 in every lane,
     nothing: object  # and one of -inf: logits that are not there
     zero: object  # 0 as a number of the row: a number along rows, a vector across

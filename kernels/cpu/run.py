@@ -135,7 +135,7 @@ def plan(
     if way is ACROSS:
         side = REGISTER_BYTES // like.itemsize
         stage_bytes = -(-rows.n_cols // side) * side * VECTOR_BYTES
-        reserve("partials", 2 * lanes * VECTOR_BYTES)
+        reserve("partials", 3 * lanes * VECTOR_BYTES)
         reserve("stage", (2 if second is not None else 1) * stage_bytes)
     elif way is IN_BLOCKS:
         stage_bytes = 0

@@ -76,7 +76,7 @@ def _place(context, builder, args, value):
 
 @device
 def save_state(states, chunk, sums):
-    total, low, ties = sums
+    total, low, ties, _ = sums
     save(states, chunk, SUM, total)
     save(states, chunk, LOW, low)
     save(states, chunk, TIES, ties)

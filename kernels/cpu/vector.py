@@ -169,10 +169,12 @@ def _at(builder, pointer, index, type):
 
 @intrinsic
 def load(typingctx, pointer, index, like):
-    """The number at pointer[index], or the vector from there on: whichever `like` is; any alignment."""
+    """The number at pointer[index], or the vector from there on: whichever `like` is, None too; any alignment."""
     dtype = STORED_DTYPE[pointer.dtype]
 
     def codegen(context, builder, signature, args):
+        if isinstance(like, types.NoneType):
+            return context.get_dummy_value()
         address = _at(builder, args[0], args[1], _stored_type(context, pointer, like))
         value = builder.load(address, align=pointer.dtype.bitwidth // 8)
         return conversion.widen(builder, value, dtype, context.get_value_type(like))
@@ -182,10 +184,14 @@ def load(typingctx, pointer, index, like):
 
 @intrinsic
 def store(typingctx, pointer, index, value):
-    """Rounds a number or a vector to the storage format and writes it to pointer[index] and on; any alignment."""
+    """Rounds a number or a vector to the storage format and writes it to pointer[index] and on, None nowhere; any
+    alignment.
+    """
     dtype = STORED_DTYPE[pointer.dtype]
 
     def codegen(context, builder, signature, args):
+        if isinstance(value, types.NoneType):
+            return context.get_dummy_value()
         address = _at(builder, args[0], args[1], _stored_type(context, pointer, value))
         builder.store(conversion.narrow(builder, args[2], dtype), address, align=pointer.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -495,18 +501,44 @@ def saved_lane(typingctx, pointer, lane, summary):
     return result(pointer, types.intp, summary), codegen
 
 
+def _compares(wanted):
+    @intrinsic
+    def compares(typingctx, x, y):
+        """Whether two numbers, or `wanted` lanes of two vectors, are equal; a number is in every lane."""
+
+        def codegen(context, builder, signature, args):
+            of = formulas.Arithmetic(builder, context.get_value_type(x))
+            same = of.equal(args[0], of.splat(args[1]) if isinstance(x, Vector) and y is not x else args[1])
+            if isinstance(x, Vector):
+                mask = builder.bitcast(same, ir.IntType(x.lanes))
+                if wanted == "all":
+                    return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, 2**x.lanes - 1))
+                return builder.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
+            return same
+
+        return types.boolean(x, y), codegen
+
+    return compares
+
+
+all_equal = _compares("all")
+any_equal = _compares("any")
+
+
 @intrinsic
-def all_equal(typingctx, x, y):
-    """Whether two numbers, or all lanes of two vectors, are equal."""
+def add_at(typingctx, vector, lane, amount):
+    """The vector with an amount added in one lane."""
 
     def codegen(context, builder, signature, args):
-        same = builder.fcmp_ordered("==", *args)
-        if isinstance(x, Vector):
-            mask = builder.bitcast(same, ir.IntType(x.lanes))
-            same = builder.icmp_unsigned("==", mask, ir.Constant(mask.type, 2**x.lanes - 1))
-        return same
+        value, lane, amount = args
+        of = formulas.Arithmetic(builder, value.type)
+        numbers = ir.Constant(ir.VectorType(_INT32, vector.lanes), list(range(vector.lanes)))
+        lane = builder.trunc(lane, _INT32)
+        single = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), lane, ir.Constant(_INT32, 0))
+        lanes = builder.shuffle_vector(single, single, ir.Constant(numbers.type, None))
+        return of.select(builder.icmp_signed("==", numbers, lanes), of.add(value, of.splat(amount)), value)
 
-    return types.boolean(x, x), codegen
+    return vector(vector, types.intp, vector.element), codegen
 
 
 @intrinsic
@@ -532,11 +564,14 @@ def _halves(builder, value):
 
 def _per_row(operation):
     """Folds a vector along a row in halves: lanes 0 1 2 3 4 5 6 7 -> 04 15 26 37 -> 0426 1537 -> one number. Across
-    rows every lane is its row's number already.
+    rows every lane is its row's number already. None stays None.
     """
 
     @intrinsic
     def fold(typingctx, vector):
+        if isinstance(vector, types.NoneType):
+            return vector(vector), lambda context, builder, signature, args: context.get_dummy_value()
+
         def codegen(context, builder, signature, args):
             value = args[0]
             while not vector.is_across and value.type.count > 1:
@@ -580,6 +615,8 @@ set_ties_apart = formula(formulas.set_ties_apart, n_results=2)
 tied_total = formula(formulas.tied_total, n_results=2)
 log_sum = formula(formulas.log_sum, n_results=2)
 distance = formula(formulas.distance)
+weighted_distance = formula(formulas.weighted_distance)
+add_if_above = formula(formulas.add_if_above)
 rise_to = formula(formulas.rise_to)
 row_inverse = formula(formulas.row_inverse)
 log_probability = formula(formulas.log_probability)

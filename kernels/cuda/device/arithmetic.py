@@ -31,6 +31,10 @@ class Rounded(formulas.Arithmetic):
         """The larger one; a NaN loses."""
         return self._nvvm("fmax", x, y)
 
+    def minimum(self, x, y):
+        """The smaller one; a NaN loses."""
+        return self._nvvm("fmin", x, y)
+
 
 formula = functools.partial(bind, intrinsic, types, Rounded)
 
@@ -46,6 +50,8 @@ gap = formula(formulas.gap, n_results=2)
 exp = formula(formulas.exp)
 exp_gap = formula(formulas.exp_gap)
 tie = formula(formulas.tie)
+weighted = formula(formulas.weighted)
+add_if_above = formula(formulas.add_if_above)
 reference = formula(formulas.reference)
 inverse_sum = formula(formulas.inverse_sum)
 power_of_two_ratio = formula(formulas.power_of_two_ratio)

@@ -211,6 +211,19 @@ def load_label(typingctx, address, index, code):
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def store_integer(typingctx, address, index, value):
+    """The int64 number `index` of those at `address` = value."""
+
+    def codegen(context, builder, signature, args):
+        long = ir.IntType(64)
+        at = builder.add(args[0], builder.shl(args[1], ir.Constant(long, 3)))
+        builder.store(args[2], builder.inttoptr(at, long.as_pointer(GLOBAL_SPACE)), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
 # ---------------------------------------------------------------- memory of one thread and of one block
 
 

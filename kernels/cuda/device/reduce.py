@@ -85,13 +85,15 @@ def block_sum_pair(total, low, scratch, identity):
 
 
 @device
-def warp_min(value):
+def warp_min(value, lanes):
+    """The smallest integer of `lanes` neighbouring lanes."""
     for offset in (16, 8, 4, 2, 1):
-        value = min(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+        if offset < lanes:
+            value = min(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
     return value
 
 
 @device
 def first_of_block(row, scratch):
     """The smallest of the block's row numbers (int64)."""
-    return warp_min(exchange(warp_min(row), scratch, row))
+    return warp_min(exchange(warp_min(row, WARP_SIZE), scratch, row), WARP_SIZE)

@@ -1,0 +1,20 @@
+"""Whether labels are classes: the one check that looks at values."""
+
+from gpusoftmax import _arrays, _checks
+from gpusoftmax._arrays import Array
+from gpusoftmax.kernels.operands import NO_BAD_LABEL, Labels, Rows
+
+
+def are_checked(x: Array, validate: bool | None) -> bool:
+    """By default where that waits for nobody: on a GPU the kernels turn a bad label into NaN instead."""
+    return x.place.target == "cpu" if validate is None else validate
+
+
+def check(x: Array, rows: Rows, labels: Labels, ignore_index: int) -> None:
+    """IndexError naming the first of all labels (see _arrays.all_labels) that is neither a class nor ignore_index."""
+    bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
+    kernels = _arrays.kernels(x.place, "cross_entropy")
+    kernels.find_bad_label(rows, labels, _arrays.numbers(bad_row), _arrays.numbers(bad_label), ignore_index, x.place)
+    if _arrays.to_python(bad_row) != NO_BAD_LABEL:
+        row, label = _arrays.to_python(bad_row), _arrays.to_python(bad_label)
+        raise _checks.bad_label(row, label, rows.n_cols, ignore_index)

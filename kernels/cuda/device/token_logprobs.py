@@ -1,0 +1,533 @@
+"""Log-probabilities of tokens with what else a read of their rows tells, and the gradient. The mathematics stands in
+kernels/cpu/token_logprobs.py.
+
+The sum of distances goes beside the state of a row (row_state.py): of a piece relative to its own maximum and anchor,
+then brought to those of the chunk and of the row. Whoever counts, a number of larger logits is exact.
+"""
+
+import math
+from typing import NamedTuple
+
+from numpy import int32, int64
+
+from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device.arithmetic import (
+    add,
+    add_if_above,
+    add_pair,
+    div,
+    fma,
+    inverse_sum,
+    log_sum,
+    logsumexp,
+    mul,
+    number,
+    weighted,
+)
+from gpusoftmax.kernels.cuda.device.exponential import (
+    anchor,
+    cheap_exp_from,
+    cheap_exp_gap,
+    half_gap,
+    lowest_of,
+    negative_log_probability,
+)
+from gpusoftmax.kernels.cuda.device.memory import (
+    is_null,
+    load,
+    load_label,
+    n_values,
+    piece_numbers,
+    store,
+    store_integer,
+)
+from gpusoftmax.kernels.cuda.device.reduce import publish, warp_min, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.row_state import (
+    above_anchor,
+    as_part,
+    gap_params,
+    halved,
+    is_near,
+    joined,
+    joined_states,
+    loss_piece_state,
+    of_cheap,
+    publish_state,
+    ratio,
+    read_logits,
+    relative,
+    saved_max,
+    state_place,
+)
+from gpusoftmax.kernels.cuda.device.rows import (
+    announce,
+    chunk_of,
+    col_of,
+    exchange_states,
+    has_columns,
+    meet,
+    open_row,
+    own_row,
+    row_of,
+    row_offset,
+    row_writer,
+    stage_next,
+    team_of,
+    wait_for_piece,
+)
+from gpusoftmax.kernels.cuda.device.split import (
+    is_one_chunk,
+    remainder,
+    split_chunks,
+    split_lanes,
+    split_piece_bits,
+)
+from gpusoftmax.kernels.cuda.device.staging import get
+from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
+
+NO_COLUMN = 2**30
+DISTANCES, ABOVE = 3, 4  # numbers of a chunk's state
+
+
+class Asked(NamedTuple):
+    """What is asked for of a row besides its state."""
+
+    threshold: object  # above it, logits are counted, if is_counted
+    is_counted: bool
+    is_found: bool  # the first column of the maximum
+
+
+class Targets(NamedTuple):
+    """The targets of all rows."""
+
+    labels: object
+    count: int
+    stride: int
+    ignore_index: int
+
+
+@device
+def label_of(row, j, targets, rows):
+    """Target number j of a row."""
+    index = row_offset(targets.labels, row, rows) + j * targets.stride
+    return load_label(targets.labels.pointer, index, targets.labels.code)
+
+
+@device
+def is_class(label, targets, rows):
+    return label != targets.ignore_index and label >= 0 and label < rows.n_cols
+
+
+# ---------------------------------------------------------------- the first pass
+
+
+@device
+def distance_to(half, x, scale):
+    """(max - x) / T, given half the maximum; the scale is 2 / T."""
+    return mul(-half_gap(x, half), scale)
+
+
+@device
+def piece_distances(held, largest, piece, split, params):
+    """The sum of the exponentials of a piece times the distances to its maximum, relative to its anchor."""
+    scale, scale_low, c, c_low = params
+    exponent, half = anchor(largest, c), halved(largest)
+    lowest = lowest_of(exponent, c)
+    total = number(scale, 0.0)
+    for group in range(0, n_values(scale), GROUP):
+        if has_columns(group, piece, split):
+            for k in range(group, group + GROUP):
+                if is_near(exponent):
+                    e = cheap_exp_from(held[k], exponent, lowest, c, c_low)
+                else:
+                    e = cheap_exp_gap(held[k], half, scale, scale_low, c, c_low)
+                total = add(total, weighted(e, distance_to(half, held[k], scale)))
+    return warp_sum(total, split_lanes(split))
+
+
+@device
+def piece_above(held, threshold, piece, split):
+    total = number(threshold, 0.0)
+    for group in range(0, n_values(threshold), GROUP):
+        if has_columns(group, piece, split):
+            for k in range(group, group + GROUP):
+                total = add_if_above(total, held[k], threshold)
+    return warp_sum(total, split_lanes(split))
+
+
+@device
+def first_of_piece(held, largest, source, team, split):
+    """The first column of a piece that holds its maximum, counted from the piece's own first."""
+    first = int32(NO_COLUMN)
+    for k in range(n_values(largest)):
+        if held[k] == largest:
+            first = min(first, int32(col_of(k, team, split, source)))
+    return warp_min(first, split_lanes(split))
+
+
+@device
+def distances_as_part(distances, state, row_max, params):
+    """The distances of a part as those of its row: measured from a larger maximum, and relative to its anchor."""
+    largest = state[0]
+    if largest == row_max:
+        return distances
+    if not largest > number(row_max, -math.inf):
+        return number(row_max, 0.0)
+    _, exponentials = as_part(state, row_max, params)
+    rise = distance_to(halved(row_max), largest, params[0])
+    return add(mul(distances, ratio(largest, row_max, params)), mul(exponentials, rise))
+
+
+@device
+def merged_distances(row_max, team, split, params):
+    """The distances of all chunks, as those of the row."""
+    total, low = number(row_max, 0.0), number(row_max, 0.0)
+    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
+        state = saved_number(0, chunk, split, row_max), saved_number(1, chunk, split, row_max)
+        state = state[0], state[1], saved_number(2, chunk, split, row_max)
+        part = distances_as_part(saved_number(DISTANCES, chunk, split, row_max), state, row_max, params)
+        total, low = add_pair(total, low, part, number(row_max, 0.0))
+    total, low = warp_sum_pair(total, low)
+    return add(total, low)
+
+
+@device
+def merged_above(team, split, like):
+    """How many logits of the row are counted, as a pair: float32 holds no more than 2^24 of them."""
+    total, low = number(like, 0.0), number(like, 0.0)
+    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
+        total, low = add_pair(total, low, saved_number(ABOVE, chunk, split, like), number(like, 0.0))
+    return warp_sum_pair(total, low)
+
+
+@device
+def saved_number(of_state, chunk, split, like):
+    return get(state_place(of_state, chunk, split, like), like)
+
+
+@device
+def first_chunk_with(row_max, team, split):
+    """The first chunk whose maximum is that of the row."""
+    first = int32(NO_COLUMN)
+    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
+        if saved_max(chunk, split, row_max) == row_max:
+            first = min(first, int32(chunk))
+    return warp_min(first, WARP_SIZE)
+
+
+def token_state_with(with_entropy):
+    """A device function for the first pass; `with_entropy` is a constant, since the other has half the work."""
+
+    @device
+    def token_state(source, asked, n_cols, row, team, split, params):
+        """(state, D, above, column): the state of the row as loss_state has it, the mean distance, how many logits are
+        larger than the threshold, as a pair, and the first column of the maximum, which only the part that holds it
+        knows: -1 elsewhere.
+        """
+        params = of_cheap(params)
+        scale = params[0]
+        zero, least = number(scale, 0.0), number(scale, -math.inf)
+        held = piece_numbers(scale)
+        state = (least, zero, zero)
+        distances, above = zero, zero
+        best, column = least, int64(0)
+        last_piece = int32((1 << split_piece_bits(split)) - 1)
+        announce(split)
+        open_row((source,), n_cols, team, split, least)
+        meet(split)
+        k = int32(0)
+        while k < team.n_pieces:
+            wait_for_piece(k, team, split)
+            piece = read_logits(held, source, k, n_cols, row, team, split, params)
+            stage_next(k, (source,), n_cols, team, split, least)
+            current = loss_piece_state(held, piece, split, params)
+            current_distances, current_above = zero, zero
+            if with_entropy:
+                current_distances = piece_distances(held, current[0], piece, split, params)
+            if asked.is_counted:
+                current_above = piece_above(held, asked.threshold, piece, split)
+            if asked.is_found and current[0] > best:
+                best, column = current[0], piece.first + first_of_piece(held, current[0], source, team, split)
+            if k & last_piece == 0:
+                state, distances, above = current, current_distances, current_above
+            else:
+                merged = joined(state, current, params)
+                if with_entropy:
+                    distances = distances_as_part(distances, state, merged[0], params)
+                    current_distances = distances_as_part(current_distances, current, merged[0], params)
+                state, distances, above = merged, add(distances, current_distances), add(above, current_above)
+            if not is_one_chunk(split) and k & last_piece == last_piece:
+                publish_state(k, state, team, split)
+                chunk = chunk_of(k, team, split)
+                if with_entropy:
+                    publish(state_place(DISTANCES, chunk, split, scale), distances, team, split)
+                publish(state_place(ABOVE, chunk, split, scale), above, team, split)
+            k = int32(k + 1)
+        above_low = zero
+        if not is_one_chunk(split):
+            exchange_states(split)
+            state = joined_states(team, split, params)
+            if with_entropy:
+                distances = merged_distances(state[0], team, split, params)
+            if asked.is_counted:
+                above, above_low = merged_above(team, split, scale)
+            if asked.is_found:
+                owner = remainder(first_chunk_with(state[0], team, split), team.size)
+                column = column if owner == team.rank else int64(-1)
+        own = above_anchor(state[0], anchor(state[0], params[2]), params)
+        state = relative(state, params)
+        mean = div(div(distances, own), add(state[1], state[2]))
+        return state, mean, (above, above_low), column
+
+    return token_state
+
+
+plain_state = token_state_with(with_entropy=False)
+state_with_distances = token_state_with(with_entropy=True)
+
+
+# ---------------------------------------------------------------- results of a row
+
+
+def token_logprobs_of(token_state):
+    @device
+    def token_logprobs(rows, split, start, logits, targets, results, params):
+        logprobs, lse, entropy, ranks, argmax = results
+        scale = params[0]
+        team = team_of(split, 1)
+        row = own_row(start, split)
+        exists = row < rows.n_rows
+        source = row_of(logits, row, rows)
+        threshold = number(scale, math.nan)
+        is_counted = ranks.pointer != 0
+        if is_counted and exists:
+            label = label_of(row, 0, targets, rows)
+            if is_class(label, targets, rows):
+                threshold = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+        asked = Asked(threshold, is_counted, argmax.pointer != 0)
+        n_cols = rows.n_cols if exists else 0
+        state, mean, above, column = token_state(source, asked, n_cols, row, team, split, params)
+        if not exists:
+            return
+        log, log_low = log_sum(state)
+        if asked.is_found and team.lane == 0:
+            has_nan = state[2] != state[2]
+            if column >= 0 and not has_nan:
+                store_integer(argmax.pointer, row_offset(argmax, row, rows), column)
+            elif has_nan and team.rank == 0:
+                store_integer(argmax.pointer, row_offset(argmax, row, rows), -1)
+        if team.rank == 0:
+            if team.lane == 0 and not is_null(lse.pointer):
+                store(row_of(lse, row, rows).pointer, 0, logsumexp(state, scale, params[1]))
+            if team.lane == 0 and not is_null(entropy.pointer):
+                store(row_of(entropy, row, rows).pointer, 0, add(log, add(mean, log_low)))
+            for j in range(team.lane, targets.count, split_lanes(split)):
+                label = label_of(row, j, targets, rows)
+                value, rank = number(scale, 0.0), int64(-1)
+                if is_class(label, targets, rows):
+                    x = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+                    # Times -1, as in log_softmax.py.
+                    value = mul(negative_log_probability(x, state[0], log, scale), number(scale, -1.0))
+                    if value == value:
+                        rank = 1 + int64(above[0]) + int64(above[1])
+                elif label != targets.ignore_index:
+                    value = number(scale, math.nan)
+                store(row_of(logprobs, row, rows).pointer, j, value)
+                if is_counted:
+                    store_integer(ranks.pointer, row_offset(ranks, row, rows), rank)
+
+    return token_logprobs
+
+
+plain_logprobs = token_logprobs_of(plain_state)
+logprobs_and_entropy = token_logprobs_of(state_with_distances)
+
+
+def token_logprobs_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    logprobs,
+    lse,
+    entropy,
+    ranks,
+    argmax,
+    n_targets,
+    target_stride,
+    ignore_index,
+    scale,
+    scale_low,
+):
+    targets = Targets(labels, n_targets, target_stride, ignore_index)
+    results = logprobs, lse, entropy, ranks, argmax
+    plain_logprobs(rows, split, start, logits, targets, results, gap_params(scale, scale_low))
+
+
+def token_logprobs_and_entropy_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    logprobs,
+    lse,
+    entropy,
+    ranks,
+    argmax,
+    n_targets,
+    target_stride,
+    ignore_index,
+    scale,
+    scale_low,
+):
+    targets = Targets(labels, n_targets, target_stride, ignore_index)
+    results = logprobs, lse, entropy, ranks, argmax
+    logprobs_and_entropy(rows, split, start, logits, targets, results, gap_params(scale, scale_low))
+
+
+# ---------------------------------------------------------------- the gradient
+
+
+@device
+def gradient_of_target(row, j, targets, dlogprobs, stride, rows, like):
+    """The gradient with respect to a log-probability; 0 where the target is ignored, NaN where it is out of range."""
+    label = label_of(row, j, targets, rows)
+    if label == targets.ignore_index:
+        return number(like, 0.0)
+    if not is_class(label, targets, rows):
+        return number(like, math.nan)
+    return load(row_of(dlogprobs, row, rows).pointer, j * stride, like)
+
+
+@device
+def add_target(values, col, width, label, gradient):
+    if label >= col and label < col + width:
+        for k in range(width):
+            if col + k == label:
+                values[k] = add(values[k], gradient)
+
+
+def gradients_with(with_entropy):
+    @device
+    def gradients(values, others, col, width, numbers):
+        row, half, exponent, lowest, on_probs, on_distance, ignored, label, gradient, given, params = numbers
+        scale, scale_low, c, c_low = params
+        for k in range(width):
+            x = transform(values[k], col + k, row, params)
+            if is_near(exponent):
+                e = cheap_exp_from(x, exponent, lowest, c, c_low)
+            else:
+                e = cheap_exp_gap(x, half, scale, scale_low, c, c_low)
+            values[k] = mul(e, on_probs)
+            if with_entropy:
+                values[k] = fma(weighted(e, distance_to(half, x, scale)), on_distance, values[k])
+            if ignored == 1:
+                values[k] = number(scale, 0.0)
+        add_target(values, col, width, label, gradient)
+        targets, dlogprobs, stride, per_logprob, rows = given
+        for j in range(1, targets.count):
+            more = mul(gradient_of_target(row, j, targets, dlogprobs, stride, rows, scale), per_logprob)
+            add_target(values, col, width, label_of(row, j, targets, rows), more)
+
+    return gradients
+
+
+def backward_with(token_state, with_entropy):
+    write_gradients = row_writer(gradients_with(with_entropy))
+
+    @device
+    def backward(rows, split, start, logits, targets, dlogprobs, dentropy, dlogits, stride, params):
+        scale = params[0]
+        zero = number(scale, 0.0)
+        team = team_of(split, 1)
+        row = own_row(start, split)
+        exists = row < rows.n_rows
+        n_cols = rows.n_cols if exists else 0
+        source = row_of(logits, row, rows)
+        per_logprob = mul(scale, number(scale, 0.5))  # 1 / T
+        # 1. the gradients of the row's numbers, before its own is written, and its state
+        total, n_counted = zero, int64(0)
+        label, gradient, slope = int64(-1), zero, zero
+        if exists:
+            for j in range(targets.count):
+                total = add(total, gradient_of_target(row, j, targets, dlogprobs, stride, rows, scale))
+                n_counted += 1 if label_of(row, j, targets, rows) != targets.ignore_index else 0
+            if targets.count > 0:
+                label = label_of(row, 0, targets, rows)
+                gradient = mul(gradient_of_target(row, 0, targets, dlogprobs, stride, rows, scale), per_logprob)
+            if with_entropy:
+                slope = load(row_of(dentropy, row, rows).pointer, 0, scale)
+        asked = Asked(zero, False, False)
+        state, mean, _, _ = token_state(source, asked, n_cols, row, team, split, params)
+        if with_entropy:
+            total = fma(slope, mean, total)
+        # 2. the gradient
+        row_max = mul(state[0], number(scale, 2.0))
+        exponent = anchor(row_max, params[2])
+        inverse = mul(div(inverse_sum(state), above_anchor(row_max, exponent, of_cheap(params))), per_logprob)
+        ignored = int64(1 if n_counted == 0 and not with_entropy else 0)
+        numbers = (
+            row,
+            halved(row_max),
+            exponent,
+            lowest_of(exponent, params[2]),
+            mul(-total, inverse),
+            mul(slope, inverse),
+            ignored,
+            label,
+            gradient,
+            (targets, dlogprobs, stride, per_logprob, rows),
+            params,
+        )
+        write_gradients(row_of(dlogits, row, rows), (source,), n_cols, team, split, numbers, scale)
+
+    return backward
+
+
+plain_backward = backward_with(plain_state, with_entropy=False)
+backward_of_both = backward_with(state_with_distances, with_entropy=True)
+
+
+def logprobs_backward_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    dlogprobs,
+    dentropy,
+    dlogits,
+    n_targets,
+    target_stride,
+    gradient_stride,
+    ignore_index,
+    scale,
+    scale_low,
+):
+    targets = Targets(labels, n_targets, target_stride, ignore_index)
+    params = gap_params(scale, scale_low)
+    plain_backward(rows, split, start, logits, targets, dlogprobs, dentropy, dlogits, gradient_stride, params)
+
+
+def logprobs_and_entropy_backward_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    dlogprobs,
+    dentropy,
+    dlogits,
+    n_targets,
+    target_stride,
+    gradient_stride,
+    ignore_index,
+    scale,
+    scale_low,
+):
+    targets = Targets(labels, n_targets, target_stride, ignore_index)
+    params = gap_params(scale, scale_low)
+    backward_of_both(rows, split, start, logits, targets, dlogprobs, dentropy, dlogits, gradient_stride, params)
