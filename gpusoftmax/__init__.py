@@ -7,11 +7,13 @@ from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
 from gpusoftmax.softmax import softmax, softmax_backward
 from gpusoftmax.token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_backward
+from gpusoftmax.top_logprobs import TopLogprobs, top_logprobs
 
 __version__ = "0.1.0"
 
 __all__ = [
     "TokenLogprobs",
+    "TopLogprobs",
     "compile",
     "cross_entropy",
     "cross_entropy_with_grad",
@@ -23,4 +25,5 @@ __all__ = [
     "softmax_backward",
     "token_logprobs",
     "token_logprobs_backward",
+    "top_logprobs",
 ]

@@ -180,6 +180,21 @@ def _spans_meet(one, two) -> bool:
     return one.place[:2] == two.place[:2] and one_start < two_stop and two_start < one_stop
 
 
+def token_count(value, n_cols: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"k is {_short(value)}, expected an int") from None
+    if not 1 <= number <= n_cols:
+        raise ValueError(f"k is {number}, expected 1 to {n_cols}, the number of columns")
+    return number
+
+
+def any_gradient(dlogprob, dentropy) -> None:
+    if dlogprob is None and dentropy is None:
+        raise ValueError("dlogprob and dentropy are None, expected at least one of the gradients")
+
+
 def reduction(value) -> None:
     if not isinstance(value, str) or value not in ("none", "mean", "sum"):
         raise ValueError(f"reduction is {_short(value)}, expected 'none', 'mean' or 'sum'")

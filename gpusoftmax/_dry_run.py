@@ -25,7 +25,10 @@ OPS = (
     "cross_entropy_with_grad",
     "token_logprobs",
     "token_logprobs_backward",
+    "top_logprobs",
 )
+TOP = 8
+"""Tokens that a dry run asks of top_logprobs, or all there are."""
 
 
 class Device(NamedTuple):
@@ -96,7 +99,7 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             elif op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
-            elif axis == -1:
+            elif axis == -1 and op != "top_logprobs":  # which takes one axis
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
 
@@ -137,6 +140,8 @@ def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) 
             arguments.append(_Imagined(batch, _row_dtype(dtype)))
     elif op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
+    elif op == "top_logprobs":
+        arguments.append(min(TOP, shape[options.get("axis", -1)]))
     getattr(gpusoftmax, op)(*arguments, **options)
 
 

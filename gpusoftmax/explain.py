@@ -14,7 +14,7 @@ def explain(op: str, shape: tuple[int, ...], *, dtype: Any = "float32", arch: st
     Parameters
     ----------
     op : str
-        A public function, such as "softmax", called with its defaults.
+        A public function, such as "softmax", called with its defaults; "top_logprobs" for 8 tokens.
     shape : tuple of int
         Of the logits; rows run along the last axis.
     dtype : dtype
@@ -68,24 +68,25 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     """Bytes for a row, from what the op has to move and whether the rows stay on the chip."""
     row = n_cols * _arrays.numpy_dtype(dtype).itemsize
     number = 8 if dtype == "float64" else 4
-    numbers_read, numbers_written = _NUMBERS.get(op, (0, 0))
+    read, written = _PER_ROW.get(op, (0, 0))
     label = 8 if op.startswith(("cross_entropy", "token_logprobs")) else 0
+    top = min(_dry_run.TOP, n_cols) if op == "top_logprobs" else 0
     sources = 2 if op in ("softmax_backward", "log_softmax_backward") else 1
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
-    written = 0 if op in ("logsumexp", "cross_entropy", "token_logprobs") else row
+    results = 0 if op in ("logsumexp", "cross_entropy", "token_logprobs", "top_logprobs") else row
     return {
-        "read": sources * row + again + label + numbers_read * number,
-        "written": written + numbers_written * number,
+        "read": sources * row + again + label + read * number,
+        "written": results + written * number + top * (number + 8),
         "once": again == 0,
     }
 
 
-_NUMBERS = {
+_PER_ROW = {
     "logsumexp": (0, 1),
     "cross_entropy": (0, 1),
     "cross_entropy_with_grad": (0, 1),
     "token_logprobs": (0, 1),
     "token_logprobs_backward": (1, 0),
 }
-"""Of a row, beside its columns: how many are read and written."""
+"""How many numbers of a row are read and written, beside its columns."""

@@ -2,8 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _labels, _replay
-from gpusoftmax.kernels.operands import Labels, Operand
+from gpusoftmax import _arrays, _checks, _replay, _tokens
 
 
 class TokenLogprobs(NamedTuple):
@@ -94,7 +93,7 @@ def token_logprobs(
     """
     wanted = return_lse, return_entropy, return_rank, return_argmax
     return TokenLogprobs(
-        *_replay.call(_token_logprobs, (logits, target), axis, temperature, ignore_index, *wanted, validate)
+        *_replay.call(_tokens.token_logprobs, (logits, target), axis, temperature, ignore_index, *wanted, validate)
     )
 
 
@@ -148,65 +147,11 @@ def token_logprobs_backward(
     return _replay.call(_token_logprobs_backward, arrays, axis, temperature, ignore_index, validate)
 
 
-def _token_logprobs(
-    logits,
-    target,
-    axis,
-    temperature,
-    ignore_index,
-    return_lse,
-    return_entropy,
-    return_rank,
-    return_argmax,
-    validate,
-):
-    x, labels, axes, temperature, ignore_index = _checked(logits, target, axis, temperature, ignore_index, validate)
-    dtype = _arrays.compute_dtype(x)
-    _checks.temperature_fits(temperature, dtype)
-    batch_shape = _arrays.without_axes(x, axes)
-    per_target, per_row = {"logprob": _arrays.empty(x, labels.shape, dtype)}, {}
-    if return_rank:
-        per_target["rank"] = _arrays.empty(x, labels.shape, "int64")
-    if return_lse:
-        per_row["lse"] = _arrays.empty(x, batch_shape, dtype)
-    if return_entropy:
-        per_row["entropy"] = _arrays.empty(x, batch_shape, dtype)
-    if return_argmax:
-        per_row["argmax"] = _arrays.empty(x, batch_shape, "int64")
-    kernel = _arrays.kernels(x.place, "token_logprobs").token_logprobs
-
-    def call(targets: _Targets, results: dict[str, _arrays.Array]) -> None:
-        def rows_of_batch(rows, x_rows, label_rows, *written):
-            operands = {name: _nothing(name, dtype) for name in TokenLogprobs._fields}
-            operands.update(zip(results, written, strict=True))
-            numbers = targets.count, targets.stride, ignore_index, temperature
-            kernel(rows, x_rows, label_rows, *operands.values(), *numbers, x.place)
-
-        reads = [x, _arrays.per_row(targets.labels, axes, x.ndim)]
-        _arrays.for_rows(
-            rows_of_batch, axes, reads, [_arrays.per_row(array, axes, x.ndim) for array in results.values()]
-        )
-
-    several = labels.ndim > len(batch_shape)
-    if several and return_rank:  # a kernel counts for one of them
-        for j in range(labels.shape[-1]):
-            one_of_each = {name: _target(array, j) for name, array in per_target.items()}
-            call(_Targets(_target(labels, j), 1, 0), one_of_each)
-        if per_row:
-            call(_Targets(_target(labels, 0), 0, 0), {"logprob": _target(per_target["logprob"], 0), **per_row})
-    elif several:
-        first_of_each = {name: _target(array, 0) for name, array in per_target.items()}
-        call(_Targets(_target(labels, 0), labels.shape[-1], labels.strides[-1]), {**first_of_each, **per_row})
-    else:
-        call(_Targets(labels, 1, 0), {**per_target, **per_row})
-    results = {**per_target, **per_row}
-    return tuple(_arrays.result(results[name]) if name in results else None for name in TokenLogprobs._fields)
-
-
 def _token_logprobs_backward(logits, target, dlogprob, dentropy, out, axis, temperature, ignore_index, validate):
-    x, labels, axes, temperature, ignore_index = _checked(logits, target, axis, temperature, ignore_index, validate)
-    if dlogprob is None and dentropy is None:
-        raise ValueError("dlogprob and dentropy are None, expected at least one of the gradients")
+    x, labels, axes, temperature, ignore_index = _tokens.checked(
+        logits, target, axis, temperature, ignore_index, validate
+    )
+    _checks.any_gradient(dlogprob, dentropy)
     dlogits = _arrays.output(out, x, x.shape, x.dtype)
     _checks.no_partial_overlap(dlogits, x, "logits")
     _checks.no_overlap(dlogits, labels, "target")
@@ -227,12 +172,12 @@ def _token_logprobs_backward(logits, target, dlogprob, dentropy, out, axis, temp
     reads = {"labels": labels, **gradients}
     if several:
         strides = labels.strides[-1], gradients["dlogprob"].strides[-1] if dlogprob is not None else 0
-        reads.update({name: _target(reads[name], 0) for name in reads if name != "dentropy"})
+        reads.update({name: _tokens.target_number(reads[name], 0) for name in reads if name != "dentropy"})
     kernel = _arrays.kernels(x.place, "token_logprobs").token_logprobs_backward
 
     def rows_of_batch(rows, x_rows, label_rows, *rest):
         *given, dlogits_rows = rest
-        operands = {name: _nothing(name, dtype) for name in ("dlogprob", "dentropy")}
+        operands = {name: _tokens.nothing(name, dtype) for name in ("dlogprob", "dentropy")}
         operands.update(zip(gradients, given, strict=True))
         numbers = count, *strides, ignore_index, temperature
         kernel(rows, x_rows, label_rows, *operands.values(), dlogits_rows, *numbers, x.place)
@@ -241,41 +186,3 @@ def _token_logprobs_backward(logits, target, dlogprob, dentropy, out, axis, temp
         rows_of_batch, axes, [x, *(_arrays.per_row(array, axes, x.ndim) for array in reads.values())], [dlogits]
     )
     return _arrays.result(dlogits, out)
-
-
-class _Targets(NamedTuple):
-    """Some of the targets of each row: the first of them, how many there are, and how far apart they lie."""
-
-    labels: _arrays.Array
-    count: int
-    stride: int
-
-
-def _checked(logits, target, axis, temperature, ignore_index, validate):
-    x = _arrays.logits(logits, "logits")
-    labels = _arrays.wrap(target, "target")
-    axes = _checks.class_axis(axis, x.ndim)
-    n_cols = x.shape[axes[0]]
-    batch_shape = _arrays.without_axes(x, axes)
-    _checks.integer(labels.dtype, "target")
-    _checks.same_home(x, labels, "logits", "target")
-    _checks.targets(labels, batch_shape, f"to match logits {x.shape} without axis {axis}")
-    _checks.class_count(n_cols)
-    temperature = _checks.temperature(temperature)
-    ignore_index = _checks.ignore_index(ignore_index)
-    if _labels.are_checked(x, validate):
-        rows, all_labels, memory = _arrays.all_labels(labels, n_cols)
-        _labels.check(x, rows, all_labels, ignore_index)
-        del memory  # a copy of the labels, perhaps: held until here
-    return x, labels, axes, temperature, ignore_index
-
-
-def _target(array: _arrays.Array, j: int) -> _arrays.Array:
-    """Number j along the last axis, of one that may be empty."""
-    pointer = array.pointer + j * array.strides[-1] * array.itemsize
-    return array._replace(pointer=pointer, shape=array.shape[:-1], strides=array.strides[:-1])
-
-
-def _nothing(name: str, dtype: str) -> Operand | Labels:
-    """What stands for a result or a gradient that was not asked for."""
-    return Labels(0, 0, 0, 0) if name in ("rank", "argmax") else Operand(0, 0, 0, 0, dtype)

@@ -24,6 +24,10 @@ class Call(NamedTuple):
         return (*self.rows, *self.others)
 
 
+def _top_logprobs(logits, axis=-1, **options):
+    return gpusoftmax.top_logprobs(logits, min(8, logits.shape[axis]), axis=axis, **options)
+
+
 EVERY_FIELD = {"return_lse": True, "return_entropy": True, "return_rank": True, "return_argmax": True}
 CALLS = {
     "softmax": Call(gpusoftmax.softmax, ("x",)),
@@ -38,6 +42,7 @@ CALLS = {
     "token_logprobs": Call(
         partial(gpusoftmax.token_logprobs, **EVERY_FIELD), ("logits",), ("target",), takes_out=False, per_row=True
     ),
+    "top_logprobs": Call(_top_logprobs, ("logits",), takes_out=False, per_row=True),
     "token_logprobs_backward": Call(
         gpusoftmax.token_logprobs_backward, ("logits",), ("target", "dlogprob", "dentropy")
     ),

@@ -57,7 +57,7 @@ class Specialisation(NamedTuple):
     @property
     def writes_rows(self):
         """Whether it writes whole rows too."""
-        return self.reads_rows and not self.name.startswith(("logsumexp_", "token_logprobs_"))
+        return self.reads_rows and not self.name.startswith(("logsumexp_", "token_logprobs_", "top_logprobs_"))
 
     @property
     def is_double(self):
@@ -110,6 +110,7 @@ def _calls(dtype, out_dtype, shape, axis):
         options = {"label_smoothing": label_smoothing}
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
+    yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}
     gradient = _Array(batch, np.float64 if np.float64 in (dtype, out_dtype) else np.float32)
     for entropy in (False, True):
         yield "token_logprobs", (x, target), {"axis": axis, "return_entropy": entropy}

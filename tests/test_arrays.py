@@ -709,7 +709,7 @@ def test_docstrings(name):
         assert parameter.name in documented, parameter.name
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isfunction(getattr(gpusoftmax, name))])
 def test_examples(name):
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     runner = doctest.DocTestRunner(optionflags=options)

@@ -31,6 +31,7 @@ OPERATIONS = {
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
     "token_logprobs": lambda x, g, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD, validate=False),
+    "top_logprobs": lambda x, g, y: gpusoftmax.top_logprobs(x, 5),
     "token_logprobs_backward": lambda x, g, y: (
         gpusoftmax.token_logprobs_backward(x, y, gpusoftmax.logsumexp(g), gpusoftmax.logsumexp(g), validate=False),
     ),

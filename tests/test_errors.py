@@ -32,6 +32,7 @@ def host_arrays():
         "scalar": np.array(2, F32),
         "no_classes": np.empty((3, 0), F32),
         "labels": np.array([1, 2, 3]),
+        "four_labels": np.array([1, 2, 3, 0]),
         "bad_labels": np.array([1, -1, 4]),
         "float_labels": np.array([1.0, 2.0, 3.0]),
         "weight": np.ones(4, F32),
@@ -291,6 +292,36 @@ CASES = {
         "weight has shape (3,), expected (4,) one factor for each class",
         lambda a: with_grad(a.x, a.labels, a.short_weight, out=a.out),
     ),
+    "targets of neither shape": (
+        ValueError,
+        "target has shape (4,), expected (3,) or (3, 'K') to match logits (3, 4) without axis -1",
+        lambda a: gpusoftmax.token_logprobs(a.x, a.four_labels),
+    ),
+    "more tokens than there are": (
+        ValueError,
+        "k is 5, expected 1 to 4, the number of columns",
+        lambda a: gpusoftmax.top_logprobs(a.x, 5),
+    ),
+    "no tokens": (
+        ValueError,
+        "k is 0, expected 1 to 4, the number of columns",
+        lambda a: gpusoftmax.top_logprobs(a.x, 0),
+    ),
+    "half a token": (
+        TypeError,
+        "k is 1.5, expected an int",
+        lambda a: gpusoftmax.top_logprobs(a.x, 1.5),
+    ),
+    "a gradient of another shape": (
+        ValueError,
+        "dlogprob has shape (4,), expected (3,) to match what it is the gradient of",
+        lambda a: gpusoftmax.token_logprobs_backward(a.x, a.labels, a.weight, out=a.out),
+    ),
+    "no gradient at all": (
+        ValueError,
+        "dlogprob and dentropy are None, expected at least one of the gradients",
+        lambda a: gpusoftmax.token_logprobs_backward(a.x, a.labels, None, out=a.out),
+    ),
     # out
     "read-only out": (
         ValueError,
@@ -323,7 +354,7 @@ CASES = {
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
-        "token_logprobs, token_logprobs_backward",
+        "token_logprobs, token_logprobs_backward, top_logprobs",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

@@ -26,6 +26,7 @@ OPERATIONS = {
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
     "token_logprobs": lambda x, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD),
+    "top_logprobs": lambda x, y: gpusoftmax.top_logprobs(x, 5),
     "token_logprobs_backward": lambda x, y: (gpusoftmax.token_logprobs_backward(x, y, *_gradients(x)),),
 }
 

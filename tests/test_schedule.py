@@ -38,6 +38,13 @@ def _sums(gpu):
     )
 
 
+def _logprobs_alone(gpu):
+    """Without entropies, and the gradient without theirs."""
+    x, target = (gpu.array(array) for array in arguments("cross_entropy", SHORT, F32).values())
+    scores = gpusoftmax.token_logprobs(x, target, return_rank=True)
+    return scores.logprob, scores.rank, gpusoftmax.token_logprobs_backward(x, target, scores.logprob)
+
+
 def _copies(n_cols):
     """No single stride walks such rows: they are copied first, and their results back."""
 
@@ -50,6 +57,7 @@ def _copies(n_cols):
 CASES = {
     **{name: _op(name) for name in CALLS},
     "sums over rows": _sums,
+    "log-probabilities alone": _logprobs_alone,
     "copies of short rows": _copies(40),
     "copies of long rows": _copies(1500),
 }

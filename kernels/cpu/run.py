@@ -79,12 +79,14 @@ def run(
     target: Operand | None,
     *numbers,
     keeps_exponentials: bool = False,
+    one_by_one: bool = False,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
 
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
+    one_by_one: along rows, and each of them by one thread.
     """
-    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials)
+    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials, one_by_one)
     if hasattr(_recorder, "starts"):
         _recorder.starts.append(laid_out)
     start(laid_out, laid_out.addresses)
@@ -107,10 +109,11 @@ def plan(
     target: Operand | None,
     numbers: tuple,
     keeps_exponentials: bool,
+    one_by_one: bool,
 ) -> Start:
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
-    way = _way(rows, lines)
+    way = ALONG if one_by_one else _way(rows, lines)
     lanes = VECTOR_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
@@ -156,7 +159,7 @@ def plan(
     else:
         n_units = rows.n_rows
         per_item = max(1, LOGITS_PER_ITEM // max(rows.n_cols, 1) // height) * height
-        if way is ALONG and not is_staged and rows.n_rows < 2 * n_threads:
+        if way is ALONG and not is_staged and not one_by_one and rows.n_rows < 2 * n_threads:
             parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
     n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
     if n_threads <= 1:

@@ -526,6 +526,30 @@ any_equal = _compares("any")
 
 
 @intrinsic
+def lanes_not_below(typingctx, vector, least, count):
+    """A bit for each of the first `count` lanes that is larger, or where one of both is a NaN."""
+
+    def codegen(context, builder, signature, args):
+        of = formulas.Arithmetic(builder, context.get_value_type(vector))
+        larger = builder.fcmp_unordered(">", args[0], of.splat(args[1]))
+        asked = builder.and_(larger, _first_lanes(builder, args[2], vector.lanes))
+        mask, long = builder.bitcast(asked, ir.IntType(vector.lanes)), ir.IntType(64)
+        return mask if vector.lanes == 64 else builder.zext(mask, long)
+
+    return types.int64(vector, vector.element, types.intp), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx, mask):
+    """The position of the lowest bit that is set."""
+
+    def codegen(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def add_at(typingctx, vector, lane, amount):
     """The vector with an amount added in one lane."""
 

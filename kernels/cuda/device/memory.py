@@ -212,6 +212,28 @@ def load_label(typingctx, address, index, code):
 
 
 @intrinsic
+def number_of(typingctx, integer, like):
+    """A number of the computation format that stands for an int32, as `integer_of` reads it: its bits, or its value."""
+
+    def codegen(context, builder, signature, args):
+        type = context.get_value_type(like)
+        return builder.bitcast(args[0], type) if like.bitwidth == 32 else builder.sitofp(args[0], type)
+
+    return like(types.int32, like), codegen
+
+
+@intrinsic
+def integer_of(typingctx, number):
+    """The int32 for which a number stands."""
+
+    def codegen(context, builder, signature, args):
+        type = ir.IntType(32)
+        return builder.bitcast(args[0], type) if number.bitwidth == 32 else builder.fptosi(args[0], type)
+
+    return types.int32(number), codegen
+
+
+@intrinsic
 def store_integer(typingctx, address, index, value):
     """The int64 number `index` of those at `address` = value."""
 

@@ -1,0 +1,168 @@
+"""The largest log-probabilities of each row.
+
+A tournament: every part has one candidate, the best of its columns that has not been chosen, and the best candidate of
+all parts is chosen, k times. Only the part whose candidate was chosen looks at its columns again, most of which are
+still in its slots. Better is: larger, or equal and in a lower column. The table of candidates lies where the states of
+the chunks were.
+
+    part 0   part 1   part 2          round 1: part 1's candidate is chosen, and part 1 looks for its next
+      7.5      9.0      8.25          round 2: 7.5, 6.5, 8.25: that of part 2 ...
+"""
+
+import math
+
+from numpy import int32, int64
+
+from gpusoftmax.kernels.cuda.device._cuda import cuda, device
+from gpusoftmax.kernels.cuda.device.arithmetic import log_sum, mul, number
+from gpusoftmax.kernels.cuda.device.exponential import negative_log_probability
+from gpusoftmax.kernels.cuda.device.memory import (
+    integer_of,
+    load,
+    load_label,
+    n_values,
+    number_of,
+    number_size,
+    piece_numbers,
+    store,
+    store_integer,
+)
+from gpusoftmax.kernels.cuda.device.reduce import FULL_WARP, publish
+from gpusoftmax.kernels.cuda.device.row_state import gap_params, loss_state
+from gpusoftmax.kernels.cuda.device.rows import (
+    col_of,
+    exchange_states,
+    has_columns,
+    own_row,
+    piece_of,
+    read_piece,
+    row_of,
+    row_offset,
+    slot_of,
+    team_of,
+)
+from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes, split_slots
+from gpusoftmax.kernels.cuda.device.staging import get
+from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
+
+NO_COLUMN = 2**31 - 1
+
+
+@device
+def is_better(value, col, other, other_col):
+    return value > other or (value == other and col < other_col)
+
+
+@device
+def best_of_lanes(value, col, lanes):
+    for offset in (16, 8, 4, 2, 1):
+        if offset < lanes:
+            other = cuda.shfl_xor_sync(FULL_WARP, value, offset)
+            other_col = cuda.shfl_xor_sync(FULL_WARP, col, offset)
+            if is_better(other, other_col, value, col):
+                value, col = other, other_col
+    return value, col
+
+
+@device
+def read_again(held, source, k, n_cols, team, split, like):
+    """held = piece k, from its slot if it is still there."""
+    piece = piece_of(k, n_cols, team, split, like)
+    if int32(k + split_slots(split)) >= team.n_pieces:
+        read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
+    else:
+        for j in range(n_values(like)):
+            col = col_of(j, team, split, source)
+            held[j] = number(like, -math.inf)
+            if col < piece.count:
+                held[j] = load(source.pointer, (piece.first + col) * source.stride, like)
+    return piece
+
+
+@device
+def next_of_part(source, after, after_col, n_cols, row, team, split, params):
+    """The best of this part's columns that come after a chosen one, as (logit, column); NO_COLUMN if there is none."""
+    held = piece_numbers(params[0])
+    value, col = number(params[0], -math.inf), int32(NO_COLUMN)
+    k = int32(0)
+    while k < team.n_pieces:
+        piece = read_again(held, source, k, n_cols, team, split, params[0])
+        for group in range(0, n_values(params[0]), GROUP):
+            if has_columns(group, piece, split):
+                for j in range(group, group + GROUP):
+                    within = col_of(j, team, split, source)
+                    own_col = int32(piece.first + within)
+                    x = transform(held[j], piece.first + within, row, params)
+                    is_left = within < piece.count and is_better(after, after_col, x, own_col)
+                    if is_left and is_better(x, own_col, value, col):
+                        value, col = x, own_col
+        k = int32(k + 1)
+    return best_of_lanes(value, col, split_lanes(split))
+
+
+@device
+def place_of(part, field, like):
+    return int64(part * 2 + field) * number_size(like)
+
+
+@device
+def publish_candidate(value, col, team, split):
+    publish(place_of(team.rank, 0, value), value, team, split)
+    publish(place_of(team.rank, 1, value), number_of(col, value), team, split)
+
+
+@device
+def best_of_parts(team, split, like):
+    value, col = number(like, -math.inf), int32(NO_COLUMN)
+    for part in range(team.lane, team.size, WARP_SIZE):
+        other, other_col = get(place_of(part, 0, like), like), integer_of(get(place_of(part, 1, like), like))
+        if is_better(other, other_col, value, col):
+            value, col = other, other_col
+    return best_of_lanes(value, col, WARP_SIZE)
+
+
+def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, ignore_index, scale, scale_low):
+    params = gap_params(scale, scale_low)
+    team = team_of(split, 1)
+    row = own_row(start, split)
+    exists = row < rows.n_rows
+    n_cols = rows.n_cols if exists else 0
+    source, target = row_of(logits, row, rows), row_of(logprobs, row, rows).pointer
+    writes = exists and team.rank == 0 and team.lane == 0
+    state = loss_state(source, n_cols, row, team, split, params)
+    log, _ = log_sum(state)
+    first = row_offset(tokens, row, rows)
+    if labels.pointer != 0:
+        if writes:
+            label, value = load_label(labels.pointer, row_offset(labels, row, rows), labels.code), number(scale, 0.0)
+            if label != ignore_index:
+                value = number(scale, math.nan)
+                if label >= 0 and label < rows.n_cols:
+                    x = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+                    # Times -1, as in log_softmax.py.
+                    value = mul(negative_log_probability(x, state[0], log, scale), number(scale, -1.0))
+            store(target, 0, value)
+            store_integer(tokens.pointer, first, label)
+        first += 1
+    value, col = next_of_part(source, number(scale, math.inf), int32(-1), n_cols, row, team, split, params)
+    if is_long(split):
+        exchange_states(split)  # every warp has read the states before candidates take their place
+        publish_candidate(value, col, team, split)
+    for j in range(k):
+        chosen, chosen_col = value, col
+        if is_long(split):
+            exchange_states(split)  # every candidate is in the table
+            chosen, chosen_col = best_of_parts(team, split, scale)
+        if writes:
+            logprob = mul(negative_log_probability(chosen, state[0], log, scale), number(scale, -1.0))
+            store(target, first - row_offset(tokens, row, rows) + j, logprob)
+            has_nan = state[2] != state[2]
+            store_integer(tokens.pointer, first + j, int64(-1) if has_nan else int64(chosen_col))
+        if j + 1 < k:
+            if is_long(split):
+                exchange_states(split)  # every warp has read the table before a candidate of it is replaced
+            if chosen_col == col:
+                value, col = next_of_part(source, chosen, chosen_col, n_cols, row, team, split, params)
+                if is_long(split):
+                    publish_candidate(value, col, team, split)

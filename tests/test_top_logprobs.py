@@ -1,0 +1,129 @@
+"""top_logprobs: the same tokens as a stable sort, and log_softmax's own bits for them, on every target."""
+
+import numpy as np
+import pytest
+
+import gpusoftmax
+from tests import inputs
+
+ROW_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+# Less than a warp; one piece; five chunks of the GPU, three of the CPU.
+N_COLS = [31, 300, 4099]
+
+
+def run(target, logits, k, tokens=None, **options):
+    given = None if tokens is None else target.array(tokens)
+    top = gpusoftmax.top_logprobs(target.array(logits), k, given, **options)
+    assert isinstance(top, gpusoftmax.TopLogprobs)
+    return gpusoftmax.TopLogprobs(*(np.asarray(target.get(part)) for part in top))
+
+
+def log_probs(target, logits, **options):
+    return target.get(gpusoftmax.log_softmax(target.array(logits), dtype=ROW_DTYPE[logits.dtype.name], **options))
+
+
+def largest(logits, k):
+    """The columns of the k largest logits of rows without NaN, the lower of equal ones first."""
+    return np.argsort(-logits.astype(np.float64), axis=-1, kind="stable")[..., :k]
+
+
+def check(top, logits, expected_logp, k):
+    tokens = largest(logits, k)
+    assert np.array_equal(top.token, tokens)
+    assert top.logprob.tobytes() == np.take_along_axis(expected_logp, tokens, -1).tobytes()
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("n_cols", N_COLS)
+def test_tokens_and_bits(target, dtype, n_cols):
+    """Ties, masked tokens and ascending rows among them."""
+    logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
+    top = run(target, logits, 5)
+    assert top.logprob.dtype == ROW_DTYPE[dtype.name] and top.token.dtype == np.int64
+    check(top, logits, log_probs(target, logits), 5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 31, 40, 64])
+def test_number_of_tokens(target, k):
+    logits = inputs.make("ties", (3, 64), np.float32)
+    check(run(target, logits, k), logits, log_probs(target, logits), k)
+
+
+@pytest.mark.parametrize("n_cols", [300, 5000])
+def test_target_comes_first(target, n_cols):
+    logits = inputs.make("spread", (4, n_cols), np.float32)
+    tokens = np.array([3, n_cols - 1, int(largest(logits, 1)[2, 0]), -100])
+    top = run(target, logits, 3, tokens)
+    logp = log_probs(target, logits)
+    assert top.token[:, 0].tolist() == tokens.tolist()
+    assert top.logprob[:3, 0].tobytes() == logp[np.arange(3), tokens[:3]].tobytes() and top.logprob[3, 0] == 0
+    check(gpusoftmax.TopLogprobs(top.logprob[:, 1:].copy(), top.token[:, 1:]), logits, logp, 3)
+
+
+def test_temperature_and_axis(target):
+    logits = inputs.make("spread", (2, 40, 3), np.float32)
+    top = run(target, logits, 4, axis=1, temperature=0.7)
+    rows = np.ascontiguousarray(logits.transpose(0, 2, 1))
+    logp = np.ascontiguousarray(log_probs(target, logits, axis=1, temperature=0.7).transpose(0, 2, 1))
+    check(top, rows, logp, 4)
+
+
+def test_rows_side_by_side(target):
+    """A single token each: whole sectors of neighbouring rows are read together on the GPU."""
+    logits = inputs.make("ties", (2100, 64), np.float32)
+    top = run(target, logits, 1, axis=0)
+    assert np.array_equal(top.token[:, 0], np.argmax(logits, axis=0))
+
+
+def test_masked_and_special_rows(target):
+    logits = np.full((5, 1500), -np.inf, np.float32)
+    logits[1, [1400, 7]] = 0  # fewer tokens than are asked for
+    logits[2], logits[2, 5], logits[2, 6] = 0, np.inf, np.nan
+    logits[3], logits[3, 1100] = 0, np.inf
+    logits[4] = 1
+    top = run(target, logits, 4)
+    assert top.token.tolist() == [[0, 1, 2, 3], [7, 1400, 0, 1], [-1] * 4, [1100, 0, 1, 2], [0, 1, 2, 3]]
+    assert np.isnan(top.logprob[[0, 2, 3]]).all()
+    assert np.array_equal(top.logprob[1], np.float32([-np.log(2), -np.log(2), -np.inf, -np.inf]))
+
+
+def test_maximum_in_any_chunk_warp_and_lane(target):
+    n_cols = 5000
+    places = [0, 1, 31, 32, 255, 1023, 1024, 2047, 2048, 3071, 4095, 4096, 4999]
+    logits = inputs.make("spread", (len(places), n_cols), np.float32)
+    logits[np.arange(len(places)), places] = 100
+    assert run(target, logits, 2).token[:, 0].tolist() == places
+
+
+def test_a_bad_target(target):
+    logits = inputs.make("spread", (2, 40), np.float32)
+    top = run(target, logits, 2, np.array([40, 3]), validate=False)
+    assert np.isnan(top.logprob[0, 0]) and np.isfinite(top.logprob[1]).all()
+    with pytest.raises(IndexError, match=r"target\[0\] .* is 40, expected a class from 0 to 39"):
+        run(target, logits, 2, np.array([40, 3]), validate=True)
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+def test_more_tokens_than_the_kernels_keep(dtype):
+    logits = inputs.make("ties", (3, 300), dtype)
+    logits[1, 4] = np.nan
+    tokens = np.array([3, 7, -100])
+    top = gpusoftmax.top_logprobs(logits, 100, tokens)
+    fewer = gpusoftmax.top_logprobs(logits, 64, tokens)
+    assert top.token.shape == (3, 101) and top.logprob.dtype == fewer.logprob.dtype
+    assert np.array_equal(top.token[:, :65], fewer.token) and np.array_equal(top.token[0, 1:], largest(logits, 100)[0])
+    assert np.array_equal(top.logprob[:, :65], fewer.logprob, equal_nan=True)
+
+
+def test_an_ignored_class_is_a_token_like_others():
+    logits = np.array([[3.0, 2.0, 1.0] + [0.0] * 97])
+    for k in (2, 100):
+        top = gpusoftmax.top_logprobs(logits, k, np.array([0]), ignore_index=0)
+        assert top.logprob[0, 0] == 0 and top.logprob[0, 1] < 0
+
+
+def test_one_row_and_no_rows(target):
+    logits = inputs.make("spread", (40,), np.float32)
+    top = run(target, logits, 3)
+    assert top.token.shape == (3,) and top.token.tolist() == largest(logits, 3).tolist()
+    assert run(target, logits.reshape(1, 40)[:0], 3).token.shape == (0, 3)
