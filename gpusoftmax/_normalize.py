@@ -10,33 +10,26 @@ stays in Fortran order.
 # axis than the last are scattered, and a system call for each of their parts would take ten times as long as a map.
 
 import argparse
-import contextlib
 import errno
 import io
 import math
 import os
-import secrets
-import shutil
-import stat
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 
-from gpusoftmax import _arrays, _checks, _info, log_softmax, softmax
-from gpusoftmax._progress import Progress
+from gpusoftmax import _arrays, _checks, _info, _npy, log_softmax, softmax
+from gpusoftmax._new_file import check_output, check_space, new_file
+from gpusoftmax._npy import Source
+from gpusoftmax._progress import Progress, size_text
 
 HELP = "softmax of a .npy file of any size"
 _OPERATIONS = {"softmax": softmax, "log_softmax": log_softmax}
 _CHUNK_BYTES = 64 * 2**20
 """For a piece of the input and its result, unless a single row needs more."""
-_SHRUNK = "{}: became shorter while it was read"
-_MAX_HEADER = 64 * 2**10
-_MAX_DIMS = 64
-"""NumPy's own limit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
-    with open_input(arguments.input) as file:
-        source = read_header(file)
+    with _npy.open_input(arguments.input) as file:
+        source = _npy.read_header(file)
         layout = _layout(source, arguments.axis)
         dtype = _result_dtype(source, arguments.dtype)
         convert = _converter(arguments, dtype)
-        _check_output(arguments.output, file, arguments.force)
+        check_output(arguments.output, [file], arguments.force)
         header = _header(source, dtype)
-        _check_space(arguments.output, len(header) + source.size * dtype.itemsize)
+        check_space(arguments.output, len(header) + source.size * dtype.itemsize)
         with new_file(arguments.output, arguments.force) as target, Progress(arguments.op, source.size) as progress:
             _reserve(target, len(header) + source.size * dtype.itemsize)
             _write(target, 0, memoryview(header))
@@ -69,71 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
                 piece.write(target, len(header), convert(logits))
                 done += logits.size
                 seconds = time.monotonic() - start
-                progress.update(done, f"{_size(done * source.dtype.itemsize / seconds)}/s")
+                progress.update(done, f"{size_text(done * source.dtype.itemsize / seconds)}/s")
     shape = " x ".join(map(str, source.shape)) or "one number"
     print(f"{arguments.output}: {arguments.op} of {shape}, {dtype.name}, in {time.monotonic() - start:.1f} s")
-
-
-# ---------------------------------------------------------------- the input file
-
-
-class Source(NamedTuple):
-    """What the header of a .npy file says, checked against the length of the file."""
-
-    shape: tuple[int, ...]
-    fortran_order: bool
-    dtype: np.dtype
-    offset: int
-    """Of the first element in the file."""
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-def open_input(path: str) -> io.FileIO:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write to it
-        raise ValueError(f"{path}: not a regular file, expected a .npy file")
-    return open(path, "rb", buffering=0)
-
-
-def read_header(file: io.FileIO) -> Source:
-    """Read and check the header. Nothing that it claims is believed before it fits the length of the file."""
-    name = file.name
-    # NumPy parses a bounded copy: a header that claims to be 4 GiB long is cut short and refused.
-    start = io.BytesIO(file.read(_MAX_HEADER))
-    if start.getvalue()[:2] == b"PK":
-        raise ValueError(f"{name}: an .npz archive, expected a .npy file: extract one of its arrays first")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on headers written by Python 2
-            version = npy.read_magic(start)
-            readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-            if version not in readers:
-                raise ValueError(f"its format version is {version[0]}.{version[1]}, expected 1.0 or 2.0")
-            shape, fortran_order, dtype = readers[version](start)
-    except Exception as error:  # a hostile header raises anything: TokenError, TypeError, MemoryError, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: not a readable .npy file: {reason[:200]}") from error
-    if len(shape) > _MAX_DIMS or any(type(length) is not int or not 0 <= length < 2**63 for length in shape):
-        raise ValueError(
-            f"{name}: its header has the shape {str(shape)[:200]}, expected up to {_MAX_DIMS} lengths >= 0"
-        )
-    if dtype == np.dtype("V2"):
-        dtype = _arrays.BFLOAT16
-    if dtype.shape or dtype.name not in (*_checks.FLOATING, *_checks.INTEGERS, "bool"):
-        raise ValueError(
-            f"{name}: its elements are {str(dtype)[:200]}, expected {', '.join(_checks.FLOATING)}, integers or bool"
-        )
-    source = Source(shape, fortran_order, dtype, start.tell())
-    expected = source.offset + source.size * dtype.itemsize
-    actual = os.fstat(file.fileno()).st_size
-    if actual != expected:
-        raise ValueError(
-            f"{name}: is {'shorter' if actual < expected else 'longer'} than its header says: {actual} bytes, "
-            f"expected {expected} for {dtype.name} of shape {str(shape)[:200]}"
-        )
-    return source
 
 
 # ---------------------------------------------------------------- pieces of whole rows
@@ -161,7 +92,7 @@ class _Piece(NamedTuple):
     def read(self, file: io.FileIO, source: Source) -> np.ndarray:
         array = _empty(self.shape, source.dtype)
         if self._in_one_stretch:
-            _read(file, source.offset + self._first_element(0) * array.itemsize, _bytes(array))
+            _npy.read(file, source.offset + self._first_element(0) * array.itemsize, _bytes(array))
         else:
             for cols, part in self._mapped(file, "r", source.offset, array.dtype):
                 array[0, cols] = part
@@ -192,7 +123,7 @@ class _Piece(NamedTuple):
             try:
                 flat = np.memmap(file, dtype, mode, start, ((count - 1) * n_inner + width,))
             except ValueError:
-                raise ValueError(_SHRUNK.format(file.name)) from None
+                raise ValueError(_npy.SHRUNK.format(file.name)) from None
             strides = (n_inner * dtype.itemsize, dtype.itemsize)
             yield slice(first, first + count), np.lib.stride_tricks.as_strided(flat, (count, width), strides)
 
@@ -232,11 +163,11 @@ def _empty(shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
     wanted = math.prod(shape) * dtype.itemsize
     # Linux promises more memory than there is, and then kills the process that uses it.
     if hasattr(os, "sysconf") and wanted > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise MemoryError(f"a piece of {shape[0] * shape[2]} rows needs {_size(wanted)}, more than there is memory")
+        raise MemoryError(f"a piece of {shape[0] * shape[2]} rows needs {size_text(wanted)}, more than there is memory")
     try:
         return np.empty(shape, dtype)
     except MemoryError:
-        raise MemoryError(f"no memory for a piece of {shape[0] * shape[2]} rows: {_size(wanted)}") from None
+        raise MemoryError(f"no memory for a piece of {shape[0] * shape[2]} rows: {size_text(wanted)}") from None
 
 
 # ---------------------------------------------------------------- the computation
@@ -270,29 +201,6 @@ def _converter(arguments: argparse.Namespace, dtype: np.dtype) -> Callable[[np.n
 # ---------------------------------------------------------------- the output file
 
 
-def _check_output(path: str, source: io.FileIO, force: bool) -> None:
-    """Refuse early what `new_file` would refuse after hours of work; and IN itself, which --force cannot mean."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        if not os.path.basename(path):
-            raise ValueError(f"{path}: a directory, expected a file name") from None
-        return
-    if not stat.S_ISREG(status.st_mode):  # nor a link: what it points to would not be written, but the link replaced
-        raise ValueError(f"{path}: exists and is not a regular file")
-    if os.path.samestat(status, os.fstat(source.fileno())):
-        raise ValueError(f"{path}: is the input itself, expected another file")
-    if not force:
-        raise FileExistsError(errno.EEXIST, "exists (--force replaces it)", path)
-
-
-def _check_space(path: str, wanted: int) -> None:
-    directory = os.path.dirname(path) or "."
-    free = shutil.disk_usage(directory).free
-    if wanted > free:
-        raise OSError(errno.ENOSPC, f"too little disk: needs {_size(wanted)}, {_size(free)} are free", directory)
-
-
 def _reserve(file: io.FileIO, length: int) -> None:
     """Give the file its length and its disk space now: writing to a map of it must not find the disk full (SIGBUS)."""
     try:
@@ -313,81 +221,11 @@ def _header(source: Source, dtype: np.dtype) -> bytes:
     return header.getvalue()
 
 
-@contextlib.contextmanager
-def new_file(path: str, force: bool) -> Iterator[io.FileIO]:
-    """A file that appears under `path` when the block ends, whole and on the disk, and not at all if it raises."""
-    directory = os.path.dirname(path) or "."
-    temporary = os.path.join(directory, f".gpusoftmax-{secrets.token_hex(8)}.tmp")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        with open(os.open(temporary, flags, 0o666), "r+b", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        _publish(temporary, path, force)
-    except BaseException:  # interrupts too
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_directory(directory)
-
-
-def _publish(temporary: str, path: str, force: bool) -> None:
-    """Give the file its name in one step; without `force` only if nobody has that name, not even since we looked."""
-    if not force:
-        try:
-            os.link(temporary, path)
-            os.unlink(temporary)
-            return
-        except FileExistsError:
-            raise FileExistsError(errno.EEXIST, "exists (--force replaces it)", path) from None
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-        # A file system without hard links: take the name with an empty file, which is then ours to replace.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        try:
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(path)
-            raise
-    else:
-        os.replace(temporary, path)
-
-
-def _sync_directory(directory: str) -> None:
-    """Make the new name survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-# ---------------------------------------------------------------- bytes
-
-
 def _bytes(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))
-
-
-def _read(file: io.FileIO, offset: int, rest: memoryview) -> None:
-    file.seek(offset)
-    while rest:
-        count = file.readinto(rest)
-        if not count:
-            raise ValueError(_SHRUNK.format(file.name))
-        rest = rest[count:]
 
 
 def _write(file: io.FileIO, offset: int, rest: memoryview) -> None:
     file.seek(offset)
     while rest:
         rest = rest[file.write(rest) :]
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} bytes"

@@ -14,9 +14,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import gpusoftmax
-from gpusoftmax import _compile, _demo, _explain, _info, _normalize
+from gpusoftmax import _compile, _demo, _explain, _info, _normalize, _score
 
-COMMANDS = {"info": _info, "demo": _demo, "normalize": _normalize, "compile": _compile, "explain": _explain}
+COMMANDS = {
+    "info": _info,
+    "demo": _demo,
+    "normalize": _normalize,
+    "score": _score,
+    "compile": _compile,
+    "explain": _explain,
+}
 FAILED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import gpusoftmax
-from gpusoftmax import _info, _normalize, cli
+from gpusoftmax import _info, _normalize, _npy, cli
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 OPERATIONS = {"softmax": gpusoftmax.softmax, "log_softmax": gpusoftmax.log_softmax}
@@ -139,7 +139,7 @@ def test_shapes_without_rows_or_columns(shape, axis, capsys):
             return
         Path("in.npy").write_bytes(header(describe(shape)))
         assert normalize() == 0
-        assert _normalize.read_header(_normalize.open_input("out.npy")).shape == shape
+        assert _npy.read_header(_npy.open_input("out.npy")).shape == shape
         return
     array = logits(shape)
     np.save("in.npy", array)
