@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_output(arguments.output, [file, tokens_file], arguments.force)
         check_space(arguments.output, sum(array.nbytes for array in results.values()) + _ARCHIVE_BYTES)
         _score(arguments, file, source, tokens.reshape(-1), results, start)
-        shaped = {name: array.reshape(*tokens.shape, *array.shape[1:]) for name, array in results.items()}
+        shaped = {name: array.reshape((*tokens.shape, *array.shape[1:])) for name, array in results.items()}
         with new_file(arguments.output, arguments.force) as target:
             writer = io.BufferedWriter(target)
             np.savez(writer, **shaped)
