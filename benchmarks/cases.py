@@ -15,9 +15,21 @@ import numpy as np
 from tests import inputs, oracle, tolerances
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-OPS = ("softmax", "log_softmax", "logsumexp", "cross_entropy", "cross_entropy_with_grad", "softmax_backward")
+OPS = (
+    "softmax",
+    "log_softmax",
+    "logsumexp",
+    "cross_entropy",
+    "cross_entropy_with_grad",
+    "softmax_backward",
+    "token_logprobs",  # with entropies: what a scorer or a reinforcement learner needs
+    "token_logprobs_and_rank",
+    "top_logprobs",
+)
+TOP = 20
+"""Tokens of top_logprobs: the most that serving APIs give."""
 _BLOCK_SIZE = 2**18
-_FAR_OFF = {"float16": 2**-8, "bfloat16": 2**-5, "float32": 2**-14, "float64": 2**-40}
+_FAR_OFF = {"float16": 2**-8, "bfloat16": 2**-5, "float32": 2**-14, "float64": 2**-40, "int64": 0}
 """Beyond this error, as a part of the largest number in the answer, a provider computes something else."""
 
 
@@ -47,7 +59,7 @@ class Case(NamedTuple):
     def bytes_moved(self) -> int:
         """Every input read once, every result written once."""
         logits = self.n_rows * self.n_cols * self.numpy_dtype.itemsize
-        per_row = 8 * self.n_rows if self.op == "logsumexp" and self.dtype == "float64" else 4 * self.n_rows
+        per_row = (8 if self.dtype == "float64" else 4) * self.n_rows
         labels = 8 * self.n_rows
         return {
             "softmax": 2 * logits,
@@ -56,6 +68,9 @@ class Case(NamedTuple):
             "cross_entropy": logits + labels,
             "cross_entropy_with_grad": 2 * logits + labels,
             "softmax_backward": 3 * logits,
+            "token_logprobs": logits + labels + 2 * per_row,
+            "token_logprobs_and_rank": logits + 2 * labels + 2 * per_row,
+            "top_logprobs": logits + TOP * (per_row + labels),
         }[self.op]
 
     def __str__(self) -> str:
@@ -69,7 +84,7 @@ def _inputs(case: Case) -> dict[str, np.ndarray]:
     if case.op == "softmax_backward":
         probs = oracle.softmax(logits).astype(case.numpy_dtype)
         return {"probs": probs, "dprobs": inputs.make("spread", shape, case.numpy_dtype, seed=1)}
-    if case.op.startswith("cross_entropy"):
+    if case.op.startswith(("cross_entropy", "token_logprobs")):
         return {"logits": logits, "target": inputs.targets(*shape)}
     return {"logits": logits}
 
@@ -82,6 +97,11 @@ def _answer(case: Case) -> tuple[np.ndarray, ...]:
         return (oracle.cross_entropy(*blocks),)
     if case.op == "cross_entropy_with_grad":
         return oracle.cross_entropy(*blocks), oracle.cross_entropy_grad(*blocks, grad_scale=_share(case))
+    if case.op.startswith("token_logprobs"):
+        logprob, _, entropy, rank, _ = oracle.token_logprobs(*blocks)
+        return (logprob[:, 0], entropy, rank[:, 0])[: 3 if case.op.endswith("rank") else 2]
+    if case.op == "top_logprobs":  # not the tokens: libraries differ in which of equal ones comes first
+        return (-np.sort(-oracle.log_softmax(*blocks), axis=1)[:, :TOP],)
     return (getattr(oracle, case.op)(*blocks),)
 
 
@@ -114,9 +134,35 @@ def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.
             tolerances.check_loss,
             functools.partial(tolerances.check_dlogits, grad_scale=_share(case)),
         ),
+        "token_logprobs": (_check_logprob, _check_entropy),
+        "token_logprobs_and_rank": (_check_logprob, _check_entropy, _check_rank),
+        "top_logprobs": (_check_top,),
     }.get(case.op, (getattr(tolerances, f"check_{case.op}", None),))
     blocks = _blocks(case, result, to_numpy)
     return max(check(got, *arguments) for check, got in zip(2 * checks, blocks, strict=True))
+
+
+def _check_logprob(got: np.ndarray, logits: np.ndarray, target: np.ndarray) -> float:
+    return tolerances.check_loss(-got, logits, target, reduction="none")
+
+
+def _check_entropy(got: np.ndarray, logits: np.ndarray, target: np.ndarray) -> float:
+    return tolerances.check_entropy(got, logits)
+
+
+def _check_rank(got: np.ndarray, logits: np.ndarray, target: np.ndarray) -> float:
+    if not np.array_equal(got, oracle.token_logprobs(logits, target)[3][:, 0]):
+        raise AssertionError("rank: some are wrong")
+    return 0.0
+
+
+def _check_top(got: np.ndarray, logits: np.ndarray) -> float:
+    """They are losses of the tokens they belong to."""
+    tokens = np.argsort(-logits.astype(np.float64), axis=1, kind="stable")[:, :TOP]
+    checked = [
+        tolerances.check_loss(-got[:, j], logits, tokens[:, j], reduction="none") for j in range(tokens.shape[1])
+    ]
+    return max(checked)
 
 
 def _blocks(case: Case, result, to_numpy) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ import numpy as np
 
 import gpusoftmax
 from benchmarks.arrays import Arrays
+from benchmarks.cases import TOP
 
 OURS = "gpusoftmax"
 COPY = "copy"
@@ -47,7 +48,15 @@ def _ours() -> Calls:
             gpusoftmax.cross_entropy_with_grad, a.logits, a.target, out=a.result()
         ),
         "softmax_backward": lambda a: partial(gpusoftmax.softmax_backward, a.probs, a.dprobs, out=a.result()),
+        "token_logprobs": lambda a: partial(_our_scores, a.logits, a.target),
+        "token_logprobs_and_rank": lambda a: partial(_our_scores, a.logits, a.target, return_rank=True),
+        "top_logprobs": lambda a: lambda: gpusoftmax.top_logprobs(a.logits, TOP).logprob,
     }
+
+
+def _our_scores(logits, target, **options):
+    scores = gpusoftmax.token_logprobs(logits, target, return_entropy=True, **options)
+    return (scores.logprob, scores.entropy, scores.rank)[: 2 + len(options)]
 
 
 def _ours_new() -> Calls:
@@ -68,6 +77,31 @@ def _torch() -> Calls:
         "cross_entropy": lambda a: partial(torch.nn.functional.cross_entropy, a.logits, a.target),
         "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(torch.nn.functional.cross_entropy, a),
         "softmax_backward": softmax_backward,
+        **_torch_tokens(torch),
+    }
+
+
+def _torch_tokens(torch, compiled=lambda function: function) -> Calls:
+    """What people write: log-probabilities of the whole vocabulary first."""
+
+    def scores(logits, target):
+        log_probs = torch.log_softmax(logits.float(), -1)
+        return log_probs.gather(-1, target[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)
+
+    def scores_and_rank(logits, target):
+        log_probs = torch.log_softmax(logits.float(), -1)
+        logprob = log_probs.gather(-1, target[:, None])
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return logprob[:, 0], entropy, 1 + (log_probs > logprob).sum(-1)
+
+    def top(logits):
+        return torch.log_softmax(logits.float(), -1).topk(TOP)[0]
+
+    scores, scores_and_rank, top = compiled(scores), compiled(scores_and_rank), compiled(top)
+    return {
+        "token_logprobs": lambda a: partial(scores, a.logits, a.target),
+        "token_logprobs_and_rank": lambda a: partial(scores_and_rank, a.logits, a.target),
+        "top_logprobs": lambda a: partial(top, a.logits),
     }
 
 
@@ -97,6 +131,7 @@ def _torch_compile() -> Calls:
         "logsumexp": lambda a: partial(logsumexp, a.logits),
         "cross_entropy": lambda a: partial(cross_entropy, a.logits, a.target),
         "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(cross_entropy, a),
+        **_torch_tokens(torch, compiled),
     }
 
 
@@ -147,7 +182,23 @@ def _numpy() -> Calls:
         np.subtract(dprobs, dot, out=out)
         return np.multiply(out, probs, out=out)
 
+    def token_logprobs(logits, target, out):
+        log_softmax(logits, out)
+        logprob = out[np.arange(len(target)), target]
+        return logprob, -(np.exp(out) * out).sum(axis=-1)
+
+    def token_logprobs_and_rank(logits, target, out):
+        logprob, entropy = token_logprobs(logits, target, out)
+        return logprob, entropy, 1 + (out > logprob[:, None]).sum(axis=-1)
+
+    def top_logprobs(logits, out):
+        log_softmax(logits, out)
+        return -np.sort(-np.partition(out, -TOP, axis=-1)[:, -TOP:], axis=-1)
+
     return {
+        "token_logprobs": lambda a: partial(token_logprobs, a.logits, a.target, a.result()),
+        "token_logprobs_and_rank": lambda a: partial(token_logprobs_and_rank, a.logits, a.target, a.result()),
+        "top_logprobs": lambda a: partial(top_logprobs, a.logits, a.result()),
         "softmax": lambda a: partial(softmax, a.logits, a.result()),
         "log_softmax": lambda a: partial(log_softmax, a.logits, a.result()),
         "logsumexp": lambda a: partial(logsumexp, a.logits),

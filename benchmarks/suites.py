@@ -15,6 +15,8 @@ _FLOAT32_SOFTMAX = (
 )
 _SOME = ((4096, 1024), (256, 32768), (16, 262144), (1, 262144), (100_000, 10), (65536, 64))
 _LONG = ((1024, 8192), (256, 32768), (16, 262144))
+_SCORED = ((1024, 32768), (64, 151936))
+_TOKENS = ("token_logprobs", "token_logprobs_and_rank", "top_logprobs")
 
 VOCABULARIES = (1000, 4096, 8192, 32000, 50257, 128256, 151936, 262144, 1048576)
 DECODE_VOCABULARIES = (32000, 128256, 151936, 262144)
@@ -45,6 +47,9 @@ def cpu(quick: bool = False) -> list[Case]:
         *(Case("cross_entropy_with_grad", *shape, "float32") for shape in ((1024, 32768), (4096, 8192), (8192, 1000))),
         Case("cross_entropy_with_grad", 1024, 32768, "bfloat16"),
         *(Case("softmax_backward", *shape, "float32") for shape in ((4096, 1024), *_LONG)),
+        *(Case("logsumexp", *shape, "float32") for shape in _SCORED),
+        *(Case(op, *shape, "float32") for op in _TOKENS for shape in _SCORED),
+        *(Case(op, 64, 151936, "bfloat16") for op in _TOKENS),
     ]
 
 
@@ -69,6 +74,7 @@ def gpu(quick: bool = False) -> list[Case]:
             for n_cols in VOCABULARIES
         ),
         *_decode("log_softmax", "float32"),
+        *(_gibibyte(op, n_cols, "bfloat16") for op in _TOKENS for n_cols in (32000, 151936)),
         *(_gibibyte(op, n_cols, "float16") for op in ops for n_cols in VOCABULARIES),
     ]
 
