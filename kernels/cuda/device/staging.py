@@ -84,7 +84,7 @@ def _copy_vector(builder, address, place, condition=None):
             if condition is None:
                 volatile(builder, copy, "rl", place, global_address)
             else:  # a predicate, not a branch: copies that follow each other cost less
-                text = f"{{ .reg .pred copies; setp.ne.u32 copies, $2, 0; @copies {copy} }}"
+                text = f"{{\n.reg .pred %copies;\nsetp.ne.u32 %copies, $2, 0;\n@%copies {copy}\n}}"
                 volatile(builder, text, "rlr", place, global_address, builder.zext(condition, _I32))
         with plain, contextlib.ExitStack() as stack:
             if condition is not None:
