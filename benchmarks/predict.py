@@ -40,6 +40,8 @@ OTHERS = ("logsumexp", "softmax_backward", "log_softmax_backward")
 _REGIMES = ("short", "held", "cluster", "online")
 TYPICAL = (32000, 128256, 8192, 1000, 1048576)
 """Each regime is shown at the first of these lengths that gets it."""
+TYPICAL_LOGITS = 32000
+"""At least so many are looked at: what a row takes depends on its largest logits, a second look above all."""
 
 
 class Case(NamedTuple):
@@ -123,9 +125,12 @@ def record(case: Case) -> dict:
 
 
 def _emulated(case: Case, plan: Plan) -> tuple[Stats, int]:
-    """The rows of one block, or of one cluster, launched as all are; and how many rows that is."""
-    rows = plan.threads // plan.split.lanes if isinstance(plan.split, Short) else 1
-    few = dataclasses.replace(plan, rows=rows, blocks=plan.cluster)
+    """The rows of one block, of as many as have enough logits to be typical, or of one cluster, launched as all are;
+    and how many rows that is.
+    """
+    blocks = max(TYPICAL_LOGITS // case.n_cols, 1)
+    rows = plan.threads // plan.split.lanes if isinstance(plan.split, Short) else blocks
+    few = dataclasses.replace(plan, rows=rows, blocks=plan.cluster * (1 if isinstance(plan.split, Short) else blocks))
     logits = inputs.make("spread", (rows + 1, case.n_cols), case.numpy_dtype)[1:]  # as aligned as most rows are
     with (
         emulated_gpu(_ARCH, track=False, check_race=False) as gpu,

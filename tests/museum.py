@@ -601,7 +601,9 @@ MUTANTS = [
         errors.OutOfBounds,
         "16-byte access",
         _edit(
-            f"{GPU}.device.rows", "whole, end = int32(left >> bits),", "whole, end = int32((left + width - 1) >> bits),"
+            f"{GPU}.device.rows",
+            "begin, whole, end = int32(1 if first < 0 else 0), int32(left >> bits),",
+            "begin, whole, end = int32(1 if first < 0 else 0), int32((left + width - 1) >> bits),",
         ),
         ("softmax_backward_rows",),
     ),
@@ -1092,7 +1094,11 @@ MUTANTS = [
         _ptx("copy_rows", functools.partial(codegen.check_vectors, loads=True, stores=True)),
         AssertionError,
         "0 loads of 16 bytes",
-        _edit(f"{GPU}.device.rows", "    copy_vector,\n", "    copy_element as copy_vector,\n"),
+        _edit(
+            f"{GPU}.device.staging",
+            'copy = "cp.async.cg.shared.global [$0], [$1], 16;"',
+            'copy = "cp.async.ca.shared.global [$0], [$1], 8;"',
+        ),
         ("copy_rows",),
     ),
     Mutant(

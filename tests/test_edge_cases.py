@@ -115,6 +115,15 @@ def test_some_minus_infinity(target, dtype, n_cols):
     assert np.isfinite(results.log_probs[kept]).all()
 
 
+def test_masked_chunks_before_a_maximum_of_any_exponent(target):
+    """A chunk of nothing but -inf has an anchor too: it must not matter how far it is from that of its row."""
+    logits = np.full((256, 1025), -INF, np.float32)
+    logits[:, -1] = -np.arange(256) * np.log(2)
+    lse, probs = target.get((gpusoftmax.logsumexp(target.array(logits)), gpusoftmax.softmax(target.array(logits))))
+    assert (np.asarray(lse) == logits[:, -1]).all()
+    assert (np.asarray(probs)[:, -1] == 1).all() and (np.asarray(probs)[:, :-1] == 0).all()
+
+
 def test_masked_rows_of_every_structure(target):
     logits = inputs.make("masked", (11, 4200), np.float16)
     labels = inputs.targets_unmasked(logits)

@@ -59,7 +59,7 @@ def run(name, logits, arch="sm_90", **options):
         (1000, 524288, "float32", "sm_90", 2, "cluster"),
         (1000, 1048576, "bfloat16", "sm_90", 2, "cluster"),
         (1000, 1048576, "float32", "sm_90", 2, "online"),
-        (1000, 1048576, "float32", "sm_90", 1, "held"),
+        (5000, 1048576, "float32", "sm_90", 1, "held"),
         (1000, 50257, "float32", "sm_80", 2, "online"),
         (1000, 32000, "bfloat16", "sm_80", 2, "held"),
         (1, 32000, "bfloat16", "sm_90", 2, "cluster"),
@@ -69,6 +69,21 @@ def test_choice(n_rows, n_cols, dtype, arch, passes, regime):
     chosen = row_plan(n_rows, n_cols, (dtype,), "float32", arch, 132, passes)
     assert chosen.regime == regime
     assert chosen.held == (regime != "online")
+
+
+@pytest.mark.parametrize(("n_cols", "warps"), [(4096, 1), (5000, 2), (8192, 2), (32000, 8), (1 << 20, 8)])
+def test_a_warp_takes_8_kib_of_a_row_where_there_are_rows_for_all(n_cols, warps):
+    many = row_plan(1 << 20, n_cols, ("bfloat16",), "float32", "sm_90", 132, 1)
+    assert many.threads == 32 * warps and many.cluster == 1
+    few = row_plan(132, n_cols, ("bfloat16",), "float32", "sm_90", 132, 1)
+    assert few.threads * few.cluster >= min(256, 32 * tree_of(n_cols, "float32").n_chunks)
+
+
+def test_rows_are_shared_until_the_device_is_filled_often():
+    """The last blocks leave little of it idle: 512 rows would fill it twice, not quite."""
+    chosen = row_plan(512, 1 << 20, ("bfloat16",), "float32", "sm_90", 132, 1)
+    assert chosen.blocks >= 8 * 2 * 132
+    assert row_plan(4096, 1 << 20, ("bfloat16",), "float32", "sm_90", 132, 1).cluster == 1
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
@@ -164,8 +179,13 @@ WAYS = [(1, 8, 3), (1, 4, 1), (2, 3, 3), (8, 2, 2), (16, 1, 2), (4, 2, 1)]
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_regimes_agree(monkeypatch, name):
-    """One tree of chunks: whoever computes them, and whether they are held or read again."""
-    logits = inputs.make("spread", (2, 17 * 1024 + 77), "bfloat16", seed=2)
+    """One tree of chunks: whoever computes them, and whether they are held or read again.
+
+    The second and the third row are confident, the third with its maximum in two chunks: those are looked at again.
+    """
+    logits = inputs.make("spread", (3, 17 * 1024 + 77), "bfloat16", seed=2)
+    logits[1:, 5000] = 60
+    logits[2, 17 * 1024 + 5] = 60
     expected = None
     for cluster, warps, slots in WAYS:
         force(monkeypatch, cluster, warps, slots)
@@ -185,13 +205,29 @@ def test_schedule_of_a_cluster(monkeypatch, name):
     assert [part.tobytes() for part in results[0]] == [part.tobytes() for part in results[1]]
 
 
+def test_a_row_is_looked_at_again_where_it_is_confident(monkeypatch):
+    """Only the chunk that has the maximum, and only where its sum does not tell: it has left its slot, and is back for
+    the last pass.
+    """
+    logits = inputs.make("flat", (2, 8 * 1024), "float32", seed=1)
+    logits[1, 1500] = 40
+    force(monkeypatch, cluster=1, warps=2, slots=2)
+    results, _, reads, _ = run("log_softmax", logits)
+    again = np.arange(8 * 1024) // 1024
+    # Of the four pieces of a warp, two are read twice; the second row's second chunk once more, and what it displaced.
+    assert (reads[0] == np.where(again < 4, 2, 1)).all()
+    assert (reads[1] == np.select([again == 1, again == 5, again < 4], [3, 2, 2], 1)).all()
+    tolerances.check_log_softmax(results[0], logits)
+
+
 def test_chunks_of_several_pieces(monkeypatch):
     """Rows too long for a chunk per piece, made short by a smaller limit: sums as accurate, every logit counted."""
     monkeypatch.setattr(plan, "MAX_CHUNKS", 4)
     plan.tree_of.cache_clear()
     row_plan.cache_clear()
     try:
-        logits = inputs.make("spread", (2, 9 * 1024 + 3), "float32", seed=4)
+        logits = inputs.make("spread", (3, 9 * 1024 + 3), "float32", seed=4)
+        logits[2, 3333] = 60
         with emulated_gpu("sm_90", track=False) as gpu:
             lse = gpu.get(gpusoftmax.logsumexp(gpu.array(logits)))
             chosen = gpu.stats[-1].plan

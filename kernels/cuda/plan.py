@@ -26,10 +26,12 @@ from gpusoftmax.kernels.operands import STORAGE
 WARP_SIZE = 32
 GROUP = 8
 """So many of a lane's numbers are added in a balanced tree, and left out together where there are no columns."""
-STATE_NUMBERS = 5
-"""Numbers of a chunk that go through shared memory: max, ties, others and, for smoothed losses, distance and weight."""
+STATE_NUMBERS = 6
+"""Numbers of a chunk that go through shared memory, in pairs: max and total, ties and rest of a second look and, for
+smoothed losses, distance and weight.
+"""
 MAX_CHUNKS = 1024
-"""Beyond, chunks have several pieces: the states of a row take 20 KiB of shared memory at most (float64: 40)."""
+"""Beyond, chunks have several pieces: the states of a row take 24 KiB of shared memory at most (float64: 48)."""
 MAX_THREADS = 256
 SECTOR_BYTES = 32
 """What a multiprocessor gets from memory at the least."""
@@ -37,32 +39,41 @@ MIN_BLOCKS = 2
 """Blocks of MAX_THREADS that the registers must leave room for: one loads while the other computes. 128 registers are
 what the kernels take without spilling (kernels/README.md); float64 takes up to twice as many and runs alone.
 """
+WARP_BYTES = 8 * 1024
+"""Of a row, what a warp takes at least where there are rows for all warps: what it pays for a row (addresses, the state
+of the chunks, the logarithm) is as much as for two thousand logits.
+"""
+WAVES = 8
+"""So often a launch fills the device at least where its rows can be shared: what the last blocks leave idle, and what
+the first ones wait for, is an eighth of a block's time.
+"""
 MAX_BLOCKS = 2**31 - 1
 """The launch limit of the grid's first axis; further rows take further launches."""
-RING_BYTES = 64 * 1024
-"""Slots of a block that reads its rows once and need not keep them: two such blocks have 128 KiB under way, five times
+RING_BYTES = 66 * 1024
+"""Slots of a block that reads its rows once and need not keep them: two such blocks have 132 KiB under way, five times
 what 4.3 TB/s and 800 ns ask of each of 132 multiprocessors."""
 
 
 class Limits(NamedTuple):
     """Of an architecture (CUDA programming guide, compute capabilities): shared memory of a block and of a
-    multiprocessor in bytes, blocks of a cluster, threads of a multiprocessor.
+    multiprocessor in bytes, blocks of a cluster, threads and blocks of a multiprocessor.
     """
 
     block_bytes: int
     multiprocessor_bytes: int
     cluster: int
     threads: int
+    blocks: int
 
 
 LIMITS = {
-    75: Limits(65536, 65536, 1, 1024),
-    80: Limits(166912, 167936, 1, 2048),
-    86: Limits(101376, 102400, 1, 1536),
-    89: Limits(101376, 102400, 1, 1536),
-    90: Limits(232448, 233472, 16, 2048),
-    100: Limits(232448, 233472, 16, 2048),
-    120: Limits(101376, 102400, 8, 1536),
+    75: Limits(65536, 65536, 1, 1024, 16),
+    80: Limits(166912, 167936, 1, 2048, 32),
+    86: Limits(101376, 102400, 1, 1536, 16),
+    89: Limits(101376, 102400, 1, 1536, 24),
+    90: Limits(232448, 233472, 16, 2048, 32),
+    100: Limits(232448, 233472, 16, 2048, 32),
+    120: Limits(101376, 102400, 8, 1536, 24),
 }
 BLOCK_RESERVE = 1024
 """Shared memory that the system takes from each block."""
@@ -81,7 +92,7 @@ def blocks_per_multiprocessor(arch: str, threads: int, registers: int, shared_by
     warp_registers = _ratio(registers * WARP_SIZE, 256) * 256  # allocated by the 256
     by_registers = 65536 // warp_registers // warps
     by_shared_memory = limits.multiprocessor_bytes // (shared_bytes + BLOCK_RESERVE)
-    return min(by_registers, by_shared_memory, limits.threads // threads)
+    return min(by_registers, by_shared_memory, limits.threads // threads, limits.blocks)
 
 
 # ---------------------------------------------------------------- what decides the bits
@@ -125,6 +136,7 @@ class Short(NamedTuple):
     """A kernel's view of a plan: rows of one piece."""
 
     lanes: int
+    lane_bits: int  # log2 of the lanes
     slot_bytes: int
 
 
@@ -226,13 +238,13 @@ def row_plan(
         if plan is not None:
             return plan
     if tree.n_chunks == 1:
-        return _short(n_rows, tree, slot_bytes, len(formats), limits, multiprocessors)
-    return _long(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
+        return _short(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors)
+    return _long(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
 
 
-def _short(n_rows, tree, slot_bytes, n_sources, limits, multiprocessors):
+def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors):
     threads = MAX_THREADS
-    part_bytes = n_sources * slot_bytes
+    part_bytes = n_sources * slot_bytes + STATE_NUMBERS * _number_bytes(compute)
 
     def too_large():
         parts = threads // tree.lanes
@@ -248,22 +260,26 @@ def _short(n_rows, tree, slot_bytes, n_sources, limits, multiprocessors):
         blocks=min(_ratio(n_rows, parts), MAX_BLOCKS),
         chunk_cols=tree.chunk_cols,
         rows=min(n_rows, MAX_BLOCKS * parts),
-        shared_bytes=parts * part_bytes,
-        split=Short(tree.lanes, slot_bytes),
+        shared_bytes=_rounded(parts * part_bytes),
+        split=Short(tree.lanes, tree.lanes.bit_length() - 1, slot_bytes),
     )
 
 
-def _long(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
+def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
     pieces = tree.chunk_cols // tree.piece_cols
-    number_bytes = 8 if compute == "float64" else 4
-    first_slot = _rounded(tree.n_chunks * STATE_NUMBERS * number_bytes)
+    number_bytes = _number_bytes(compute)
+    first_slot = _rounded((tree.n_chunks + 1) * STATE_NUMBERS * number_bytes)  # one for the row
     slot_bytes_of_all = n_sources * slot_bytes
     most_warps = min(MAX_THREADS // WARP_SIZE, (limits.block_bytes - first_slot) // slot_bytes_of_all)
     shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
 
+    least = min(max(WARP_BYTES // (n_sources * tree.chunk_cols * itemsize), 1), tree.n_chunks)
+    if n_rows * _ratio(tree.n_chunks, least) < multiprocessors * MIN_BLOCKS * MAX_THREADS // WARP_SIZE:
+        least = 1  # warps would go without
+
     def turns(cluster):
         """Chunks of the busiest warp; as few warps as that takes are used."""
-        return _ratio(tree.n_chunks, cluster * most_warps)
+        return _ratio(tree.n_chunks, cluster * min(most_warps, _ratio(tree.n_chunks, cluster * least)))
 
     def warps(cluster):
         return _ratio(tree.n_chunks, cluster * turns(cluster))
@@ -284,6 +300,9 @@ def _long(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors,
     cluster = fits[0] if fits else clusters[-1]
     # Few rows: more blocks for each, down to two chunks for each warp.
     while cluster * 2 in clusters and n_rows * cluster * 2 <= multiprocessors and turns(cluster) > 2:
+        cluster *= 2
+    most = tree.n_chunks // (most_warps * max(least, 2))  # blocks that have work for all their warps
+    while cluster * 2 in clusters and cluster * 2 <= most and n_rows * cluster < WAVES * MIN_BLOCKS * multiprocessors:
         cluster *= 2
     needed = turns(cluster) * pieces
     if passes == 1:
@@ -310,7 +329,7 @@ def _long(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors,
 def _columns(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
     """None if it would not pay, or if the states of the chunks do not fit."""
     pieces = tree.n_chunks * (tree.chunk_cols // tree.piece_cols)
-    number_bytes = 8 if compute == "float64" else 4
+    number_bytes = _number_bytes(compute)
     states = tree.n_chunks * STATE_NUMBERS * number_bytes if tree.n_chunks > 1 else 0
     wanted = pieces if passes == 2 else min(pieces, 2)
     shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
@@ -358,6 +377,10 @@ def _columns(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, mul
             first_slot=first_slot(rows),
         ),
     )
+
+
+def _number_bytes(compute: str) -> int:
+    return 8 if compute == "float64" else 4
 
 
 def _ratio(a: int, b: int) -> int:

@@ -19,9 +19,10 @@ from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.memory import advance, element_size, granule_numbers, number_size, store
+from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_numbers, put, put_numbers
 from gpusoftmax.kernels.cuda.device.split import (
     is_columns,
-    quotient,
+    own_part,
     shifted_down,
     shifted_up,
     split_chunks,
@@ -29,28 +30,13 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
     split_row_bits,
 )
-from gpusoftmax.kernels.cuda.device.staging import (
-    copy_columns,
-    get,
-    get_numbers,
-    hidden,
-    pad_element,
-    put,
-    put_numbers,
-    staged,
-)
+from gpusoftmax.kernels.cuda.device.staging import copy_columns, hidden, pad_element, staged
 from gpusoftmax.kernels.cuda.plan import ENTRY_BYTES, GROUP, STATE_NUMBERS
 
 N_COLS, SOURCES, TARGET, NUMBERS = 0, 8, 24, 32  # where the parts of an entry begin, in bytes
 
 
 # ---------------------------------------------------------------- who
-
-
-@device
-def own_part(split):
-    """The number of this thread's own row among those of the block."""
-    return quotient(cuda.threadIdx.x, split_lanes(split))
 
 
 @device

@@ -31,38 +31,40 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 from gpusoftmax.kernels.cuda.device.memory import (
     block_numbers,
     element_size,
+    granule_numbers,
     is_null,
     load,
     load_label,
     piece_numbers,
     store,
 )
+from gpusoftmax.kernels.cuda.device.piece_state import (
+    gap_params,
+    halved,
+    is_near,
+    of_cheap,
+    piece_state,
+    read_logits,
+    second_look,
+)
 from gpusoftmax.kernels.cuda.device.reduce import (
     block_sum_pair,
     first_of_block,
-    publish,
+    publish_pair,
     warp_sum,
     warp_sum_pair,
 )
 from gpusoftmax.kernels.cuda.device.row_state import (
     above_anchor,
-    gap_params,
-    halved,
-    is_near,
     joined,
-    joined_states,
-    loss_piece_state,
-    loss_state,
-    of_cheap,
+    loss_numbers_with,
+    publish_second_look,
     publish_state,
-    read_logits,
-    relative,
     state_place,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
-    exchange_states,
     meet,
     open_row,
     own_row,
@@ -74,8 +76,9 @@ from gpusoftmax.kernels.cuda.device.rows import (
     team_of,
     wait_for_piece,
 )
+from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair
 from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes, split_piece_bits
-from gpusoftmax.kernels.cuda.device.staging import get, staged
+from gpusoftmax.kernels.cuda.device.staging import staged
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 from gpusoftmax.kernels.operands import NO_BAD_LABEL
@@ -90,6 +93,17 @@ def label_of(labels, row, rows):
 def number_at(numbers, index, default):
     """numbers[index], or the default where the caller gave no numbers."""
     return default if is_null(numbers) else load(numbers, index, default)
+
+
+@device
+def finish(state, params):
+    """Half the maximum, log-sum-exp relative to it, and what turns exponentials into probabilities."""
+    log, log_low = log_sum(state)
+    row_max = mul(state[0], number(log, 2.0))
+    return state[0], log, log_low, div(inverse_sum(state), above_anchor(row_max, anchor(row_max, params[2]), params))
+
+
+loss_numbers, finished_row = loss_numbers_with(finish)
 
 
 # ---------------------------------------------------------------- smoothing
@@ -131,20 +145,19 @@ def merged_distances(row_max, factor, team, split):
     total, low = number(factor, 0.0), number(factor, 0.0)
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
         part_max = get(state_place(0, chunk, split, factor), factor)
-        distances = get(state_place(3, chunk, split, factor), factor)
-        weights = get(state_place(4, chunk, split, factor), factor)
+        distances, weights = get_pair(state_place(4, chunk, split, factor), factor)
         total, low = add_pair(total, low, distances, number(factor, 0.0))
         total, low = add_pair(total, low, moved(weights, part_max, row_max, factor), number(factor, 0.0))
     return warp_sum_pair(total, low)
 
 
 @device
-def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
-    """The state of the row, as loss_state has it, and sum_c factor w_c (max - x_c)."""
+def smoothed_numbers(source, weight, factor, n_cols, row, team, split, params):
+    """The numbers of the row, as loss_numbers has them, and sum_c factor w_c (max - x_c)."""
     zero, least = number(factor, 0.0), number(factor, -math.inf)
     params = of_cheap(params)
-    held = piece_numbers(factor)
-    state = (least, zero, zero)
+    held, sums = piece_numbers(factor), granule_numbers(factor)
+    state = (least, zero, zero, zero)
     distances, weights = zero, zero
     last_piece = int32((1 << split_piece_bits(split)) - 1)
     announce(split)
@@ -154,7 +167,11 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
     while k < team.n_pieces:
         wait_for_piece(k, team, split)
         piece = read_logits(held, source, k, n_cols, row, team, split, params)
-        current = loss_piece_state(held, piece, split, params)
+        largest, total = piece_state(held, sums, piece, split, params)
+        ties, rest = zero, zero
+        if not is_long(split):
+            ties, rest = second_look(held, sums, largest, total, piece, split, params)
+        current = largest, total, ties, rest
         at = slot_of(k, team, split, 1)
         current_distances, current_weights = smoothing_piece(
             source, at, piece, current[0], weight, factor, row, team, split, params
@@ -169,16 +186,16 @@ def smoothed_state(source, weight, factor, n_cols, row, team, split, params):
             state, distances, weights = merged, add(distances, current_distances), add(weights, current_weights)
         if not is_one_chunk(split) and k & last_piece == last_piece:
             publish_state(k, state, team, split)
-            chunk = chunk_of(k, team, split)
-            publish(state_place(3, chunk, split, factor), distances, team, split)
-            publish(state_place(4, chunk, split, factor), weights, team, split)
+            if not is_long(split):
+                publish_second_look(k, state, team, split)
+            place = state_place(4, chunk_of(k, team, split), split, factor)
+            publish_pair(place, distances, weights, team, split)
         k = int32(k + 1)
+    numbers = finished_row(state, source, n_cols, row, team, split, params)
     if is_one_chunk(split):
-        return relative(state, params), distances
-    exchange_states(split)
-    state = joined_states(team, split, params)
-    distances, low = merged_distances(state[0], factor, team, split)
-    return relative(state, params), add(distances, low)
+        return numbers, distances
+    distances, low = merged_distances(mul(numbers[0], number(factor, 2.0)), factor, team, split)
+    return numbers, add(distances, low)
 
 
 # ---------------------------------------------------------------- the loss
@@ -246,17 +263,17 @@ def losses_with(smoothed):
             w_label = number_at(weight, label, one)
             if writes_loss:  # now: the gradient may be written over the logits
                 x_label = transform(load(source.pointer, label * source.stride, scale), label, row, params)
-        # 1. the state of the row and, for smoothing, d = eps/V sum_c w_c (max - x_c)
+        # 1. the sums of the row and, for smoothing, d = eps/V sum_c w_c (max - x_c)
         if smoothed:
             factor = mul(share, scale)
-            state, d = smoothed_state(source, weight, factor, n_cols, row, team, split, params)
+            found, d = smoothed_numbers(source, weight, factor, n_cols, row, team, split, params)
         else:
-            state, d = loss_state(source, n_cols, row, team, split, params), zero
+            found, d = loss_numbers(source, n_cols, row, team, split, params), zero
+        half, log, log_low, inverse = found
         total_weight = number_at(weight_sum, 0, number(scale, rows.n_cols))
         confident = mul(confidence, w_label)
         if counts and writes_loss:
-            log, log_low = log_sum(state)
-            loss = mul(confident, negative_log_probability(x_label, state[0], log, scale))
+            loss = mul(confident, negative_log_probability(x_label, half, log, scale))
             if smoothed:
                 loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), d))
             store(row_of(losses, row, rows).pointer, 0, loss)
@@ -265,10 +282,9 @@ def losses_with(smoothed):
             upstream = div(grad_scale, number_at(normaliser, 0, one))
             on_label = mul(upstream, confident)
             per_weight = mul(upstream, share)
-            on_probs = mul(inverse_sum(state), fma(per_weight, total_weight, on_label))
-            row_max = mul(state[0], number(scale, 2.0))
+            on_probs = mul(inverse, fma(per_weight, total_weight, on_label))
+            row_max = mul(half, number(scale, 2.0))
             exponent = anchor(row_max, params[2])
-            on_probs = div(on_probs, above_anchor(row_max, exponent, of_cheap(params)))
             lowest = lowest_of(exponent, params[2])
             numbers = row, label, halved(row_max), exponent, lowest, on_probs, on_label, per_weight, weight, params
             write_gradients(target, (source,), n_cols, team, split, numbers, scale)

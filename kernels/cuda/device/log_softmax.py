@@ -3,7 +3,8 @@
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import fma, log_sum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import cheap_exp, negative_log_probability
-from gpusoftmax.kernels.cuda.device.row_state import gap_params, loss_state
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import transform
@@ -18,6 +19,14 @@ def log_probabilities(values, others, col, width, numbers):
         values[k] = mul(negative_log_probability(x, row_max, log, params[0]), number(params[0], -1.0))
 
 
+@device
+def finish(state, params):
+    """Half the maximum, and log-sum-exp relative to it."""
+    log, log_low = log_sum(state)
+    return state[0], log, log_low, number(log, 0.0)
+
+
+log_softmax_numbers, _ = loss_numbers_with(finish)
 write_log_probs = row_writer(log_probabilities)
 
 
@@ -28,10 +37,9 @@ def log_softmax_rows(rows, split, start, logits, log_probs, scale, scale_low):
     n_cols = rows.n_cols if row < rows.n_rows else 0
     source = row_of(logits, row, rows)
     # 1. the first pass: maximum and sum
-    state = loss_state(source, n_cols, row, team, split, params)
-    log, _ = log_sum(state)
+    row_max, log, _, _ = log_softmax_numbers(source, n_cols, row, team, split, params)
     # 2. the last pass
-    numbers = row, state[0], log, params
+    numbers = row, row_max, log, params
     write_log_probs(row_of(log_probs, row, rows), (source,), n_cols, team, split, numbers, scale)
 
 

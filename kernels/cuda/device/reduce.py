@@ -10,29 +10,32 @@ Every block_* function ends with all threads holding the result and with `scratc
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
+from gpusoftmax.kernels.cuda.device.shared_numbers import put, put_in_block, put_pair, put_pair_in_block
 from gpusoftmax.kernels.cuda.device.split import split_cluster
-from gpusoftmax.kernels.cuda.device.staging import put, put_in_block
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 FULL_WARP = 0xFFFFFFFF
 
 
-@device
-def warp_max(value, lanes):
-    """The largest value of `lanes` neighbouring lanes; NaN loses against any number."""
-    for offset in (16, 8, 4, 2, 1):
-        if offset < lanes:
-            value = maximum(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
-    return value
+def butterfly_with(combine):
+    """A device function that combines the values of `lanes` neighbouring lanes."""
+
+    @device
+    def butterfly(value, lanes):
+        if lanes == WARP_SIZE:  # apart, with nothing to ask at each step: the usual case of short rows
+            for offset in (16, 8, 4, 2, 1):
+                value = combine(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+        else:
+            for offset in (8, 4, 2, 1):
+                if offset < lanes:
+                    value = combine(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
+        return value
+
+    return butterfly
 
 
-@device
-def warp_sum(value, lanes):
-    """The sum over `lanes` neighbouring lanes."""
-    for offset in (16, 8, 4, 2, 1):
-        if offset < lanes:
-            value = add(value, cuda.shfl_xor_sync(FULL_WARP, value, offset))
-    return value
+warp_max = butterfly_with(maximum)  # NaN loses against any number
+warp_sum = butterfly_with(add)
 
 
 @device
@@ -59,6 +62,22 @@ def publish(at, value, team, split):
             put_in_block(at, team.lane, value)
     elif team.lane == 0:
         put(at, value)
+
+
+@device
+def publish_pair(at, first, second, team, split):
+    """As `publish`, of two numbers side by side."""
+    if split_cluster(split) > 1:
+        if team.lane < split_cluster(split):
+            put_pair_in_block(at, team.lane, first, second)
+    elif team.lane == 0:
+        put_pair(at, first, second)
+
+
+@device
+def leads_block():
+    """Whether this is the warp that does what one warp of a block is enough for."""
+    return cuda.threadIdx.x < WARP_SIZE
 
 
 @device

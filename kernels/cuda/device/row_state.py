@@ -2,26 +2,27 @@
 
     piece     a lane's columns, then a butterfly over the lanes: the maximum first, so that nothing is rescaled
     chunk     a warp's pieces, joined in order; nearly always one
-    row       the states of all chunks, brought to the maximum of the row and added up in a fixed tree: each lane of
-              every warp those of its chunks, by their numbers, then a butterfly. Whoever has computed a chunk, the
-              sums are the same.
+    row       the states of all chunks, brought to the maximum of the row and added up in a fixed tree: each lane of a
+              warp those of its chunks, by their numbers, then a butterfly. One warp of a block does it and tells the
+              others. Whoever has computed a chunk, the sums are the same.
 
-A state is (max, ties, others): `others` is the sum of the exponentials, relative to the anchor of the maximum
-(exponential.py), over all columns but those that `ties` counts, which equal the maximum. softmax needs no ties: it
-counts 0 and adds all. Anchors that are powers of two differ by one too, so that nothing is rounded when a chunk joins
-its row.
+A state is (max, total): `total` is the sum of the exponentials, relative to the anchor of the maximum
+(exponential.py). Anchors that are powers of two differ by one too, so that nothing is rounded when a chunk joins its
+row.
 
-A loss is log1p((ties - 1) + others / exp(max)). A piece's sum S holds one maximum, E, at least, and S - E is what its
-ties and the others add. Where S is 1.5 E or more, that has at most three times the relative error of S. Where it is
-less, the sum is taken again without the maximum, which keeps the loss of a confident row exact. NaN and infinities take
-that way too.
+A loss is log1p((ties - 1) + others / exp(max)), where `ties` columns equal the maximum and `others` is the sum over the
+rest. A row's sum S holds one maximum, E, at least, and S - E is what its ties and the others add. Where S is 1.5 E or
+more, that has at most three times the relative error of S. Where it is less, the chunks that have the maximum of the
+row are summed again without it, which keeps the loss of a confident row exact. NaN and infinities take that way too. A
+row of one chunk does so while it has the chunk in registers; a longer one finds out when its chunks have met, and
+looks again at one of them as a rule.
 """
 
 import math
 
-from numpy import int32
+from numpy import int32, int64
 
-from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
     div,
@@ -31,207 +32,65 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     number,
     power_of_two_ratio,
     reference,
-    sub,
-    tie,
 )
 from gpusoftmax.kernels.cuda.device.columns import own_states
 from gpusoftmax.kernels.cuda.device.exponential import (
     accurate_exp_from,
     anchor,
-    cheap_exp_from,
-    cheap_exp_gap,
-    low_of_cheap,
     lowest_of,
-    scale_in_base_2,
-    unless_equal,
 )
-from gpusoftmax.kernels.cuda.device.memory import n_values, number_size, piece_numbers
-from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish, warp_max, warp_sum
+from gpusoftmax.kernels.cuda.device.memory import granule_numbers, number_size, piece_numbers
+from gpusoftmax.kernels.cuda.device.piece_state import (
+    halved,
+    is_near,
+    is_settled,
+    of_cheap,
+    piece_state,
+    read_logits,
+    second_look,
+    settled,
+)
+from gpusoftmax.kernels.cuda.device.reduce import leads_block, publish_pair, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
-    col_of,
     exchange_states,
-    has_columns,
+    fetch_again,
     meet,
     open_row,
-    piece_of,
-    read_piece,
-    slot_of,
+    put_back,
     stage_next,
     wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.split import is_one_chunk, split_chunks, split_lanes, split_piece_bits
-from gpusoftmax.kernels.cuda.device.staging import get
-from gpusoftmax.kernels.cuda.device.transform import transform
-from gpusoftmax.kernels.cuda.plan import GROUP, STATE_NUMBERS, WARP_SIZE
-
-
-@device
-def gap_params(scale, scale_low):
-    """What an exponential of a gap needs to know besides the logit and the maximum."""
-    c, c_low = scale_in_base_2(scale, scale_low)
-    return scale, scale_low, c, c_low
-
-
-@device
-def read_logits(held, source, k, n_cols, row, team, split, params):
-    """held = piece k through `transform`; padding never becomes a maximum and adds nothing to a sum."""
-    piece = piece_of(k, n_cols, team, split, params[0])
-    read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
-    for j in range(n_values(params[0])):
-        held[j] = transform(held[j], piece.first + col_of(j, team, split, source), row, params)
-    return piece
-
-
-@device
-def group_sum(values, first):
-    """The sum of GROUP values as a balanced tree."""
-    low = add(add(values[first], values[first + 1]), add(values[first + 2], values[first + 3]))
-    return add(low, add(add(values[first + 4], values[first + 5]), add(values[first + 6], values[first + 7])))
-
-
-@device
-def piece_max(held, piece, split, params):
-    largest = number(params[0], -math.inf)
-    for group in range(0, n_values(params[0]), GROUP):
-        if has_columns(group, piece, split):
-            for k in range(group, group + GROUP):
-                largest = maximum(largest, held[k])
-    return warp_max(largest, split_lanes(split))
-
-
-def piece_sum_with(with_maximum=True, lift=0):
-    """A device function that sums the exponentials of a piece, or of what is less than its maximum. With a lift it is
-    2^lift times as much, so that terms far below the maximum are not lost.
-    """
-
-    @device
-    def piece_sum(held, largest, exponent, piece, split, params):
-        scale, scale_low, c, c_low = params
-        values = piece_numbers(scale)
-        total = number(scale, 0.0)
-        if is_near(exponent):
-            lifted = sub(exponent, number(scale, lift)) if lift else exponent
-            lowest = lowest_of(lifted, c)
-            for group in range(0, n_values(scale), GROUP):
-                if has_columns(group, piece, split):
-                    for k in range(group, group + GROUP):
-                        values[k] = cheap_exp_from(held[k], lifted, lowest, c, c_low)
-                        if not with_maximum:
-                            values[k] = unless_equal(values[k], held[k], largest)
-                    total = add(total, group_sum(values, group))
-        else:
-            half = halved(largest)
-            for group in range(0, n_values(scale), GROUP):
-                if has_columns(group, piece, split):
-                    for k in range(group, group + GROUP):
-                        if lift:
-                            values[k] = lifted_exp_gap(held[k], half, scale, scale_low, lift)
-                        else:
-                            values[k] = cheap_exp_gap(held[k], half, scale, scale_low, c, c_low)
-                        if not with_maximum:
-                            values[k] = unless_equal(values[k], held[k], largest)
-                    total = add(total, group_sum(values, group))
-        return warp_sum(total, split_lanes(split))
-
-    return piece_sum
-
-
-LIFT = 64
-piece_sum = piece_sum_with()
-piece_rest = piece_sum_with(with_maximum=False)
-lifted_rest = piece_sum_with(with_maximum=False, lift=LIFT)
-
-
-@device
-def lifted_exp_gap(x, half, scale, scale_low, lift):
-    """2^lift exp((x - max) scale), gradual underflow included."""
-    return mul(exp_gap(mul(x, number(scale, 0.5)), half, scale, scale_low), number(scale, 2.0**lift))
-
-
-@device
-def of_cheap(params):
-    """The parameters for sums, which are those of cheap exponentials."""
-    scale, scale_low, c, c_low = params
-    return scale, scale_low, c, low_of_cheap(c_low)
-
-
-@device
-def is_near(exponent):
-    return exponent < number(exponent, math.inf)
-
-
-@device
-def halved(largest):
-    return mul(reference(largest), number(largest, 0.5))
-
-
-@device
-def softmax_piece_state(held, piece, split, params):
-    largest = piece_max(held, piece, split, params)
-    total = piece_sum(held, largest, anchor(largest, params[2]), piece, split, params)
-    return largest, number(total, 0.0), total
-
-
-@device
-def ties_of(held, largest, piece, split):
-    total = number(largest, 0.0)
-    for group in range(0, n_values(largest), GROUP):
-        if has_columns(group, piece, split):
-            for k in range(group, group + GROUP):
-                total = add(total, tie(held[k], largest))
-    return warp_sum(total, split_lanes(split))
-
-
-@device
-def at_maximum(largest, exponent, params):
-    """What the maximum itself adds to piece_sum: the same bits."""
-    scale, scale_low, c, c_low = params
-    if not is_near(exponent):
-        return number(scale, 1.0)
-    return cheap_exp_from(reference(largest), exponent, lowest_of(exponent, c), c, c_low)
-
-
-@device
-def loss_piece_state(held, piece, split, params):
-    scale = params[0]
-    zero, least = number(scale, 0.0), number(scale, -math.inf)
-    largest = piece_max(held, piece, split, params)
-    exponent = anchor(largest, params[2])
-    total = piece_sum(held, largest, exponent, piece, split, params)
-    own = at_maximum(largest, exponent, params)
-    ties, others = number(scale, 1.0), sub(total, own)
-    confident = not total >= mul(own, number(scale, 1.5))
-    if any_lane(confident):  # the others of the warp keep what they have
-        exact_ties = ties_of(held, largest, piece, split)
-        rest = piece_rest(held, largest, exponent, piece, split, params)
-        tiny = rest < number(scale, 2.0**-60)
-        if any_lane(tiny):  # terms that were flushed to 0 may add up to a number that would not be
-            lifted = mul(lifted_rest(held, largest, exponent, piece, split, params), number(scale, 2.0**-LIFT))
-            if tiny:
-                rest = lifted
-        if confident:
-            ties, others = exact_ties, rest
-            if largest == least:
-                ties = zero
-    return largest, ties, others
-
-
-# ---------------------------------------------------------------- all chunks of a row
+from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair, put_pair
+from gpusoftmax.kernels.cuda.device.split import (
+    is_columns,
+    is_long,
+    is_one_chunk,
+    is_short,
+    n_parts,
+    own_part,
+    split_chunks,
+    split_piece_bits,
+)
+from gpusoftmax.kernels.cuda.device.staging import hidden
+from gpusoftmax.kernels.cuda.plan import STATE_NUMBERS, WARP_SIZE
 
 
 @device
 def state_place(number_of_state, chunk, split, like):
-    """Where a number of a chunk's state lies in shared memory."""
+    """Where a number of a chunk's state lies in shared memory. Behind the last chunk's there is one for the row."""
     return own_states(split, like) + (chunk * STATE_NUMBERS + number_of_state) * number_size(like)
 
 
 @device
 def publish_state(k, state, team, split):
-    chunk = chunk_of(k, team, split)
-    for i in range(3):
-        publish(state_place(i, chunk, split, state[i]), state[i], team, split)
+    publish_pair(state_place(0, chunk_of(k, team, split), split, state[0]), state[0], state[1], team, split)
+
+
+@device
+def publish_second_look(k, state, team, split):
+    publish_pair(state_place(2, chunk_of(k, team, split), split, state[0]), state[2], state[3], team, split)
 
 
 @device
@@ -257,23 +116,31 @@ def above_anchor(largest, exponent, params):
 
 
 @device
-def as_part(state, row_max, params):
-    """(ties, others) of a state as part of a row: its ties join the others where the row has a larger maximum."""
-    largest, ties, others = state
-    if largest == row_max:
-        return ties, others
-    if ties > number(ties, 0.0):
-        others = add(others, mul(ties, above_anchor(largest, anchor(largest, params[2]), params)))
-    return number(ties, 0.0), mul(others, ratio(largest, row_max, params))
+def as_part(part_max, total, row_max, params):
+    """The sum of a part, relative to the anchor of its row."""
+    # -inf: the sum is 0, or NaN, and its anchor may be any distance from that of the row.
+    if part_max == row_max or part_max == number(total, -math.inf):
+        return total
+    return mul(total, ratio(part_max, row_max, params))
 
 
 @device
 def joined(one, two, params):
-    """The state of two parts of a row."""
+    """(max, total, ties, rest) of two parts of a row."""
     largest = maximum(one[0], two[0])
-    ties, others = as_part(one, largest, params)
-    more_ties, more_others = as_part(two, largest, params)
-    return largest, add(ties, more_ties), add(others, more_others)
+    ties, rest = second_look_as_part(one, largest, params)
+    more_ties, more_rest = second_look_as_part(two, largest, params)
+    total = add(as_part(one[0], one[1], largest, params), as_part(two[0], two[1], largest, params))
+    return largest, total, add(ties, more_ties), add(rest, more_rest)
+
+
+@device
+def second_look_as_part(state, row_max, params):
+    """(ties, rest) of a part of a row: all of it is rest where the row has a larger maximum."""
+    largest, total, ties, rest = state
+    if largest == row_max:
+        return ties, rest
+    return number(total, 0.0), as_part(largest, total, row_max, params)
 
 
 @device
@@ -283,42 +150,67 @@ def saved_max(chunk, split, like):
 
 
 @device
-def saved_part(chunk, row_max, split, params):
-    """(ties, others) of a chunk as part of its row; 0 where there is no such chunk."""
-    zero = number(row_max, 0.0)
+def saved_total(chunk, row_max, split, params):
+    """The sum of a chunk as part of its row; 0 where there is no such chunk."""
     if chunk >= split_chunks(split):
-        return zero, zero
-    state = get(state_place(0, chunk, split, zero), zero), get(state_place(1, chunk, split, zero), zero)
-    return as_part((state[0], state[1], get(state_place(2, chunk, split, zero), zero)), row_max, params)
+        return number(row_max, 0.0)
+    largest, total = get_pair(state_place(0, chunk, split, row_max), row_max)
+    return as_part(largest, total, row_max, params)
 
 
 @device
-def joined_states(team, split, params):
-    """The state of the row from those of its chunks, which lie in shared memory; the same for all threads."""
+def saved_second_look(chunk, row_max, split, params):
+    """(ties, rest) of a chunk as part of its row; 0 where there is no such chunk."""
+    zero = number(row_max, 0.0)
+    if chunk >= split_chunks(split):
+        return zero, zero
+    largest, total = get_pair(state_place(0, chunk, split, row_max), row_max)
+    ties, rest = zero, zero
+    if largest == row_max:  # the others were not looked at
+        ties, rest = get_pair(state_place(2, chunk, split, row_max), row_max)
+    return second_look_as_part((largest, total, ties, rest), row_max, params)
+
+
+@device
+def row_sums(team, split, params):
+    """(max, total) of the row from the states of its chunks, which lie in shared memory."""
     many = split_chunks(split) > WARP_SIZE  # as a rule there are not, and the loops are passed by
     row_max, chunk = saved_max(team.lane, split, params[0]), int32(team.lane + WARP_SIZE)
     while many and chunk < split_chunks(split):
         row_max = maximum(row_max, saved_max(chunk, split, params[0]))
         chunk = int32(chunk + WARP_SIZE)
     row_max = warp_max(row_max, WARP_SIZE)
-    ties, others = saved_part(team.lane, row_max, split, params)
+    total = saved_total(team.lane, row_max, split, params)
     chunk = int32(team.lane + WARP_SIZE)
     while many and chunk < split_chunks(split):
-        more_ties, more_others = saved_part(chunk, row_max, split, params)
-        ties, others = add(ties, more_ties), add(others, more_others)
+        total = add(total, saved_total(chunk, row_max, split, params))
         chunk = int32(chunk + WARP_SIZE)
-    return row_max, warp_sum(ties, WARP_SIZE), warp_sum(others, WARP_SIZE)
+    return row_max, warp_sum(total, WARP_SIZE)
 
 
-def row_state_with(piece_state):
-    """A device function for the first pass over a row of logits, given what computes the state of a piece."""
+@device
+def row_second_look(row_max, team, split, params):
+    """(ties, rest) of the row, where all its chunks that have the maximum were looked at again."""
+    ties, rest = number(row_max, 0.0), number(row_max, 0.0)
+    chunk, step = team.lane, hidden(int32(WARP_SIZE))
+    while chunk < split_chunks(split):
+        more_ties, more_rest = saved_second_look(chunk, row_max, split, params)
+        ties, rest = add(ties, more_ties), add(rest, more_rest)
+        chunk = int32(chunk + step)
+    return warp_sum(ties, WARP_SIZE), warp_sum(rest, WARP_SIZE)
+
+
+def first_pass_with(second_looks):
+    """A device function that publishes the states of all chunks of a row; the state of the one chunk is its result.
+
+    With second looks, rows that are not known to be confident until their chunks have met have theirs later.
+    """
 
     @device
-    def row_state(source, n_cols, row, team, split, params):
-        """The state of the row, the same for all threads that share it."""
-        held = piece_numbers(params[0])
+    def first_pass(source, n_cols, row, team, split, params):
+        held, sums = piece_numbers(params[0]), granule_numbers(params[0])
         zero, least = number(params[0], 0.0), number(params[0], -math.inf)
-        state = (least, zero, zero)
+        state = (least, zero, zero, zero)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
         announce(split)
         open_row((source,), n_cols, team, split, least)
@@ -328,30 +220,69 @@ def row_state_with(piece_state):
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, row, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
-            current = piece_state(held, piece, split, params)
+            largest, total = piece_state(held, sums, piece, split, params)
+            ties, rest = zero, zero
+            if second_looks and not is_long(split):
+                ties, rest = second_look(held, sums, largest, total, piece, split, params)
             if k & last_piece == 0:
-                state = current
+                state = largest, total, ties, rest
             else:
-                state = joined(state, current, params)
+                state = joined(state, (largest, total, ties, rest), params)
             if not is_one_chunk(split) and k & last_piece == last_piece:
                 publish_state(k, state, team, split)
+                if second_looks and not is_long(split):
+                    publish_second_look(k, state, team, split)
             k = int32(k + 1)
-        if is_one_chunk(split):
-            return state
-        exchange_states(split)
-        return joined_states(team, split, params)
+        return state
 
-    return row_state
+    return first_pass
 
 
-softmax_row_state = row_state_with(softmax_piece_state)
-loss_row_state = row_state_with(loss_piece_state)
+sums_of_chunks = first_pass_with(second_looks=False)
+states_of_chunks = first_pass_with(second_looks=True)
+
+
+@device
+def look_again(source, n_cols, row, row_max, team, split, params):
+    """The second look at those of this warp's chunks that have the maximum of the row."""
+    held, sums = piece_numbers(row_max), granule_numbers(row_max)
+    zero = number(row_max, 0.0)
+    state = (row_max, zero, zero, zero)
+    last_piece = int32((1 << split_piece_bits(split)) - 1)
+    k = int32(0)
+    while k < team.n_pieces:
+        if saved_max(chunk_of(k, team, split), split, row_max) == row_max:
+            fetch_again(k, source, n_cols, team, split, number(row_max, -math.inf))
+            piece = read_logits(held, source, k, n_cols, row, team, split, params)
+            largest, total = piece_state(held, sums, piece, split, params)
+            ties, rest = second_look(held, sums, largest, total, piece, split, params)
+            if k & last_piece == 0:
+                state = largest, total, ties, rest
+            else:
+                state = joined(state, (largest, total, ties, rest), params)
+            if k & last_piece == last_piece:
+                publish_second_look(k, state, team, split)
+            put_back(k, source, n_cols, team, split, number(row_max, -math.inf))
+        k = int32(k + 1)
 
 
 @device
 def softmax_state(source, n_cols, row, team, split, params):
-    """(max, 0, sum) of a row."""
-    return softmax_row_state(source, n_cols, row, team, split, of_cheap(params))
+    """(max, sum) of a row, the same for all threads that share it."""
+    params = of_cheap(params)
+    largest, total, _, _ = sums_of_chunks(source, n_cols, row, team, split, params)
+    if is_one_chunk(split):
+        return largest, total
+    exchange_states(split)
+    if is_columns(split):
+        return row_sums(team, split, params)
+    at = state_place(0, split_chunks(split), split, total)
+    if leads_block():
+        largest, total = row_sums(team, split, params)
+        if team.lane == 0:
+            put_pair(at, largest, total)
+    cuda.syncthreads()  # the sums are there before any warp reads them
+    return get_pair(at, total)
 
 
 @device
@@ -363,6 +294,100 @@ def relative(state, params):
 
 
 @device
-def loss_state(source, n_cols, row, team, split, params):
-    params = of_cheap(params)
-    return relative(loss_row_state(source, n_cols, row, team, split, params), params)
+def row_place(number_of_row, part, split, like):
+    """Where the block has one of STATE_NUMBERS numbers of a row in shared memory: that of a part of it where rows are
+    short, else the one row.
+    """
+    if is_short(split):
+        slots = int64(n_parts(split)) * split.slot_bytes
+        return slots + (part * STATE_NUMBERS + number_of_row) * number_size(like)
+    return state_place(number_of_row, split_chunks(split), split, like)
+
+
+@device
+def tell_row(numbers, part, split):
+    """Writes four numbers of a row for other threads of the block."""
+    put_pair(row_place(0, part, split, numbers[0]), numbers[0], numbers[1])
+    put_pair(row_place(2, part, split, numbers[0]), numbers[2], numbers[3])
+
+
+@device
+def told_row(part, split, like):
+    one, two = get_pair(row_place(0, part, split, like), like)
+    three, four = get_pair(row_place(2, part, split, like), like)
+    return one, two, three, four
+
+
+def loss_numbers_with(finish):
+    """A device function for the first pass of a loss: finish(state, params), four numbers, for all threads of a row.
+
+    `state` is that of `formulas`. Divisions and logarithms cost as much for one row as for thirty-two: those of a block
+    are finished side by side by its first warp, one in each lane.
+    """
+
+    @device
+    def finished(largest, total, ties, rest, params):
+        return finish(relative(settled(largest, total, ties, rest, params), params), params)
+
+    @device
+    def finished_short_row(state, team, split, params):
+        if team.lane == 0:
+            tell_row(state, own_part(split), split)
+        cuda.syncthreads()  # the states are there before any are read
+        part = int32(cuda.threadIdx.x)
+        if part < n_parts(split):
+            largest, total, ties, rest = told_row(part, split, params[0])
+            tell_row(finished(largest, total, ties, rest, params), part, split)
+        cuda.syncthreads()  # the rows are finished before any warp goes on with its own
+        return told_row(own_part(split), split, params[0])
+
+    @device
+    def finished_columns(team, split, params):
+        row_max, total = row_sums(team, split, params)
+        ties, rest = number(total, 0.0), number(total, 0.0)
+        if not is_settled(row_max, total, params):  # the same for the warp, whose row it is
+            ties, rest = row_second_look(row_max, team, split, params)
+        return finished(row_max, total, ties, rest, params)
+
+    @device
+    def finished_long_row(source, n_cols, row, team, split, params):
+        zero, part = number(params[0], 0.0), int32(0)
+        if leads_block():
+            row_max, total = row_sums(team, split, params)
+            numbers = finished(row_max, total, zero, zero, params)
+            if team.lane == 0:
+                tell_row(numbers, part, split)
+                is_last = number(zero, 1.0 if is_settled(row_max, total, params) else 0.0)
+                put_pair(row_place(4, part, split, zero), row_max, is_last)
+        cuda.syncthreads()  # the row is finished before any warp reads of it
+        row_max, is_last = get_pair(row_place(4, part, split, zero), zero)
+        if is_last == zero:
+            look_again(source, n_cols, row, row_max, team, split, params)
+            exchange_states(split)
+            if leads_block():
+                ties, rest = row_second_look(row_max, team, split, params)
+                numbers = finish(relative((row_max, ties, rest), params), params)
+                if team.lane == 0:
+                    tell_row(numbers, part, split)
+            cuda.syncthreads()  # as above
+        return told_row(part, split, zero)
+
+    @device
+    def finished_row(state, source, n_cols, row, team, split, params):
+        """`state`: of the one chunk; those of several are in shared memory."""
+        if is_short(split):
+            return finished_short_row(state, team, split, params)
+        if is_one_chunk(split):
+            return finished(*state, params)
+        exchange_states(split)
+        if is_columns(split):
+            return finished_columns(team, split, params)
+        return finished_long_row(source, n_cols, row, team, split, params)
+
+    @device
+    def loss_numbers(source, n_cols, row, team, split, params):
+        params = of_cheap(params)
+        state = states_of_chunks(source, n_cols, row, team, split, params)
+        return finished_row(state, source, n_cols, row, team, split, params)
+
+    return loss_numbers, finished_row

@@ -5,8 +5,9 @@ from numpy import int32
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, number
 from gpusoftmax.kernels.cuda.device.memory import n_values, piece_numbers
+from gpusoftmax.kernels.cuda.device.piece_state import group_sum
 from gpusoftmax.kernels.cuda.device.reduce import publish, warp_sum, warp_sum_pair
-from gpusoftmax.kernels.cuda.device.row_state import group_sum, state_place
+from gpusoftmax.kernels.cuda.device.row_state import state_place
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
@@ -20,8 +21,8 @@ from gpusoftmax.kernels.cuda.device.rows import (
     stage_next,
     wait_for_piece,
 )
+from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import is_one_chunk, split_chunks, split_lanes, split_piece_bits
-from gpusoftmax.kernels.cuda.device.staging import get
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 

@@ -48,10 +48,13 @@ from gpusoftmax.kernels.cuda.device.memory import (
     vector_bits,
     vector_width,
 )
+from gpusoftmax.kernels.cuda.device.shared_numbers import cluster_arrive, cluster_wait
 from gpusoftmax.kernels.cuda.device.split import (
     is_columns,
     is_long,
     is_short,
+    n_parts,
+    own_part,
     quotient,
     remainder,
     shifted_down,
@@ -64,10 +67,9 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_slots,
 )
 from gpusoftmax.kernels.cuda.device.staging import (
-    cluster_arrive,
-    cluster_wait,
     copy_element,
     copy_vector,
+    copy_vector_if,
     end_copies,
     hidden,
     pad_element,
@@ -144,8 +146,7 @@ def row_of(array, row, rows):
 def own_row(start, split):
     """The row of this thread's team, of those from `start` on; past the last row for some teams of the last block."""
     if not is_long(split):
-        part = quotient(cuda.threadIdx.x, split_lanes(split))
-        return start + int64(cuda.blockIdx.x) * quotient(cuda.blockDim.x, split_lanes(split)) + part
+        return start + int64(cuda.blockIdx.x) * n_parts(split) + own_part(split)
     if split_cluster(split) == 1:
         return start + cuda.blockIdx.x
     return start + quotient(cuda.blockIdx.x, split_cluster(split))
@@ -153,7 +154,7 @@ def own_row(start, split):
 
 @device
 def team_of(split, n_sources):
-    part = quotient(cuda.threadIdx.x, split_lanes(split))
+    part = own_part(split)
     lane = int32(cuda.threadIdx.x - part * split_lanes(split))
     if is_short(split):
         return Team(lane, int32(0), int32(1), int32(1), int32(shared_start() + part * n_sources * split.slot_bytes))
@@ -244,15 +245,18 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
                 k = n_values(padding) >> bits
                 copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
         else:
-            granule, step = team.lane, hidden(split_lanes(split))
-            begin, left = int32(1 if first < 0 else 0), int32(piece.left + source.shift)
-            whole, end = int32(left >> bits), int32((left + width - 1) >> bits)
+            left = int32(piece.left + source.shift)
+            begin, whole, end = int32(1 if first < 0 else 0), int32(left >> bits), int32((left + width - 1) >> bits)
+            step = split_lanes(split)
+            col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
+            # One more: the columns may begin beside a boundary.
+            for k in range((n_values(padding) >> bits) + 1):
+                granule = int32(team.lane + k * step)
+                inside = granule >= begin and granule < min(whole, n)
+                copy_vector_if(inside, source.pointer, col + k * (step << bits), int32(place + k * step * VECTOR_BYTES))
+            granule, step = int32(end + team.lane), hidden(step)
             while granule < n:
-                place = int32(at + granule * VECTOR_BYTES)
-                if granule >= begin and granule < whole:
-                    copy_vector(source.pointer, first + (int64(granule) << bits), place)
-                elif granule >= end:
-                    pad_vector(source.pointer, padding, place)
+                pad_vector(source.pointer, padding, int32(at + granule * VECTOR_BYTES))
                 granule = int32(granule + step)
 
 
@@ -392,6 +396,35 @@ def stage_next(k, sources, n_cols, team, split, padding):
         stage(int32(k + split_slots(split)), sources, n_cols, team, split, padding)
 
 
+@device
+def last_in_slot(k, team, split):
+    """The number of the piece that the first pass has left where piece k was."""
+    slots = split_slots(split)
+    return int32(k + quotient(int32(team.n_pieces - 1 - k), slots) * slots)
+
+
+@device
+def fetch_again(k, source, n_cols, team, split, padding):
+    """After the first pass: piece k is in its slot. Not of rows side by side, which fill theirs together."""
+    if last_in_slot(k, team, split) != k:
+        replace_piece(k, source, n_cols, team, split, padding)
+
+
+@device
+def put_back(k, source, n_cols, team, split, padding):
+    """The slot has again what the last pass expects there."""
+    if last_in_slot(k, team, split) != k:
+        replace_piece(last_in_slot(k, team, split), source, n_cols, team, split, padding)
+
+
+@device
+def replace_piece(k, source, n_cols, team, split, padding):
+    cuda.syncwarp()  # every lane has read the slot
+    stage(k, (source,), n_cols, team, split, padding)
+    wait_for_copies(int32(0))
+    cuda.syncwarp()  # every lane has waited for its own copies
+
+
 # ---------------------------------------------------------------- slot -> registers
 
 
@@ -424,7 +457,7 @@ def col_of(k, team, split, source):
 @device
 def has_columns(group, piece, split):
     """Whether this group of a lane's values may hold any column: the others need not be computed with."""
-    return is_long(split) or group * split_lanes(split) < piece.count
+    return is_long(split) or int32(int32(group) * split_lanes(split)) < piece.count
 
 
 @device

@@ -14,7 +14,8 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     ordered_exp_from,
 )
 from gpusoftmax.kernels.cuda.device.memory import stored_in_halves
-from gpusoftmax.kernels.cuda.device.row_state import gap_params, halved, is_near, softmax_state
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
+from gpusoftmax.kernels.cuda.device.row_state import softmax_state
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import transform
@@ -49,7 +50,7 @@ def softmax_rows(rows, split, start, logits, probs, scale, scale_low):
     source = row_of(logits, row, rows)
     target = row_of(probs, row, rows)
     # 1. the first pass: maximum and sum
-    row_max, _, total = softmax_state(source, n_cols, row, team, split, params)
+    row_max, total = softmax_state(source, n_cols, row, team, split, params)
     # 2. the last pass
     exponent = anchor(row_max, params[2])
     lowest = lowest_of(exponent, params[2])

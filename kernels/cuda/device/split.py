@@ -4,7 +4,7 @@ The argument's type is a specialisation. What one of them does not have is a con
 kernels for short rows without anything of the others.
 """
 
-from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
+from gpusoftmax.kernels.cuda.device._cuda import cuda, device, intrinsic, types
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE, Columns, Long, Short
 
 
@@ -70,7 +70,19 @@ split_cluster = _field("cluster", 1)
 split_slots = _field("slots", 1)
 split_first_slot = _field("first_slot", 0)
 split_row_bits = _field("row_bits", 0)
-split_lane_bits = _field("lane_bits", 0)
+split_lane_bits = _field("lane_bits", WARP_SIZE.bit_length() - 1)
+
+
+@device
+def own_part(split):
+    """The number of this thread's part of the block: a warp, or a part of one."""
+    return shifted_down(cuda.threadIdx.x, split_lane_bits(split))
+
+
+@device
+def n_parts(split):
+    """How many parts the block has."""
+    return shifted_down(cuda.blockDim.x, split_lane_bits(split))
 
 
 @device

@@ -1,9 +1,8 @@
-"""Dynamic shared memory and what fills it: asynchronous copies, the parts of a row, states sent between blocks.
+"""The slots in dynamic shared memory and what fills them: asynchronous copies, the parts of a row.
 
 Slots are addresses in shared memory, 32 bits wide: the start of dynamic shared memory is asked for once in a kernel (on
-sm_90 it is computed from the number of the block in its cluster, again for each access). Places of states are byte
-offsets from there. What an architecture lacks is replaced here: asynchronous copies (sm_80) by a load and a store,
-clusters (sm_90) by nothing, since plan.py gives them to no other.
+sm_90 it is computed from the number of the block in its cluster, again for each access). Asynchronous copies (sm_80)
+are replaced by a load and a store on an architecture that lacks them.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _MAX_PENDING = 7  # copies in flight that `wait_for_copies` can tell apart
 
 
-def _shared(builder, at, type):
+def dynamic_shared(builder, at, type):
     """The address `at` bytes into dynamic shared memory, as a pointer to `type`."""
     name = "dynamic_shared"
     start = builder.module.globals.get(name)
@@ -39,7 +38,7 @@ def _shared(builder, at, type):
     return builder.bitcast(builder.gep(first, [at]), type.as_pointer(SHARED_SPACE))
 
 
-def _volatile(builder, text, constraints, *arguments):
+def volatile(builder, text, constraints, *arguments):
     """PTX that other memory accesses are not moved across."""
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(ir.InlineAsm(kind, text, ",".join([*constraints, "~{memory}"]), True), arguments)
@@ -50,7 +49,7 @@ def shared_start(typingctx):
     """The address of dynamic shared memory."""
 
     def codegen(context, builder, signature, args):
-        start = builder.ptrtoint(_shared(builder, ir.Constant(_I64, 0), ir.IntType(8)), _I32)
+        start = builder.ptrtoint(dynamic_shared(builder, ir.Constant(_I64, 0), ir.IntType(8)), _I32)
         return _hidden(builder, start)  # or it would be computed again at each use
 
     return types.int32(), codegen
@@ -76,22 +75,44 @@ def _slot(builder, address, type):
 _WORDS = ir.VectorType(_I32, VECTOR_BYTES // 4)
 
 
+def _copy_vector(builder, address, place, condition=None):
+    """Sixteen aligned bytes of global memory to a slot, asynchronously where that can be; if the condition holds."""
+    with builder.if_else(compiled_for(builder, 80)) as (asynchronous, plain):
+        with asynchronous:
+            copy = "cp.async.cg.shared.global [$0], [$1], 16;"
+            global_address = builder.ptrtoint(address, _I64)
+            if condition is None:
+                volatile(builder, copy, "rl", place, global_address)
+            else:  # a predicate, not a branch: copies that follow each other cost less
+                text = f"{{\n.reg .pred %copies;\nsetp.ne.u32 %copies, $2, 0;\n@%copies {copy}\n}}"
+                volatile(builder, text, "rlr", place, global_address, builder.zext(condition, _I32))
+        with plain, contextlib.ExitStack() as stack:
+            if condition is not None:
+                stack.enter_context(builder.if_then(condition))
+            builder.store(builder.load(address, align=VECTOR_BYTES), _slot(builder, place, _WORDS), align=VECTOR_BYTES)
+
+
 @intrinsic
 def copy_vector(typingctx, pointer, index, at):
     """Sixteen aligned bytes from pointer[index:] to a slot; there when `wait_for_copies` says so."""
 
     def codegen(context, builder, signature, args):
-        source = global_address(builder, args[0], args[1], _WORDS)
-        with builder.if_else(compiled_for(builder, 80)) as (asynchronous, plain):
-            with asynchronous:
-                text = "cp.async.cg.shared.global [$0], [$1], 16;"
-                _volatile(builder, text, "rl", args[2], builder.ptrtoint(source, _I64))
-            with plain:
-                target = _slot(builder, args[2], _WORDS)
-                builder.store(builder.load(source, align=VECTOR_BYTES), target, align=VECTOR_BYTES)
+        _copy_vector(builder, global_address(builder, args[0], args[1], _WORDS), args[2])
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.int32), codegen
+
+
+@intrinsic
+def copy_vector_if(typingctx, condition, pointer, index, at):
+    """As `copy_vector` if the condition holds; else nothing is read."""
+
+    def codegen(context, builder, signature, args):
+        address = global_address(builder, args[1], args[2], _WORDS)
+        _copy_vector(builder, address, args[3], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.boolean, pointer, types.int64, types.int32), codegen
 
 
 def _hidden_sum(builder, x, y):
@@ -152,7 +173,7 @@ def copy_columns(typingctx, pointer, index, step, at, at_step, count, like):
         count = args[5]
 
         def copy(k, address, place):
-            _volatile(builder, f"cp.async.ca.shared.global [$0], [$1], {size};", "rl", place, address)
+            volatile(builder, f"cp.async.ca.shared.global [$0], [$1], {size};", "rl", place, address)
 
         def copy_at_once():
             with builder.goto_entry_block():
@@ -235,7 +256,7 @@ def end_copies(typingctx):
 
     def codegen(context, builder, signature, args):
         with builder.if_then(compiled_for(builder, 80)):
-            _volatile(builder, "cp.async.commit_group;", "")
+            volatile(builder, "cp.async.commit_group;", "")
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -253,10 +274,10 @@ def wait_for_copies(typingctx, pending):
                 block = builder.append_basic_block(f"wait.{count}")
                 choice.add_case(ir.Constant(_I32, count), block)
                 builder.position_at_end(block)
-                _volatile(builder, f"cp.async.wait_group {count};", "")
+                volatile(builder, f"cp.async.wait_group {count};", "")
                 builder.branch(end)
             builder.position_at_end(choice.default)
-            _volatile(builder, f"cp.async.wait_group {_MAX_PENDING};", "")
+            volatile(builder, f"cp.async.wait_group {_MAX_PENDING};", "")
             builder.branch(end)
             builder.position_at_end(end)
         return context.get_dummy_value()
@@ -380,105 +401,3 @@ def staged_vector(typingctx, pointer, at, values):
         return context.get_dummy_value()
 
     return types.void(pointer, types.int32, values), codegen
-
-
-# ---------------------------------------------------------------- numbers of the block, and of the cluster's blocks
-
-
-@intrinsic
-def get(typingctx, at, like):
-    """The number at a place in shared memory."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load(_shared(builder, args[0], context.get_value_type(like)), align=like.bitwidth // 8)
-
-    return like(types.int64, like), codegen
-
-
-@intrinsic
-def put(typingctx, at, value):
-    """Writes a number to a place in shared memory."""
-
-    def codegen(context, builder, signature, args):
-        builder.store(args[1], _shared(builder, args[0], args[1].type), align=value.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value), codegen
-
-
-def _varying(numbers):
-    """(position, type) of the members of a tuple that `put_numbers` writes: all but tuples."""
-    return [(k, kind) for k, kind in enumerate(numbers.types) if not isinstance(kind, types.BaseTuple)]
-
-
-def _number_place(builder, at, number, type):
-    return _shared(builder, builder.add(at, ir.Constant(_I64, 8 * number)), type)
-
-
-@intrinsic
-def put_numbers(typingctx, at, numbers):
-    """Writes the numbers and pointers of a tuple to shared memory, eight bytes apart. Tuples in it are left out."""
-
-    def codegen(context, builder, signature, args):
-        for place, (k, _) in enumerate(_varying(numbers)):
-            value = builder.extract_value(args[1], k)
-            builder.store(value, _number_place(builder, args[0], place, value.type))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, numbers), codegen
-
-
-@intrinsic
-def get_numbers(typingctx, at, own):
-    """What another thread has written with `put_numbers`. The tuples in it, the same for all, are one's own."""
-
-    def codegen(context, builder, signature, args):
-        result = args[1]
-        for place, (k, kind) in enumerate(_varying(own)):
-            value = builder.load(_number_place(builder, args[0], place, context.get_value_type(kind)))
-            result = builder.insert_value(result, value, k)
-        return result
-
-    return own(types.int64, own), codegen
-
-
-@intrinsic
-def put_in_block(typingctx, at, rank, value):
-    """Writes a number to a place in the shared memory of the cluster's block `rank`. sm_90 and later."""
-    kind, constraint = ("f32", "f") if value.bitwidth == 32 else ("f64", "d")
-
-    def codegen(context, builder, signature, args):
-        with builder.if_then(compiled_for(builder, 90)):
-            place = builder.ptrtoint(_shared(builder, args[0], args[2].type), _I32)
-            text = (
-                "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $0, $1; "
-                f"st.shared::cluster.{kind} [remote], $2; }}"
-            )
-            _volatile(builder, text, ["r", "r", constraint], place, builder.trunc(args[1], _I32), args[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, value), codegen
-
-
-@intrinsic
-def cluster_arrive(typingctx):
-    """The first half of a barrier of the cluster: what this thread wrote before is seen after the second half."""
-
-    def codegen(context, builder, signature, args):
-        with builder.if_then(compiled_for(builder, 90)):
-            _volatile(builder, "barrier.cluster.arrive.release.aligned;", "")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def cluster_wait(typingctx):
-    """The second half: every thread of the cluster has arrived."""
-
-    def codegen(context, builder, signature, args):
-        with builder.if_then(compiled_for(builder, 90)):
-            _volatile(builder, "barrier.cluster.wait.acquire.aligned;", "")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
