@@ -522,10 +522,14 @@ def log_sum(a: Arithmetic, state: State):
 def logsumexp(a: Arithmetic, state: State, scale, scale_low):
     """max * scale + log s, rounded once; the maximum itself where it is infinite, NaN where the row holds a NaN."""
     state = State(*state)
-    scale_low = a.number(0) if scale_low is None else scale_low
     log, log_low = log_sum(a, state)
-    offset = a.mul(state.max, scale)
-    offset_low = a.fma(state.max, scale_low, a.fma(state.max, scale, a.negative(offset)))
-    high, low = add_pair(a, offset, finite_or_zero(a, offset_low, offset), log, log_low)
     extreme = a.add(state.max, a.mul(state.tail, a.number(0)))
-    return a.select(a.is_infinite(state.max), extreme, a.add(high, low))
+    return a.select(a.is_infinite(state.max), extreme, logsumexp_of(a, state.max, log, log_low, scale, scale_low))
+
+
+def logsumexp_of(a: Arithmetic, max, log, log_low, scale, scale_low):
+    """max * scale + log + log_low, rounded once; the maximum itself where it is infinite."""
+    offset = a.mul(max, scale)
+    offset_low = a.fma(max, a.number(0) if scale_low is None else scale_low, a.fma(max, scale, a.negative(offset)))
+    high, low = add_pair(a, offset, finite_or_zero(a, offset_low, offset), log, log_low)
+    return a.select(a.is_infinite(max), max, a.add(high, low))

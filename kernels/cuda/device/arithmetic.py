@@ -58,6 +58,7 @@ power_of_two_ratio = formula(formulas.power_of_two_ratio)
 row_inverse = formula(formulas.row_inverse)
 log_sum = formula(formulas.log_sum, n_results=2)
 logsumexp = formula(formulas.logsumexp)
+logsumexp_of = formula(formulas.logsumexp_of)
 
 
 @intrinsic

@@ -19,7 +19,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     fma,
     inverse_sum,
     log_sum,
-    logsumexp,
+    logsumexp_of,
     mul,
     number,
     weighted,
@@ -33,6 +33,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     negative_log_probability,
 )
 from gpusoftmax.kernels.cuda.device.memory import (
+    granule_numbers,
     is_null,
     load,
     load_label,
@@ -41,21 +42,24 @@ from gpusoftmax.kernels.cuda.device.memory import (
     store,
     store_integer,
 )
-from gpusoftmax.kernels.cuda.device.reduce import publish, warp_min, warp_sum, warp_sum_pair
-from gpusoftmax.kernels.cuda.device.row_state import (
-    above_anchor,
-    as_part,
+from gpusoftmax.kernels.cuda.device.piece_state import (
     gap_params,
     halved,
     is_near,
-    joined,
-    joined_states,
-    loss_piece_state,
     of_cheap,
+    piece_state,
+    read_logits,
+    second_look,
+)
+from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish_pair, warp_min, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.row_state import (
+    above_anchor,
+    as_part,
+    joined,
+    loss_numbers_with,
+    publish_second_look,
     publish_state,
     ratio,
-    read_logits,
-    relative,
     saved_max,
     state_place,
 )
@@ -63,7 +67,6 @@ from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
     col_of,
-    exchange_states,
     has_columns,
     meet,
     open_row,
@@ -75,19 +78,19 @@ from gpusoftmax.kernels.cuda.device.rows import (
     team_of,
     wait_for_piece,
 )
+from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair
 from gpusoftmax.kernels.cuda.device.split import (
+    is_long,
     is_one_chunk,
     remainder,
     split_chunks,
     split_lanes,
     split_piece_bits,
 )
-from gpusoftmax.kernels.cuda.device.staging import get
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 NO_COLUMN = 2**30
-DISTANCES, ABOVE = 3, 4  # numbers of a chunk's state
 
 
 class Asked(NamedTuple):
@@ -167,16 +170,14 @@ def first_of_piece(held, largest, source, team, split):
 
 
 @device
-def distances_as_part(distances, state, row_max, params):
+def distances_as_part(distances, largest, total, row_max, params):
     """The distances of a part as those of its row: measured from a larger maximum, and relative to its anchor."""
-    largest = state[0]
     if largest == row_max:
         return distances
     if not largest > number(row_max, -math.inf):
         return number(row_max, 0.0)
-    _, exponentials = as_part(state, row_max, params)
     rise = distance_to(halved(row_max), largest, params[0])
-    return add(mul(distances, ratio(largest, row_max, params)), mul(exponentials, rise))
+    return add(mul(distances, ratio(largest, row_max, params)), mul(as_part(largest, total, row_max, params), rise))
 
 
 @device
@@ -184,9 +185,9 @@ def merged_distances(row_max, team, split, params):
     """The distances of all chunks, as those of the row."""
     total, low = number(row_max, 0.0), number(row_max, 0.0)
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        state = saved_number(0, chunk, split, row_max), saved_number(1, chunk, split, row_max)
-        state = state[0], state[1], saved_number(2, chunk, split, row_max)
-        part = distances_as_part(saved_number(DISTANCES, chunk, split, row_max), state, row_max, params)
+        largest, exponentials = get_pair(state_place(0, chunk, split, row_max), row_max)
+        distances, _ = get_pair(state_place(4, chunk, split, row_max), row_max)
+        part = distances_as_part(distances, largest, exponentials, row_max, params)
         total, low = add_pair(total, low, part, number(row_max, 0.0))
     total, low = warp_sum_pair(total, low)
     return add(total, low)
@@ -197,13 +198,9 @@ def merged_above(team, split, like):
     """How many logits of the row are counted, as a pair: float32 holds no more than 2^24 of them."""
     total, low = number(like, 0.0), number(like, 0.0)
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        total, low = add_pair(total, low, saved_number(ABOVE, chunk, split, like), number(like, 0.0))
+        _, above = get_pair(state_place(4, chunk, split, like), like)
+        total, low = add_pair(total, low, above, number(like, 0.0))
     return warp_sum_pair(total, low)
-
-
-@device
-def saved_number(of_state, chunk, split, like):
-    return get(state_place(of_state, chunk, split, like), like)
 
 
 @device
@@ -216,20 +213,35 @@ def first_chunk_with(row_max, team, split):
     return warp_min(first, WARP_SIZE)
 
 
-def token_state_with(with_entropy):
+@device
+def finish(state, params):
+    """Half the maximum, NaN where the row holds a NaN; log-sum-exp relative to it; what makes probabilities of the
+    exponentials.
+    """
+    log, log_low = log_sum(state)
+    row_max = mul(state[0], number(log, 2.0))
+    inverse = div(inverse_sum(state), above_anchor(row_max, anchor(row_max, params[2]), params))
+    half = number(log, math.nan) if state[2] != state[2] else state[0]
+    return half, log, log_low, inverse
+
+
+_, finished_row = loss_numbers_with(finish)
+
+
+def token_numbers_with(with_entropy):
     """A device function for the first pass; `with_entropy` is a constant, since the other has half the work."""
 
     @device
-    def token_state(source, asked, n_cols, row, team, split, params):
-        """(state, D, above, column): the state of the row as loss_state has it, the mean distance, how many logits are
-        larger than the threshold, as a pair, and the first column of the maximum, which only the part that holds it
+    def token_numbers(source, asked, n_cols, row, team, split, params):
+        """(numbers, D, above, column): the numbers of the row that `finish` gives, the mean distance, how many logits
+        are larger than the threshold, as a pair, and the first column of the maximum, which only the part that holds it
         knows: -1 elsewhere.
         """
         params = of_cheap(params)
         scale = params[0]
         zero, least = number(scale, 0.0), number(scale, -math.inf)
-        held = piece_numbers(scale)
-        state = (least, zero, zero)
+        held, sums = piece_numbers(scale), granule_numbers(scale)
+        state = (least, zero, zero, zero)
         distances, above = zero, zero
         best, column = least, int64(0)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
@@ -241,56 +253,58 @@ def token_state_with(with_entropy):
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, row, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
-            current = loss_piece_state(held, piece, split, params)
+            largest, total = piece_state(held, sums, piece, split, params)
+            ties, rest = zero, zero
+            if not is_long(split):
+                ties, rest = second_look(held, sums, largest, total, piece, split, params)
+            current = largest, total, ties, rest
             current_distances, current_above = zero, zero
             if with_entropy:
-                current_distances = piece_distances(held, current[0], piece, split, params)
+                current_distances = piece_distances(held, largest, piece, split, params)
             if asked.is_counted:
                 current_above = piece_above(held, asked.threshold, piece, split)
-            if asked.is_found and current[0] > best:
-                best, column = current[0], piece.first + first_of_piece(held, current[0], source, team, split)
+            if asked.is_found and any_lane(largest > best):  # rows that share a warp go together
+                first = piece.first + first_of_piece(held, largest, source, team, split)
+                if largest > best:
+                    best, column = largest, first
             if k & last_piece == 0:
                 state, distances, above = current, current_distances, current_above
             else:
                 merged = joined(state, current, params)
                 if with_entropy:
-                    distances = distances_as_part(distances, state, merged[0], params)
-                    current_distances = distances_as_part(current_distances, current, merged[0], params)
+                    distances = distances_as_part(distances, state[0], state[1], merged[0], params)
+                    current_distances = distances_as_part(current_distances, largest, total, merged[0], params)
                 state, distances, above = merged, add(distances, current_distances), add(above, current_above)
             if not is_one_chunk(split) and k & last_piece == last_piece:
                 publish_state(k, state, team, split)
-                chunk = chunk_of(k, team, split)
-                if with_entropy:
-                    publish(state_place(DISTANCES, chunk, split, scale), distances, team, split)
-                publish(state_place(ABOVE, chunk, split, scale), above, team, split)
+                if not is_long(split):
+                    publish_second_look(k, state, team, split)
+                publish_pair(state_place(4, chunk_of(k, team, split), split, scale), distances, above, team, split)
             k = int32(k + 1)
+        numbers = finished_row(state, source, n_cols, row, team, split, params)
         above_low = zero
         if not is_one_chunk(split):
-            exchange_states(split)
-            state = joined_states(team, split, params)
+            row_max = mul(numbers[0], number(scale, 2.0))
             if with_entropy:
-                distances = merged_distances(state[0], team, split, params)
+                distances = merged_distances(row_max, team, split, params)
             if asked.is_counted:
                 above, above_low = merged_above(team, split, scale)
             if asked.is_found:
-                owner = remainder(first_chunk_with(state[0], team, split), team.size)
+                owner = remainder(first_chunk_with(row_max, team, split), team.size)
                 column = column if owner == team.rank else int64(-1)
-        own = above_anchor(state[0], anchor(state[0], params[2]), params)
-        state = relative(state, params)
-        mean = div(div(distances, own), add(state[1], state[2]))
-        return state, mean, (above, above_low), column
+        return numbers, mul(distances, numbers[3]), (above, above_low), column
 
-    return token_state
+    return token_numbers
 
 
-plain_state = token_state_with(with_entropy=False)
-state_with_distances = token_state_with(with_entropy=True)
+plain_numbers = token_numbers_with(with_entropy=False)
+numbers_and_distances = token_numbers_with(with_entropy=True)
 
 
 # ---------------------------------------------------------------- results of a row
 
 
-def token_logprobs_of(token_state):
+def token_logprobs_of(token_numbers):
     @device
     def token_logprobs(rows, split, start, logits, targets, results, params):
         logprobs, lse, entropy, ranks, argmax = results
@@ -307,19 +321,20 @@ def token_logprobs_of(token_state):
                 threshold = transform(load(source.pointer, label * source.stride, scale), label, row, params)
         asked = Asked(threshold, is_counted, argmax.pointer != 0)
         n_cols = rows.n_cols if exists else 0
-        state, mean, above, column = token_state(source, asked, n_cols, row, team, split, params)
+        numbers, mean, above, column = token_numbers(source, asked, n_cols, row, team, split, params)
+        half, log, log_low, _ = numbers
         if not exists:
             return
-        log, log_low = log_sum(state)
         if asked.is_found and team.lane == 0:
-            has_nan = state[2] != state[2]
+            has_nan = half != half
             if column >= 0 and not has_nan:
                 store_integer(argmax.pointer, row_offset(argmax, row, rows), column)
             elif has_nan and team.rank == 0:
                 store_integer(argmax.pointer, row_offset(argmax, row, rows), -1)
         if team.rank == 0:
             if team.lane == 0 and not is_null(lse.pointer):
-                store(row_of(lse, row, rows).pointer, 0, logsumexp(state, scale, params[1]))
+                lse_of_row = logsumexp_of(half, log, log_low, scale, params[1])
+                store(row_of(lse, row, rows).pointer, 0, lse_of_row)
             if team.lane == 0 and not is_null(entropy.pointer):
                 store(row_of(entropy, row, rows).pointer, 0, add(log, add(mean, log_low)))
             for j in range(team.lane, targets.count, split_lanes(split)):
@@ -328,7 +343,7 @@ def token_logprobs_of(token_state):
                 if is_class(label, targets, rows):
                     x = transform(load(source.pointer, label * source.stride, scale), label, row, params)
                     # Times -1, as in log_softmax.py.
-                    value = mul(negative_log_probability(x, state[0], log, scale), number(scale, -1.0))
+                    value = mul(negative_log_probability(x, half, log, scale), number(scale, -1.0))
                     if value == value:
                         rank = 1 + int64(above[0]) + int64(above[1])
                 elif label != targets.ignore_index:
@@ -340,8 +355,8 @@ def token_logprobs_of(token_state):
     return token_logprobs
 
 
-plain_logprobs = token_logprobs_of(plain_state)
-logprobs_and_entropy = token_logprobs_of(state_with_distances)
+plain_logprobs = token_logprobs_of(plain_numbers)
+logprobs_and_entropy = token_logprobs_of(numbers_and_distances)
 
 
 def token_logprobs_rows(
@@ -435,7 +450,7 @@ def gradients_with(with_entropy):
     return gradients
 
 
-def backward_with(token_state, with_entropy):
+def backward_with(token_numbers, with_entropy):
     write_gradients = row_writer(gradients_with(with_entropy))
 
     @device
@@ -448,7 +463,7 @@ def backward_with(token_state, with_entropy):
         n_cols = rows.n_cols if exists else 0
         source = row_of(logits, row, rows)
         per_logprob = mul(scale, number(scale, 0.5))  # 1 / T
-        # 1. the gradients of the row's numbers, before its own is written, and its state
+        # 1. the gradients of the row's numbers, before its own is written, and what its probabilities are made of
         total, n_counted = zero, int64(0)
         label, gradient, slope = int64(-1), zero, zero
         if exists:
@@ -461,13 +476,14 @@ def backward_with(token_state, with_entropy):
             if with_entropy:
                 slope = load(row_of(dentropy, row, rows).pointer, 0, scale)
         asked = Asked(zero, False, False)
-        state, mean, _, _ = token_state(source, asked, n_cols, row, team, split, params)
+        found, mean, _, _ = token_numbers(source, asked, n_cols, row, team, split, params)
         if with_entropy:
             total = fma(slope, mean, total)
         # 2. the gradient
-        row_max = mul(state[0], number(scale, 2.0))
+        half, _, _, inverse = found
+        row_max = mul(half, number(scale, 2.0))
         exponent = anchor(row_max, params[2])
-        inverse = mul(div(inverse_sum(state), above_anchor(row_max, exponent, of_cheap(params))), per_logprob)
+        inverse = mul(inverse, per_logprob)
         ignored = int64(1 if n_counted == 0 and not with_entropy else 0)
         numbers = (
             row,
@@ -487,8 +503,8 @@ def backward_with(token_state, with_entropy):
     return backward
 
 
-plain_backward = backward_with(plain_state, with_entropy=False)
-backward_of_both = backward_with(state_with_distances, with_entropy=True)
+plain_backward = backward_with(plain_numbers, with_entropy=False)
+backward_of_both = backward_with(numbers_and_distances, with_entropy=True)
 
 
 def logprobs_backward_rows(

@@ -27,8 +27,9 @@ from gpusoftmax.kernels.cuda.device.memory import (
     store,
     store_integer,
 )
-from gpusoftmax.kernels.cuda.device.reduce import FULL_WARP, publish
-from gpusoftmax.kernels.cuda.device.row_state import gap_params, loss_state
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.reduce import FULL_WARP, publish_pair
+from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
 from gpusoftmax.kernels.cuda.device.rows import (
     col_of,
     exchange_states,
@@ -41,8 +42,8 @@ from gpusoftmax.kernels.cuda.device.rows import (
     slot_of,
     team_of,
 )
+from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes, split_slots
-from gpusoftmax.kernels.cuda.device.staging import get
 from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
@@ -102,24 +103,34 @@ def next_of_part(source, after, after_col, n_cols, row, team, split, params):
 
 
 @device
-def place_of(part, field, like):
-    return int64(part * 2 + field) * number_size(like)
+def place_of(part, like):
+    return int64(part * 2) * number_size(like)
 
 
 @device
 def publish_candidate(value, col, team, split):
-    publish(place_of(team.rank, 0, value), value, team, split)
-    publish(place_of(team.rank, 1, value), number_of(col, value), team, split)
+    publish_pair(place_of(team.rank, value), value, number_of(col, value), team, split)
 
 
 @device
 def best_of_parts(team, split, like):
     value, col = number(like, -math.inf), int32(NO_COLUMN)
     for part in range(team.lane, team.size, WARP_SIZE):
-        other, other_col = get(place_of(part, 0, like), like), integer_of(get(place_of(part, 1, like), like))
-        if is_better(other, other_col, value, col):
-            value, col = other, other_col
+        other, other_col = get_pair(place_of(part, like), like)
+        if is_better(other, integer_of(other_col), value, col):
+            value, col = other, integer_of(other_col)
     return best_of_lanes(value, col, WARP_SIZE)
+
+
+@device
+def finish(state, params):
+    """Half the maximum, log-sum-exp relative to it, and whether the row holds a NaN."""
+    log, _ = log_sum(state)
+    has_nan = number(log, 1.0 if state[2] != state[2] else 0.0)
+    return state[0], log, has_nan, has_nan
+
+
+numbers_of_row, _ = loss_numbers_with(finish)
 
 
 def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, ignore_index, scale, scale_low):
@@ -130,8 +141,7 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
     n_cols = rows.n_cols if exists else 0
     source, target = row_of(logits, row, rows), row_of(logprobs, row, rows).pointer
     writes = exists and team.rank == 0 and team.lane == 0
-    state = loss_state(source, n_cols, row, team, split, params)
-    log, _ = log_sum(state)
+    half, log, has_nan, _ = numbers_of_row(source, n_cols, row, team, split, params)
     first = row_offset(tokens, row, rows)
     if labels.pointer != 0:
         if writes:
@@ -141,7 +151,7 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
                 if label >= 0 and label < rows.n_cols:
                     x = transform(load(source.pointer, label * source.stride, scale), label, row, params)
                     # Times -1, as in log_softmax.py.
-                    value = mul(negative_log_probability(x, state[0], log, scale), number(scale, -1.0))
+                    value = mul(negative_log_probability(x, half, log, scale), number(scale, -1.0))
             store(target, 0, value)
             store_integer(tokens.pointer, first, label)
         first += 1
@@ -155,10 +165,9 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
             exchange_states(split)  # every candidate is in the table
             chosen, chosen_col = best_of_parts(team, split, scale)
         if writes:
-            logprob = mul(negative_log_probability(chosen, state[0], log, scale), number(scale, -1.0))
+            logprob = mul(negative_log_probability(chosen, half, log, scale), number(scale, -1.0))
             store(target, first - row_offset(tokens, row, rows) + j, logprob)
-            has_nan = state[2] != state[2]
-            store_integer(tokens.pointer, first + j, int64(-1) if has_nan else int64(chosen_col))
+            store_integer(tokens.pointer, first + j, int64(chosen_col) if has_nan == number(scale, 0.0) else int64(-1))
         if j + 1 < k:
             if is_long(split):
                 exchange_states(split)  # every warp has read the table before a candidate of it is replaced
