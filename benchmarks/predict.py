@@ -36,7 +36,8 @@ _ARCH = "sm_90"
 _GIB = 2**30
 DTYPES = ("bfloat16", "float32")
 OPS = ("softmax", "log_softmax", "cross_entropy", "cross_entropy_with_grad")
-OTHERS = ("logsumexp", "softmax_backward", "log_softmax_backward")
+OTHERS = ("logsumexp", "softmax_backward", "log_softmax_backward", "token_logprobs", "top_logprobs")
+OPTIONS = {"token_logprobs": {"return_entropy": True, "return_rank": True}}
 _REGIMES = ("short", "held", "cluster", "online")
 TYPICAL = (32000, 128256, 8192, 1000, 1048576)
 """Each regime is shown at the first of these lengths that gets it."""
@@ -65,7 +66,8 @@ class Case(NamedTuple):
     @property
     def copy_seconds(self) -> float:
         """Of as many bytes as the op has to move."""
-        arrays = {"cross_entropy": 1, "logsumexp": 1, "softmax_backward": 3, "log_softmax_backward": 3}.get(self.op, 2)
+        one = ("cross_entropy", "logsumexp", "token_logprobs", "top_logprobs")
+        arrays = 1 if self.op in one else 3 if self.op.endswith("_backward") else 2
         return arrays * self.n_rows * self.n_cols * self.numpy_dtype.itemsize / model.COPY_BYTES_PER_SECOND
 
 
@@ -96,7 +98,7 @@ def _gibibyte(op: str, dtype: str, n_cols: int) -> Case:
 def record(case: Case) -> dict:
     """What is predicted for a case, and from what. The loss is that of each row: the mean takes two kernels more."""
     shape = case.n_rows, case.n_cols
-    launches = _dry_run.launches(case.op, shape, case.dtype, _ARCH)
+    launches = _dry_run.launches(case.op, shape, case.dtype, _ARCH, **OPTIONS.get(case.op, {}))
     whole = next(launch for launch in launches if launch.plan.regime != "single")
     facts = _dry_run.facts(whole)
     row = gpusoftmax.explain(case.op, shape, dtype=case.dtype, arch=_ARCH)["row"]
@@ -136,12 +138,15 @@ def _emulated(case: Case, plan: Plan) -> tuple[Stats, int]:
         emulated_gpu(_ARCH, track=False, check_race=False) as gpu,
         mock.patch.object(launch, "row_plan", lambda *_: few),
     ):
-        arguments, options = [gpu.array(logits)], {}
+        arguments, options = [gpu.array(logits)], dict(OPTIONS.get(case.op, {}))
         if case.op.endswith("_backward"):
             arguments.append(gpu.array(logits))
-        if case.op.startswith("cross_entropy"):
+        if case.op.startswith(("cross_entropy", "token_logprobs")):
             arguments.append(gpu.array(inputs.targets(*logits.shape)))
+        if case.op.startswith("cross_entropy"):
             options["reduction"] = "none"
+        if case.op == "top_logprobs":
+            arguments.append(_dry_run.TOP)
         getattr(gpusoftmax, case.op)(*arguments, **options)
         return gpu.stats[-1], rows
 
