@@ -7,14 +7,17 @@ A lane adds STRIP columns as a tree and carries the rounding errors of what foll
 folded in halves. That tree belongs to the row, not to the vectors: where lanes are rows (`across`), the columns of one
 lane of the stripe are added first, then those of the next, with the same results bit for bit.
 
-Functions here take vectors of either kind. `here` is where a step is at work, see walk.py.
+Functions here take vectors of either kind. `here` is where a step is at work, see walk.py. In blocks they go through
+the rows of the block one by one, along each: what differs from row to row comes and goes as a vector, a row in each
+lane. Rows of a block do not wait for each other, and what a row's vector is folded into is left in a register until
+there are enough of them to be folded together.
 """
 
-from typing import NamedTuple
-
 from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.here import by_way, line_in, register_in, row_in
 from gpusoftmax.kernels.cpu.vector import (
     add,
+    advance,
     all_equal,
     anchor,
     coarse_exp_from,
@@ -23,6 +26,8 @@ from gpusoftmax.kernels.cpu.vector import (
     compensated_add,
     exp_from,
     floor,
+    fold_max,
+    fold_sums,
     lanes_of,
     load,
     load_cols,
@@ -33,7 +38,12 @@ from gpusoftmax.kernels.cpu.vector import (
     prefetch_to_read,
     prefetch_to_write,
     ratio_of_anchors,
+    save_lanes,
+    save_max,
+    save_sum,
+    saved_lane,
     set_ties_apart,
+    square_of,
     store,
     store_cols,
     stream_cols,
@@ -44,29 +54,39 @@ from gpusoftmax.kernels.cpu.vector import (
 # 8 KiB of float32: a chunk, its exponentials and what is prefetched of the next ones fit a 32 KiB L1 cache.
 CHUNK_COLS = 2048
 STRIP = 4
-
-
-class Line(NamedTuple):
-    """A row, or neighbouring rows side by side: column c of row i lies at pointer[c * step + i]."""
-
-    pointer: object
-    step: int
+# What is left of the columns of the rows of a block: a register of each row for each of these.
+SUMS, LOWS, TIES, REGISTERS = range(4)
 
 
 # ---------------------------------------------------------------- maxima
 
 
 @device
-def chunk_max(here, first, count):
-    """The largest of `count` columns from `first` on: a number along a row, a vector across rows."""
+def max_of_cols(line, here, first, count):
     cols = cols_of(here.zeros)
     largest = here.nothing
     full = count - count % cols
     for col in range(first, first + full, cols):
-        largest = maximum(largest, load_cols(here.first, col, None, here.nothing))
+        largest = maximum(largest, load_cols(line, col, None, here.nothing))
     if full < count:
-        largest = maximum(largest, load_cols(here.first, first + full, count - full, here.nothing))
-    return max_per_row(largest)
+        largest = maximum(largest, load_cols(line, first + full, count - full, here.nothing))
+    return largest
+
+
+def _max_of_row(here, first, count):
+    return max_per_row(max_of_cols(here.first, here, first, count))
+
+
+def _max_in_block(here, first, count):
+    for k in range(here.n_rows):
+        save_max(register_in(here, 0, k), max_of_cols(line_in(here.first, k), here, first, count))
+    for k in range(0, here.n_rows, square_of(here.zero)):
+        fold_max(register_in(here, 0, k), advance(here.partials, k))
+    return load(here.partials, 0, here.zero)
+
+
+# The largest of `count` columns from `first` on: a number along a row, else a vector of them.
+chunk_max = by_way(_max_of_row, _max_of_row, _max_in_block)
 
 
 # ---------------------------------------------------------------- sums
@@ -81,50 +101,85 @@ def accumulate(total, error, part, is_coarse):
 
 
 @device
-def sum_stripe(term, arguments, first, count, phase, zero, is_coarse):
+def sum_stripe(term, here, arguments, first, count, phase, is_coarse):
     """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), and their ties."""
+    zero = here.zeros
     stripe = stripe_of(zero)
     strip = STRIP * stripe
-    full = count - count % strip
+    whole = count - count % stripe
+    in_strips = count - count % strip
     total, error, ties = zero, zero, zero
     part = zero
     last = phase + strip - stripe
-    for k in range(phase, full, stripe):
-        value, ties = term(first + k, None, ties, arguments)
+    for k in range(phase, whole, stripe):
+        value, ties = term(first + k, None, ties, here, arguments)
         part = add(part, value)
-        if k == last:
+        if k == last or k >= in_strips:
             total, error = accumulate(total, error, part, is_coarse)
             part = zero
             last += strip
-    for k in range(full, count, stripe):
+    if whole < count:
         value = zero
-        if k + phase < count:
-            value, ties = term(first + k + phase, count - k - phase, ties, arguments)
+        if whole + phase < count:
+            value, ties = term(first + whole + phase, count - whole - phase, ties, here, arguments)
         total, error = accumulate(total, error, value, is_coarse)
     return total, error, ties
 
 
 @device
-def sum_chunk(term, arguments, first, count, zero, partials, is_coarse=False):
-    """(sum, low, ties) over the columns of a chunk. term(col, left, ties, arguments) -> vector, ties.
+def sum_of_cols(term, here, arguments, first, count, is_coarse):
+    """sum_chunk along a row, before the lanes of the vectors are folded."""
+    stripe = stripe_of(here.zeros)
+    if count <= stripe:  # one term each, nothing to round
+        if count == stripe:
+            total, ties = term(first, None, here.zeros, here, arguments)
+        else:
+            total, ties = term(first, count, here.zeros, here, arguments)
+        return total, here.zeros, ties
+    total, error, ties = sum_stripe(term, here, arguments, first, count, 0, is_coarse)
+    return total, negative(error), ties
 
-    is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
-    """
-    if partials is None and count <= stripe_of(zero):  # one term each, nothing to round
-        total, ties = term(first, count, zero, arguments)
-        return sum_per_row(total), sum_per_row(zero), sum_per_row(ties)
-    if partials is None:
-        total, error, ties = sum_stripe(term, arguments, first, count, 0, zero, is_coarse)
-        return sum_per_row(total), sum_per_row(negative(error)), sum_per_row(ties)
+
+def _sum_along(term, here, arguments, first, count, is_coarse=False, has_ties=False):
+    total, low, ties = sum_of_cols(term, here, arguments, first, count, is_coarse)
+    return sum_per_row(total), sum_per_row(low), sum_per_row(ties)
+
+
+def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_ties=False):
+    has_low = count > stripe_of(here.zeros)
+    save_lanes(here.stage, arguments)
+    for k in range(here.n_rows):
+        of_row = saved_lane(here.stage, k, arguments)
+        total, low, ties = sum_of_cols(term, row_in(here, k), of_row, first, count, is_coarse)
+        save_sum(register_in(here, SUMS, k), total)
+        if has_low:
+            save_sum(register_in(here, LOWS, k), low)
+        if has_ties:
+            save_sum(register_in(here, TIES, k), ties)
+    low = sums_of_rows(here, LOWS) if has_low else here.zero
+    ties = sums_of_rows(here, TIES) if has_ties else here.zero
+    return sums_of_rows(here, SUMS), low, ties
+
+
+@device
+def sums_of_rows(here, which):
+    result = register_in(here, which, 0)
+    for k in range(0, here.n_rows, square_of(here.zero)):
+        fold_sums(register_in(here, which, k), advance(result, k))
+    return load(result, 0, here.zero)
+
+
+def _sum_across(term, here, arguments, first, count, is_coarse=False, has_ties=False):
+    zero, partials = here.zeros, here.partials
     lanes = lanes_of(zero)
     stripe = stripe_of(zero)
     ties = zero
     n_phases = min(stripe, count)
     for phase in range(n_phases):
         if count <= stripe:  # one term each, nothing to round
-            total, ties = term(first + phase, 1, ties, arguments)
+            total, ties = term(first + phase, 1, ties, here, arguments)
         else:
-            total, error, more = sum_stripe(term, arguments, first, count, phase, zero, is_coarse)
+            total, error, more = sum_stripe(term, here, arguments, first, count, phase, is_coarse)
             ties = add(ties, more)
             store(partials, (stripe + phase) * lanes, error)
         store(partials, phase * lanes, total)
@@ -142,36 +197,43 @@ def sum_chunk(term, arguments, first, count, zero, partials, is_coarse=False):
     return load(partials, 0, zero), low, ties
 
 
+# (sum, low, ties) over the columns of a chunk. term(col, left, ties, here, arguments) -> vector, ties.
+# is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
+# has_ties: a constant. Whether `term` counts any.
+sum_chunk = by_way(_sum_along, _sum_across, _sum_in_block)
+
+
 # ---------------------------------------------------------------- exponentials
 
 
 @device
-def exponential(col, left, ties, arguments):
-    """exp of the columns relative to the chunk's anchor, left in `home`; where `largest` is given, a logit that equals
-    it is counted in `ties` instead of added.
+def exponential(col, left, ties, here, arguments):
+    """exp of the columns relative to the chunk's anchor; where `largest` is given, a logit that equals it is counted in
+    `ties` instead of added.
     """
-    here, home, largest, shift, exponent, low, scale, scale_low, is_coarse = arguments
+    largest, shift, exponent, low, scale, scale_low, is_kept, is_coarse = arguments
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
-    prefetch_to_write(home, col + CHUNK_COLS, here.zeros)
     x = load_cols(here.first, col, left, here.nothing)
     if is_coarse:
         e = coarse_exp_from(x, shift, exponent, low, scale, scale_low)
     else:
         e = exp_from(x, shift, exponent, low, scale, scale_low)
-    store_cols(home, col, left, e)
+    if is_kept:
+        prefetch_to_write(here.home, col + CHUNK_COLS, here.zeros)
+        store_cols(here.home, col, left, e)
     return set_ties_apart(e, x, ties, largest)
 
 
 @device
-def sum_of_exponentials(here, home, largest, ties_of, first, count, scale, scale_low, is_coarse):
+def sum_of_exponentials(here, is_kept, largest, ties_of, first, count, scale, scale_low, is_coarse):
     """(sum, low, ties) of a chunk, relative to the anchor of its maximum `largest`.
 
-    ties_of: the maximum again, if logits that equal it are to be counted instead of added, or None. home: where the
-    exponentials are left, or None. is_coarse: a constant, see sum_chunk.
+    is_kept: a constant, whether the exponentials are left in here.home. ties_of: the maximum again, if logits that
+    equal it are to be counted instead of added, or None. is_coarse: a constant, see sum_chunk.
     """
     shift, exponent = anchor(largest, scale)
-    arguments = here, home, ties_of, shift, exponent, floor(exponent), scale, scale_low, is_coarse
-    return sum_chunk(exponential, arguments, first, count, here.zeros, here.partials, is_coarse)
+    arguments = ties_of, shift, exponent, floor(exponent), scale, scale_low, is_kept, is_coarse
+    return sum_chunk(exponential, here, arguments, first, count, is_coarse, ties_of is not None)
 
 
 @device
@@ -186,8 +248,7 @@ def ratio(shift, exponent, other_shift, other_exponent, scale, scale_low):
 
 
 @device
-def write_chunk(value, arguments, here, first, count):
-    """target[col] = value(col, left, here, arguments), a vector, for the columns of a chunk."""
+def write_cols(value, arguments, here, first, count):
     cols = cols_of(here.zeros)
     if here.streamed:
         head = min(count, cols_before_line(here.target, first))
@@ -205,3 +266,17 @@ def write_chunk(value, arguments, here, first, count):
     if full < count:
         left = count - full
         store_cols(here.target, first + full, left, value(first + full, left, here, arguments))
+
+
+def _write_rows(value, arguments, here, first, count):
+    write_cols(value, arguments, here, first, count)
+
+
+def _write_block(value, arguments, here, first, count):
+    save_lanes(here.stage, arguments)
+    for k in range(here.n_rows):
+        write_cols(value, saved_lane(here.stage, k, arguments), row_in(here, k), first, count)
+
+
+# target[col] = value(col, left, here, arguments), a vector, for the columns of a chunk.
+write_chunk = by_way(_write_rows, _write_rows, _write_block)

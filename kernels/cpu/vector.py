@@ -132,6 +132,11 @@ def holds_numbers(typingctx, pointer, like):
     return types.boolean(pointer, like), codegen
 
 
+def _number_of(like):
+    """The type of the numbers in a vector, or of a number."""
+    return like.element if isinstance(like, Vector) else like
+
+
 def _constant(of):
     """An intrinsic whose value follows from its argument's type."""
 
@@ -150,8 +155,8 @@ is_across = _constant(lambda like: isinstance(like, Vector) and like.is_across)
 # How many columns one vector covers, and how far apart the columns are that one lane of a vector along a row sums.
 cols_of = _constant(lambda like: 1 if like.is_across else like.lanes)
 stripe_of = _constant(lambda like: like.lanes)
-# The size of the squares that are transposed.
-square_of = _constant(lambda like: REGISTER_BYTES * 8 // like.bitwidth)
+# How many numbers a register holds: the size of the squares that are transposed or folded.
+square_of = _constant(lambda like: REGISTER_BYTES * 8 // _number_of(like).bitwidth)
 
 
 # ---------------------------------------------------------------- memory
@@ -513,13 +518,14 @@ def all_equal(typingctx, x, y):
 def number(typingctx, like, value):
     """A constant in the computation format of `like`."""
     constant = value.literal_value if isinstance(value, types.Literal) else None
+    type = _number_of(like)
 
     def codegen(context, builder, signature, args):
         if constant is not None:
-            return context.get_constant(like, constant)
-        return context.cast(builder, args[1], signature.args[1], like)
+            return context.get_constant(type, constant)
+        return context.cast(builder, args[1], signature.args[1], type)
 
-    return like(like, value), codegen
+    return type(like, value), codegen
 
 
 def _halves(builder, value):
@@ -551,6 +557,61 @@ def _per_row(operation):
 
 max_per_row = _per_row(formulas.Arithmetic.maximum)
 sum_per_row = _per_row(formulas.Arithmetic.add)
+
+
+def _to_register(operation):
+    """The first half of `_per_row`: a vector along a row, folded until one register holds it, goes to the pointer."""
+
+    @intrinsic
+    def fold(typingctx, pointer, vector):
+        def codegen(context, builder, signature, args):
+            value = args[1]
+            while value.type.count > REGISTER_BYTES * 8 // vector.element.bitwidth:
+                low, high = _halves(builder, value)
+                value = operation(formulas.Arithmetic(builder, low.type), low, high)
+            address = builder.bitcast(args[0], value.type.as_pointer())
+            builder.store(value, address, align=pointer.dtype.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(pointer, vector), codegen
+
+    return fold
+
+
+def _between_registers(operation):
+    """The second half of `_per_row`, for as many rows at once as a register has lanes: the registers of the rows lie
+    one after another, and what each is folded into goes to one more, a row in each lane.
+
+    What is left of two rows shares a register before it is folded again: 0123 and abcd -> 01ab, 23cd -> one operation.
+    """
+
+    @intrinsic
+    def fold(typingctx, pointer, target):
+        lanes = REGISTER_BYTES * 8 // pointer.dtype.bitwidth
+        align = pointer.dtype.bitwidth // 8
+
+        def codegen(context, builder, signature, args):
+            type, index = ir.VectorType(context.get_value_type(pointer.dtype), lanes), ir.VectorType(_INT32, lanes)
+            arithmetic = formulas.Arithmetic(builder, type)
+            first, result = (builder.bitcast(address, type.as_pointer()) for address in args)
+            rows = [builder.load(builder.gep(first, [ir.Constant(_INT32, row)]), align=align) for row in range(lanes)]
+            while len(rows) > 1:
+                size = len(rows) // 2  # of a half of what is left of a row
+                low = [row + lane for lane in range(0, lanes, 2 * size) for row in (0, lanes)]
+                low = [lane + k for lane in low for k in range(size)]
+                masks = [ir.Constant(index, [lane + half for lane in low]) for half in (0, size)]
+                pairs = zip(rows[:size], rows[size:], strict=True)
+                rows = [operation(arithmetic, *(builder.shuffle_vector(*two, mask) for mask in masks)) for two in pairs]
+            builder.store(rows[0], result, align=align)
+            return context.get_dummy_value()
+
+        return types.void(pointer, pointer), codegen
+
+    return fold
+
+
+save_max, fold_max = _to_register(formulas.Arithmetic.maximum), _between_registers(formulas.Arithmetic.maximum)
+save_sum, fold_sums = _to_register(formulas.Arithmetic.add), _between_registers(formulas.Arithmetic.add)
 
 
 # ---------------------------------------------------------------- arithmetic, on vectors and on single numbers
