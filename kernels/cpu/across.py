@@ -83,7 +83,7 @@ def copy_out(array, row, n_rows, rows, buffer, like):
 
 
 @device
-def across_rows(job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
+def across_rows(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
     """Blocks of rows, by way of copies in the cache; the result takes the place of the first array there."""
     zero = across(number(like, 0.0))
     lanes = lanes_of(zero)

@@ -60,7 +60,7 @@ def place_of(row, slot, job, rows, first, second, target, like):
 
 
 @device
-def along_rows(job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
+def along_rows(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
     """Rows one by one, from several threads, or the parts of one row after the other."""
     n_chunks = count_of_chunks(rows.n_cols)
     counters = pointer_to(job.counters, job.counters)

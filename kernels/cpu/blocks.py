@@ -11,11 +11,11 @@ from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import Here, Line
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
-from gpusoftmax.kernels.cpu.vector import across, along, as_numbers, number, pointer_to
+from gpusoftmax.kernels.cpu.vector import across, along_in, as_numbers, number, pointer_to
 
 
 @device
-def block_at(row, n_rows, slot, job, rows, first, second, target, like):
+def block_at(way, row, n_rows, slot, job, rows, first, second, target, like):
     """Rows from `row` on, neighbours in all arrays, as a step sees them."""
     result = Line(element(target, row, rows), 1, target.inner_stride)
     home = Line(as_numbers(result.pointer, like), 1, result.row_step)
@@ -28,8 +28,8 @@ def block_at(row, n_rows, slot, job, rows, first, second, target, like):
         pointer_to(slot, like),
         pointer_to(slot + job.partials, like),
         pointer_to(slot + job.stage, like),
-        along(number(like, 0.0)),
-        along(number(like, -math.inf)),
+        along_in(way, number(like, 0.0)),
+        along_in(way, number(like, -math.inf)),
         across(number(like, 0.0)),
         Line(element(first, row, rows), 1, first.inner_stride),
         Line(element(second, row, rows), 1, second.inner_stride),
@@ -40,7 +40,7 @@ def block_at(row, n_rows, slot, job, rows, first, second, target, like):
 
 
 @device
-def rows_in_blocks(job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
+def rows_in_blocks(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
     n_chunks = count_of_chunks(rows.n_cols)
     per_outer = (rows.n_inner + job.height - 1) // job.height
     n_blocks = rows.n_rows // rows.n_inner * per_outer
@@ -53,8 +53,8 @@ def rows_in_blocks(job, rows, first, second, target, prepare, measure, fold, wri
         for block in range(item * job.rows_per_item, min(n_blocks, (item + 1) * job.rows_per_item)):
             outer = block // per_outer
             inner = (block - outer * per_outer) * job.height
-            n_rows = min(job.height, rows.n_inner - inner)
-            here = block_at(outer * rows.n_inner + inner, n_rows, slot, job, rows, first, second, target, like)
+            row, n_rows = outer * rows.n_inner + inner, min(job.height, rows.n_inner - inner)
+            here = block_at(way, row, n_rows, slot, job, rows, first, second, target, like)
             prepare(here, 0, n_chunks, numbers)
             measure(here, 0, n_chunks, numbers)
             write(here, 0, n_chunks, fold(here, numbers), numbers)

@@ -116,6 +116,9 @@ def plan(
     # A result along rows may be written past the caches; exponentials may need another place than the result's.
     streamed = way is not ACROSS and target is not None and _is_streamed(rows, target, like, keeps_exponentials)
     keeps = way is not ACROSS and keeps_exponentials and (streamed or target.dtype != like.dtype.name)
+    if way is IN_BLOCKS and rows.n_cols * like.itemsize % VECTOR_BYTES:
+        # Whatever is loaded where part of a vector was stored waits for the store.
+        keeps = keeps_exponentials
     height = 1 if way is ALONG else lanes
     if way is IN_BLOCKS:
         height = min(lanes, max(1, BLOCK_BYTES // (rows.n_cols * like.itemsize)))

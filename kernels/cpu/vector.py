@@ -36,19 +36,20 @@ VECTOR_BYTES = {64: 256, 32: 64, 16: 64}[REGISTER_BYTES]
 
 
 class Vector(types.Type):
-    def __init__(self, element: types.Float, is_across: bool):
+    def __init__(self, element: types.Float, is_across: bool, n_bytes: int = VECTOR_BYTES):
         self.element = element
         self.is_across = is_across
-        self.lanes = VECTOR_BYTES * 8 // element.bitwidth
+        self.lanes = n_bytes * 8 // element.bitwidth
         super().__init__(name=f"Vector({element} x {self.lanes}, {'across' if is_across else 'along'})")
 
 
 class Way(types.Type):
-    """How a kernel walks over rows, see walk.py."""
+    """How a kernel walks over rows, see walk.py, with vectors along them that have so many bytes."""
 
-    def __init__(self, way: str):
+    def __init__(self, way: str, n_bytes: int = VECTOR_BYTES):
         self.way = way
-        super().__init__(name=f"Way({way})")
+        self.n_bytes = n_bytes
+        super().__init__(name=f"Way({way}, {n_bytes})")
 
 
 register_model(Way)(models.OpaqueModel)
@@ -97,15 +98,14 @@ def address_of(typingctx, array):
 
 @intrinsic
 def on_stack(typingctx, count):
-    """The address of `count` words of 8 bytes, 0 at first, that last until the kernel returns; `count` is a literal."""
+    """The address of `count` words of 8 bytes that last until the kernel returns; `count` is a literal."""
     if not isinstance(count, types.IntegerLiteral):
         return None  # Numba asks again with the literal
 
     def codegen(context, builder, signature, args):
-        memory = ir.ArrayType(ir.IntType(64), count.literal_value)
         with builder.goto_entry_block():
-            address = builder.alloca(memory)
-        builder.store(ir.Constant(memory, None), address)
+            address = builder.alloca(ir.ArrayType(ir.IntType(64), count.literal_value))
+        address.align = CACHE_LINE
         return builder.ptrtoint(address, ir.IntType(64))
 
     return types.int64(count), codegen
@@ -150,6 +150,7 @@ def _constant(of):
 
 
 is_half = _constant(lambda tag: tag in (types.int16, types.uint16))
+size_of = _constant(lambda like: like.bitwidth // 8)
 lanes_of = _constant(lambda like: like.lanes if isinstance(like, Vector) else 1)
 is_across = _constant(lambda like: isinstance(like, Vector) and like.is_across)
 # How many columns one vector covers, and how far apart the columns are that one lane of a vector along a row sums.
@@ -450,9 +451,24 @@ across = _vector_of_equal_lanes(is_across=True)
 
 
 @intrinsic
-def way_along(typingctx):
-    """walk.ALONG."""
-    return Way("along")(), lambda context, builder, signature, args: context.get_dummy_value()
+def along_in(typingctx, way, scalar):
+    """`along`, as wide as the way asks for."""
+    vector = Vector(scalar, False, way.n_bytes)
+
+    def codegen(context, builder, signature, args):
+        return formulas.Arithmetic(builder, context.get_value_type(vector)).splat(args[1])
+
+    return vector(way, scalar), codegen
+
+
+def in_blocks(n_bytes: int):
+    """An intrinsic of the way in blocks, see walk.py."""
+
+    @intrinsic
+    def way(typingctx):
+        return Way("in blocks", n_bytes)(), lambda context, builder, signature, args: context.get_dummy_value()
+
+    return way
 
 
 def _vectors(summary) -> list[bool]:
