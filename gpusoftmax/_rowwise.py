@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+from numpy import ndarray
 
 from gpusoftmax import _arrays, _checks, _replay
 
@@ -14,8 +14,8 @@ _SMALL = 4096
 
 
 @functools.cache
-def _small_kernel(op: str) -> Callable | None:
-    return importlib.import_module("gpusoftmax.kernels.cpu.small").dispatcher(op)
+def _small_kernel(op: str, char: str) -> Callable | None:
+    return importlib.import_module("gpusoftmax.kernels.cpu.small").function(op, char)
 
 
 def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, any_temperature: bool = False) -> Any:
@@ -24,12 +24,10 @@ def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, 
     any_temperature: the result is right, if only the maximum counts, even where 2 / temperature overflows.
     """
     plain = type(axis) is int and axis == -1 and type(temperature) is float and temperature == 1 and dtype is None
-    if plain and type(out) is np.ndarray is type(x) and x.size <= _SMALL:
-        try:
-            if _small_kernel(op)(x, out):
-                return out
-        except TypeError:  # other arrays than it takes
-            pass
+    if plain and type(x) is ndarray is type(out) and x.size <= _SMALL:
+        kernel = _small_kernel(op, x.dtype.char)
+        if kernel is not None and kernel(x, out):
+            return out
     return _replay.call(_forward, (x, out), op, axis, temperature, dtype, any_temperature)
 
 

@@ -471,9 +471,9 @@ def weighted_distance(a: Arithmetic, e, x, max, scale, scale_low):
     return weighted(a, e, a.mul(half, a.mul(scale, a.number(2))))
 
 
-def add_if_above(a: Arithmetic, count, x, threshold):
-    """count + 1 where x is larger than the threshold."""
-    return a.select(a.less(threshold, x), a.add(count, a.number(1)), count)
+def is_above(a: Arithmetic, x, threshold):
+    """1 where x is larger than the threshold, else 0."""
+    return a.select(a.less(threshold, x), a.number(1), a.number(0))
 
 
 def rise_to(a: Arithmetic, own_max, max, scale):

@@ -10,7 +10,7 @@ import pytest
 
 import gpusoftmax
 from gpusoftmax import _replay_cpu
-from gpusoftmax.kernels.cpu import parallel
+from gpusoftmax.kernels.cpu import parallel, small
 from gpusoftmax.kernels.cpu import run as run_module
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
 from gpusoftmax.kernels.cpu.job import Job
@@ -253,6 +253,40 @@ def test_shared_by_threads(threads, name, n_threads, shape):
     threads(n_threads)
     for _ in range(3):
         assert bits(run_on_cpu(name, *arrays)) == expected
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_small_calls(name, dtype):
+    """They go straight to a kernel of their own."""
+    function = getattr(gpusoftmax, name)
+    for n_cols in (1, 4, 8, 9, 16, 17, 32, 33, 64, 65, 300, 2048):
+        logits = inputs.make("spread", (70, n_cols), dtype)
+        expected = function(logits)
+        for n_rows in (n_rows for n_rows in (1, 2, 7, 16, 70) if n_rows * n_cols <= 4096):
+            out, place = np.full((n_rows, n_cols), 7, dtype), logits[:n_rows].copy()
+            assert function(logits[:n_rows], out=out) is out
+            assert function(place, out=place) is place
+            assert out.tobytes() == place.tobytes() == expected[:n_rows].tobytes(), (n_rows, n_cols)
+
+
+def test_arrays_that_a_kernel_for_small_calls_leaves_alone():
+    kernel = small.function("softmax", "f")
+    x = inputs.make("spread", (6, 8), "float32")
+    memory = np.zeros(60, np.float32)
+    assert kernel(x, np.zeros_like(x))
+    others = [x.astype(">f4"), x[None], x[0], np.asfortranarray(x), x[:, ::2], x[:0], x[:, :0]]
+    pairs = [(other, np.zeros_like(other)) for other in others]
+    pairs += [(x, np.zeros(shape, np.float32)) for shape in ((6, 9), (7, 8), (48,))]
+    pairs += [(x, np.zeros_like(x, order="F")), (x, np.zeros(x.shape)), (x, np.zeros(x.shape, ">f4"))]
+    pairs += [(memory[:48].reshape(6, 8), memory[1:49].reshape(6, 8)), (np.zeros((2, 2049), np.float32),) * 2]
+    read_only, unaligned = np.zeros_like(x), np.zeros(193, np.uint8)[1:].view(np.float32).reshape(6, 8)
+    read_only.flags.writeable = False
+    pairs += [(x, read_only), (x, unaligned), (unaligned, np.zeros_like(x))]
+    for logits, out in pairs:
+        before = out.tobytes()
+        assert not kernel(logits, out)
+        assert out.tobytes() == before
 
 
 def test_parts_of_rows_that_are_folded_late(threads):

@@ -3,9 +3,9 @@
 import math
 
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.chunks import Line
+from gpusoftmax.kernels.cpu.here import Here, Line
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
-from gpusoftmax.kernels.cpu.rows import Here, count_of_chunks, element
+from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
 from gpusoftmax.kernels.cpu.vector import (
     across,
     advance,
@@ -83,7 +83,7 @@ def copy_out(array, row, n_rows, rows, buffer, like):
 
 
 @device
-def across_rows(job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
+def across_rows(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
     """Blocks of rows, by way of copies in the cache; the result takes the place of the first array there."""
     zero = across(number(like, 0.0))
     lanes = lanes_of(zero)
@@ -107,18 +107,19 @@ def across_rows(job, rows, first, second, target, prepare, measure, fold, write,
             copy_in(first, row, n_rows, rows, copy, like)
             if job.has_second:
                 copy_in(second, row, n_rows, rows, copy + job.stage_bytes, like)
-            line = Line(pointer_to(copy, like), lanes)
+            line = Line(pointer_to(copy, like), lanes, 1)
             here = Here(
                 row,
                 n_rows,
                 rows.n_cols,
                 pointer_to(slot, like),
                 pointer_to(slot + job.partials, like),
+                None,
                 zero,
                 across(number(like, -math.inf)),
                 zero,
                 line,
-                Line(pointer_to(copy + job.stage_bytes, like), lanes),
+                Line(pointer_to(copy + job.stage_bytes, like), lanes, 1),
                 line,
                 line,
                 False,

@@ -3,7 +3,7 @@
 import math
 
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.chunks import Line
+from gpusoftmax.kernels.cpu.here import Here, Line
 from gpusoftmax.kernels.cpu.job import (
     LINE,
     MEASURED,
@@ -17,7 +17,7 @@ from gpusoftmax.kernels.cpu.job import (
     draw_part,
     wait_until_at_least,
 )
-from gpusoftmax.kernels.cpu.rows import Here, count_of_chunks, element
+from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
 from gpusoftmax.kernels.cpu.vector import along, as_numbers, number, pointer_to
 
 
@@ -26,12 +26,12 @@ def line_of(array, row, rows, buffer, is_read):
     """The Line of a row: in place where its columns are neighbours, else in the buffer, copied there if it is read."""
     source = element(array, row, rows)
     if array.col_stride == 1:
-        return Line(source, 1)
+        return Line(source, 1, 0)
     copy = pointer_to(buffer, array.tag)
     if is_read:
         for col in range(rows.n_cols):
             copy[col] = source[col * array.col_stride]
-    return Line(copy, 1)
+    return Line(copy, 1, 0)
 
 
 @device
@@ -47,19 +47,20 @@ def place_of(row, slot, job, rows, first, second, target, like):
         rows.n_cols,
         pointer_to(slot, like),
         None,
+        None,
         along(zero),
         along(number(like, -math.inf)),
         zero,
         line_of(first, row, rows, stage + job.stage_bytes, True),
         line_of(second, row, rows, stage + 2 * job.stage_bytes, job.has_second != 0),
         result,
-        Line(home, 1),
+        Line(home, 1, 0),
         job.streamed != 0,
     )
 
 
 @device
-def along_rows(job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
+def along_rows(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
     """Rows one by one, from several threads, or the parts of one row after the other."""
     n_chunks = count_of_chunks(rows.n_cols)
     counters = pointer_to(job.counters, job.counters)

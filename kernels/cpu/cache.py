@@ -62,8 +62,10 @@ _UNUSED_SECONDS = 30 * 24 * 3600
 """Entries of another version of the sources that nobody has loaded for a month are deleted."""
 
 
-def kernel(function):
+def kernel(function, releases_lock=True):
     """Compile a module-level function with Numba on first use, or load it from the disk cache.
+
+    releases_lock: while it runs, other threads may run Python.
 
     One entry is kept for every tuple of argument types. Helpers are `device` functions: they become part of the entry.
     So do the values of the globals that a kernel uses, which must therefore follow from the sources and the CPU alone,
@@ -74,7 +76,7 @@ def kernel(function):
             f"kernel() takes functions defined at the top of a module; {function.__qualname__} is defined inside "
             "another function, and the values it closes over could not be told apart in the cache"
         )
-    dispatcher = numba.njit(error_model="numpy", nogil=True)(function)
+    dispatcher = numba.njit(error_model="numpy", nogil=releases_lock)(function)
     if isinstance(dispatcher, Dispatcher):  # NUMBA_DISABLE_JIT=1 gives the function itself
         dispatcher._cache = _KernelCache(function)
     return dispatcher

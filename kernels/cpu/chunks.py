@@ -7,15 +7,17 @@ A lane adds STRIP columns as a tree and carries the rounding errors of what foll
 folded in halves. That tree belongs to the row, not to the vectors: where lanes are rows (`across`), the columns of one
 lane of the stripe are added first, then those of the next, with the same results bit for bit.
 
-Functions here take vectors of either kind. `here` is where a step is at work, see walk.py.
+Functions here take vectors of either kind. `here` is where a step is at work, see walk.py. In blocks they go through
+the rows of the block one by one, along each: what differs from row to row comes and goes as a vector, a row in each
+lane. Rows of a block do not wait for each other, and what a row's vector is folded into is left in a register until
+there are enough of them to be folded together.
 """
 
-from typing import NamedTuple
-
 from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.here import by_way, line_in, register_in, row_in
 from gpusoftmax.kernels.cpu.vector import (
     add,
-    add_if_above,
+    advance,
     all_equal,
     anchor,
     coarse_exp_from,
@@ -24,6 +26,9 @@ from gpusoftmax.kernels.cpu.vector import (
     compensated_add,
     exp_from,
     floor,
+    fold_max,
+    fold_sums,
+    is_above,
     lanes_of,
     load,
     load_cols,
@@ -34,54 +39,57 @@ from gpusoftmax.kernels.cpu.vector import (
     prefetch_to_read,
     prefetch_to_write,
     ratio_of_anchors,
+    save_lanes,
+    save_max,
+    save_sum,
+    saved_lane,
     set_ties_apart,
+    square_of,
     store,
     store_cols,
     stream_cols,
     stripe_of,
     sum_per_row,
+    unless_none,
     weighted_distance,
 )
 
 # 8 KiB of float32: a chunk, its exponentials and what is prefetched of the next ones fit a 32 KiB L1 cache.
 CHUNK_COLS = 2048
 STRIP = 4
-
-
-class Line(NamedTuple):
-    """A row, or neighbouring rows side by side: column c of row i lies at pointer[c * step + i]."""
-
-    pointer: object
-    step: int
+# What is left of the columns of the rows of a block: a register of each row for each of these.
+SUMS, LOWS, TIES, BESIDE, REGISTERS = range(5)
 
 
 # ---------------------------------------------------------------- maxima
 
 
 @device
-def chunk_max(here, first, count):
-    """The largest of `count` columns from `first` on: a number along a row, a vector across rows."""
+def max_of_cols(line, here, first, count):
     cols = cols_of(here.zeros)
     largest = here.nothing
     full = count - count % cols
     for col in range(first, first + full, cols):
-        largest = maximum(largest, load_cols(here.first, col, None, here.nothing))
+        largest = maximum(largest, load_cols(line, col, None, here.nothing))
     if full < count:
-        largest = maximum(largest, load_cols(here.first, first + full, count - full, here.nothing))
-    return max_per_row(largest)
+        largest = maximum(largest, load_cols(line, first + full, count - full, here.nothing))
+    return largest
 
 
-@device
-def count_above(here, first, count, threshold):
-    """How many of `count` columns from `first` on are larger: a number along a row, a vector across rows."""
-    cols = cols_of(here.zeros)
-    above = here.zeros
-    full = count - count % cols
-    for col in range(first, first + full, cols):
-        above = add_if_above(above, load_cols(here.first, col, None, here.nothing), threshold)
-    if full < count:
-        above = add_if_above(above, load_cols(here.first, first + full, count - full, here.nothing), threshold)
-    return sum_per_row(above)
+def _max_of_row(here, first, count):
+    return max_per_row(max_of_cols(here.first, here, first, count))
+
+
+def _max_in_block(here, first, count):
+    for k in range(here.n_rows):
+        save_max(register_in(here, 0, k), max_of_cols(line_in(here.first, k), here, first, count))
+    for k in range(0, here.n_rows, square_of(here.zero)):
+        fold_max(register_in(here, 0, k), advance(here.partials, k))
+    return load(here.partials, 0, here.zero)
+
+
+# The largest of `count` columns from `first` on: a number along a row, else a vector of them.
+chunk_max = by_way(_max_of_row, _max_of_row, _max_in_block)
 
 
 # ---------------------------------------------------------------- sums
@@ -96,53 +104,89 @@ def accumulate(total, error, part, is_coarse):
 
 
 @device
-def sum_stripe(term, arguments, first, count, phase, zero, is_coarse, beside):
+def sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside):
     """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), their ties, what is beside."""
+    zero = here.zeros
     stripe = stripe_of(zero)
     strip = STRIP * stripe
-    full = count - count % strip
+    whole = count - count % stripe
+    in_strips = count - count % strip
     total, error, ties = zero, zero, zero
     part = zero
     last = phase + strip - stripe
-    for k in range(phase, full, stripe):
-        value, ties, more = term(first + k, None, ties, arguments)
+    for k in range(phase, whole, stripe):
+        value, ties, more = term(first + k, None, ties, here, arguments)
         beside = add(beside, more)
         part = add(part, value)
-        if k == last:
+        if k == last or k >= in_strips:
             total, error = accumulate(total, error, part, is_coarse)
             part = zero
             last += strip
-    for k in range(full, count, stripe):
+    if whole < count:
         value = zero
-        if k + phase < count:
-            value, ties, more = term(first + k + phase, count - k - phase, ties, arguments)
+        if whole + phase < count:
+            value, ties, more = term(first + whole + phase, count - whole - phase, ties, here, arguments)
             beside = add(beside, more)
         total, error = accumulate(total, error, value, is_coarse)
     return total, error, ties, beside
 
 
 @device
-def sum_chunk(term, arguments, first, count, zero, partials, is_coarse=False, beside=None):
-    """(sum, low, ties, beside) over the columns of a chunk. term(col, left, ties, arguments) -> vector, ties, more.
+def sum_of_cols(term, here, arguments, first, count, is_coarse, beside):
+    """sum_chunk along a row, before the lanes of the vectors are folded."""
+    stripe = stripe_of(here.zeros)
+    if count <= stripe:  # one term each, nothing to round
+        if count == stripe:
+            total, ties, beside = term(first, None, here.zeros, here, arguments)
+        else:
+            total, ties, beside = term(first, count, here.zeros, here, arguments)
+        return total, here.zeros, ties, beside
+    total, error, ties, beside = sum_stripe(term, here, arguments, first, count, 0, is_coarse, beside)
+    return total, negative(error), ties, beside
 
-    is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32. beside: zeros
-    where a second sum, of `more`, is taken along, coarsely; None where there is none.
-    """
-    if partials is None and count <= stripe_of(zero):  # one term each, nothing to round
-        total, ties, beside = term(first, count, zero, arguments)
-        return sum_per_row(total), sum_per_row(zero), sum_per_row(ties), sum_per_row(beside)
-    if partials is None:
-        total, error, ties, beside = sum_stripe(term, arguments, first, count, 0, zero, is_coarse, beside)
-        return sum_per_row(total), sum_per_row(negative(error)), sum_per_row(ties), sum_per_row(beside)
+
+def _sum_along(term, here, arguments, first, count, is_coarse=False, has_ties=False, beside=None):
+    total, low, ties, beside = sum_of_cols(term, here, arguments, first, count, is_coarse, beside)
+    return sum_per_row(total), sum_per_row(low), sum_per_row(ties), sum_per_row(beside)
+
+
+def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_ties=False, beside=None):
+    has_low = count > stripe_of(here.zeros)
+    save_lanes(here.stage, arguments)
+    for k in range(here.n_rows):
+        of_row = saved_lane(here.stage, k, arguments)
+        total, low, ties, more = sum_of_cols(term, row_in(here, k), of_row, first, count, is_coarse, beside)
+        save_sum(register_in(here, SUMS, k), total)
+        save_sum(register_in(here, BESIDE, k), more)
+        if has_low:
+            save_sum(register_in(here, LOWS, k), low)
+        if has_ties:
+            save_sum(register_in(here, TIES, k), ties)
+    low = sums_of_rows(here, LOWS, here.zero) if has_low else here.zero
+    ties = sums_of_rows(here, TIES, here.zero) if has_ties else here.zero
+    return sums_of_rows(here, SUMS, here.zero), low, ties, sums_of_rows(here, BESIDE, unless_none(beside, here.zero))
+
+
+@device
+def sums_of_rows(here, which, like):
+    result = register_in(here, which, 0)
+    if like is not None:
+        for k in range(0, here.n_rows, square_of(here.zero)):
+            fold_sums(register_in(here, which, k), advance(result, k))
+    return load(result, 0, like)
+
+
+def _sum_across(term, here, arguments, first, count, is_coarse=False, has_ties=False, beside=None):
+    zero, partials = here.zeros, here.partials
     lanes = lanes_of(zero)
     stripe = stripe_of(zero)
     ties = zero
     n_phases = min(stripe, count)
     for phase in range(n_phases):
         if count <= stripe:  # one term each, nothing to round
-            total, ties, more = term(first + phase, 1, ties, arguments)
+            total, ties, more = term(first + phase, 1, ties, here, arguments)
         else:
-            total, error, more_ties, more = sum_stripe(term, arguments, first, count, phase, zero, is_coarse, beside)
+            total, error, more_ties, more = sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside)
             ties = add(ties, more_ties)
             store(partials, (stripe + phase) * lanes, error)
         store(partials, phase * lanes, total)
@@ -166,44 +210,52 @@ def fold_partial(partials, one, other, zero):
     store(partials, one, add(load(partials, one, zero), load(partials, other, zero)))
 
 
+# (sum, low, ties, beside) over the columns of a chunk. term(col, left, ties, here, arguments) -> vector, ties, more.
+# is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
+# has_ties: a constant. Whether `term` counts any.
+# beside: zeros where a second sum, of `more`, is taken along, coarsely; None where there is none.
+sum_chunk = by_way(_sum_along, _sum_across, _sum_in_block)
+
+
 # ---------------------------------------------------------------- exponentials
 
 
 @device
-def exponential(col, left, ties, arguments):
-    """exp of the columns relative to the chunk's anchor, left in `home`; where `largest` is given, a logit that equals
-    it is counted in `ties` instead of added.
+def exponential(col, left, ties, here, arguments):
+    """exp of the columns relative to the chunk's anchor; where `largest` is given, a logit that equals it is counted in
+    `ties` instead of added.
     """
-    here, home, largest, shift, exponent, low, scale, scale_low, is_coarse = arguments
+    largest, shift, exponent, low, scale, scale_low, is_kept, is_coarse = arguments
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
-    prefetch_to_write(home, col + CHUNK_COLS, here.zeros)
     x = load_cols(here.first, col, left, here.nothing)
     if is_coarse:
         e = coarse_exp_from(x, shift, exponent, low, scale, scale_low)
     else:
         e = exp_from(x, shift, exponent, low, scale, scale_low)
-    store_cols(home, col, left, e)
+    if is_kept:
+        prefetch_to_write(here.home, col + CHUNK_COLS, here.zeros)
+        store_cols(here.home, col, left, e)
     e, ties = set_ties_apart(e, x, ties, largest)
     return e, ties, None
 
 
 @device
-def sum_of_exponentials(here, home, largest, ties_of, first, count, scale, scale_low, is_coarse):
+def sum_of_exponentials(here, is_kept, largest, ties_of, first, count, scale, scale_low, is_coarse):
     """What sum_chunk gives of a chunk's exponentials, relative to the anchor of its maximum `largest`.
 
-    ties_of: the maximum again, if logits that equal it are to be counted instead of added, or None. home: where the
-    exponentials are left, or None. is_coarse: a constant, see sum_chunk.
+    is_kept: a constant, whether the exponentials are left in here.home. ties_of: the maximum again, if logits that
+    equal it are to be counted instead of added, or None. is_coarse: a constant, see sum_chunk.
     """
     shift, exponent = anchor(largest, scale)
-    arguments = here, home, ties_of, shift, exponent, floor(exponent), scale, scale_low, is_coarse
-    return sum_chunk(exponential, arguments, first, count, here.zeros, here.partials, is_coarse)
+    arguments = ties_of, shift, exponent, floor(exponent), scale, scale_low, is_kept, is_coarse
+    return sum_chunk(exponential, here, arguments, first, count, is_coarse, ties_of is not None)
 
 
 @device
-def exponential_and_distance(col, left, ties, arguments):
+def exponential_and_distance(col, left, ties, here, arguments):
     """exponential, and beside it the exponential times the distance to the maximum, which is 0 for those that tie."""
-    here, _, largest, _, _, _, scale, scale_low, _ = arguments
-    e, ties, _ = exponential(col, left, ties, arguments)
+    e, ties, _ = exponential(col, left, ties, here, arguments)
+    largest, _, _, _, scale, scale_low, _, _ = arguments
     x = load_cols(here.first, col, left, here.nothing)
     return e, ties, weighted_distance(e, x, largest, scale, scale_low)
 
@@ -212,8 +264,20 @@ def exponential_and_distance(col, left, ties, arguments):
 def sum_of_distances(here, largest, first, count, scale, scale_low):
     """What sum_chunk gives of a chunk's exponentials, ties apart, and beside it the sum of exponential_and_distance."""
     shift, exponent = anchor(largest, scale)
-    arguments = here, None, largest, shift, exponent, floor(exponent), scale, scale_low, False
-    return sum_chunk(exponential_and_distance, arguments, first, count, here.zeros, here.partials, False, here.zeros)
+    arguments = largest, shift, exponent, floor(exponent), scale, scale_low, False, False
+    return sum_chunk(exponential_and_distance, here, arguments, first, count, False, True, here.zeros)
+
+
+@device
+def above(col, left, ties, here, arguments):
+    return is_above(load_cols(here.first, col, left, here.nothing), arguments[0]), ties, None
+
+
+@device
+def count_above(here, first, count, threshold):
+    """How many of `count` columns from `first` on are larger than a threshold for each row."""
+    total, _, _, _ = sum_chunk(above, here, (threshold,), first, count, True)
+    return total
 
 
 @device
@@ -228,8 +292,7 @@ def ratio(shift, exponent, other_shift, other_exponent, scale, scale_low):
 
 
 @device
-def write_chunk(value, arguments, here, first, count):
-    """target[col] = value(col, left, here, arguments), a vector, for the columns of a chunk."""
+def write_cols(value, arguments, here, first, count):
     cols = cols_of(here.zeros)
     if here.streamed:
         head = min(count, cols_before_line(here.target, first))
@@ -247,3 +310,17 @@ def write_chunk(value, arguments, here, first, count):
     if full < count:
         left = count - full
         store_cols(here.target, first + full, left, value(first + full, left, here, arguments))
+
+
+def _write_rows(value, arguments, here, first, count):
+    write_cols(value, arguments, here, first, count)
+
+
+def _write_block(value, arguments, here, first, count):
+    save_lanes(here.stage, arguments)
+    for k in range(here.n_rows):
+        write_cols(value, saved_lane(here.stage, k, arguments), row_in(here, k), first, count)
+
+
+# target[col] = value(col, left, here, arguments), a vector, for the columns of a chunk.
+write_chunk = by_way(_write_rows, _write_rows, _write_block)

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import Line, index_in
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import (
@@ -202,16 +203,16 @@ def counts(label, loss):
 
 @device
 def measure(here, first, last, loss):
-    measure_chunks(here, None, first, last, loss)
+    measure_chunks(here, False, first, last, loss)
 
 
 @device
 def measure_and_keep(here, first, last, loss):
-    measure_chunks(here, here.home, first, last, loss)
+    measure_chunks(here, True, first, last, loss)
 
 
 @device
-def measure_chunks(here, home, first, last, loss):
+def measure_chunks(here, is_kept, first, last, loss):
     lanes = lanes_of(here.zero)
     if lanes == 1 and not counts(label_of(loss.labels, here.row, loss.rows), loss):
         return  # a row that is not used is not read
@@ -220,39 +221,37 @@ def measure_chunks(here, home, first, last, loss):
         for lane in range(here.n_rows):  # before exponentials take the place of the logits
             label = label_of(loss.labels, here.row + lane, loss.rows)
             if col <= label and label < col + count:
-                x = load(here.first.pointer, label * here.first.step + lane, loss.scale)
+                x = load(here.first.pointer, index_in(here.first, lane, label), loss.scale)
                 store(here.states, (chunk * FIELDS + LOGIT) * lanes + lane, x)
         largest = saved(here.states, chunk, MAX, here.zero)
         if loss.share != number(loss.scale, 0.0):
             measure_smoothing(here, chunk, largest, col, count, loss)
-        sums = sum_of_exponentials(here, home, largest, largest, col, count, loss.scale, None, False)
+        sums = sum_of_exponentials(here, is_kept, largest, largest, col, count, loss.scale, None, False)
         save_state(here.states, chunk, sums)
 
 
 @device
 def measure_smoothing(here, chunk, largest, first, count, loss):
-    arguments = here, loss, largest
-    total, low, _, _ = sum_chunk(weighted_distance, arguments, first, count, here.zeros, here.partials)
+    total, low, _, _ = sum_chunk(weighted_distance, here, (loss, largest), first, count)
     save(here.states, chunk, DISTANCE, total)
     save(here.states, chunk, DISTANCE_LOW, low)
     weights = add(here.zero, number(loss.scale, count))
     if loss.weight != 0:
-        weights, _, _, _ = sum_chunk(only_weight, arguments, first, count, here.zeros, here.partials)
+        weights, _, _, _ = sum_chunk(only_weight, here, (loss,), first, count)
     save(here.states, chunk, WEIGHT, weights)
 
 
 @device
-def weighted_distance(col, left, ties, arguments):
+def weighted_distance(col, left, ties, here, arguments):
     """eps/V w_c (max - x_c). The factor is inside: the sum of the bare differences of large logits would overflow."""
-    here, loss, largest = arguments
+    loss, largest = arguments
     x = load_cols(here.first, col, left, add(here.zeros, largest))
     return mul(distance(x, largest, loss.share), weights_at(col, left, here, loss)), ties, None
 
 
 @device
-def only_weight(col, left, ties, arguments):
-    here, loss, _ = arguments
-    return weights_at(col, left, here, loss), ties, None
+def only_weight(col, left, ties, here, arguments):
+    return weights_at(col, left, here, arguments[0]), ties, None
 
 
 @device
@@ -263,7 +262,7 @@ def weights_at(col, left, here, loss):
         return add(here.zeros, one)
     if is_across(here.zeros):
         return add(here.zeros, number_at(loss.weight, col, one))
-    return load_cols(Line(pointer_to(loss.weight, one), 1), col, left, here.zeros)
+    return load_cols(Line(pointer_to(loss.weight, one), 1, 0), col, left, here.zeros)
 
 
 # ---------------------------------------------------------------- 2. fold
@@ -352,7 +351,7 @@ def write(here, first, last, gradient, loss):
         for lane in range(here.n_rows):  # before the gradient takes the place of the exponentials
             label = label_of(loss.labels, here.row + lane, loss.rows)
             if col <= label and label < col + count:
-                e = load(here.home.pointer, label * here.home.step + lane, loss.scale)
+                e = load(here.home.pointer, index_in(here.home, lane, label), loss.scale)
                 store(here.states, (chunk * FIELDS + LABEL_EXP) * lanes + lane, e)
         if lanes > 1 or counts(label_of(loss.labels, here.row, loss.rows), loss):
             write_chunk(gradient_of, (factor, gradient.on_weight, loss), here, col, count)
@@ -360,14 +359,14 @@ def write(here, first, last, gradient, loss):
             label = label_of(loss.labels, here.row + lane, loss.rows)
             if not counts(label, loss):
                 for k in range(col, col + count):
-                    store(here.target.pointer, k * here.target.step + lane, unused(label, loss))
+                    store(here.target.pointer, index_in(here.target, lane, k), unused(label, loss))
             elif col <= label and label < col + count:
                 e = load(here.states, (chunk * FIELDS + LABEL_EXP) * lanes + lane, loss.scale)
                 value = mul(e, load(here.states, (chunk * FIELDS + ON_PROBS) * lanes + lane, loss.scale))
                 weight = number_at(loss.weight, label, loss.scale)
                 value = sub(value, mul(gradient.on_weight, weight))
                 value = sub(value, load(here.states, (chunk * FIELDS + ON_LABEL) * lanes + lane, loss.scale))
-                store(here.target.pointer, label * here.target.step + lane, value)
+                store(here.target.pointer, index_in(here.target, lane, label), value)
 
 
 @device

@@ -33,19 +33,19 @@ def n_counters(n_threads: int, n_split: int) -> int:
 
 
 class Job(NamedTuple):
-    """One call, in int64. Items are blocks of rows_per_item rows or, if parts > 1, the parts of single rows."""
+    """One call, in int64. Items are rows_per_item rows or blocks of rows or, if parts > 1, the parts of single rows."""
 
     counters: int  # their address, which follows from that of the call
     workspace: int  # address of n_threads slots, or of one for every row if rows are split
     n_threads: int  # how many may join
-    rows_per_item: int  # or blocks of neighbouring rows
+    rows_per_item: int  # or blocks of rows
     parts: int
     height: int  # rows of a block
     slot_bytes: int  # the states of the chunks come first in a slot; then, at these offsets,
-    partials: int  # what chunks.sum_chunk needs across rows; in blocks the states of rows,
-    scratch: int  # exponentials along rows (0: they stay where the result goes), of so many bytes for a row,
-    scratch_bytes: int
-    stage: int  # and copies, of so many bytes each
+    partials: int  # what chunks.sum_chunk needs across rows and in blocks,
+    scratch: int  # exponentials of columns (0: they stay where the result goes), so many numbers for a row,
+    scratch_cols: int
+    stage: int  # and copies, of so many bytes each; in blocks, numbers of its rows
     stage_bytes: int
     streamed: int  # 1: write the result past the caches
     has_second: int  # 0: the op reads one array

@@ -47,7 +47,7 @@ def measure(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
-        sums = sum_of_exponentials(here, None, largest, largest, col, count, scale, scale_low, is_half(tag))
+        sums = sum_of_exponentials(here, False, largest, largest, col, count, scale, scale_low, is_half(tag))
         save_state(here.states, chunk, sums)
 
 
@@ -82,13 +82,13 @@ def log_softmax_backward_rows(call):
 def sum_gradient(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        total, low, _, _ = sum_chunk(upstream, here, col, count, here.zeros, here.partials)
+        total, low, _, _ = sum_chunk(upstream, here, (), col, count)
         save(here.states, chunk, SUM, total)
         save(here.states, chunk, LOW, low)
 
 
 @device
-def upstream(col, left, ties, here):
+def upstream(col, left, ties, here, arguments):
     return load_cols(here.second, col, left, here.zeros), ties, None
 
 

@@ -20,24 +20,6 @@ class Strided(NamedTuple):
     tag: np.generic
 
 
-class Here(NamedTuple):
-    """The row, or the n_rows neighbouring rows from `row` on, at which a step is working."""
-
-    row: int
-    n_rows: int
-    n_cols: int
-    states: object  # pointer to the states of the chunks
-    partials: object  # across rows: memory for three vectors for every lane of a stripe, see chunks.sum_chunk
-    zeros: object  # a vector along or across rows, 0 in every lane,
-    nothing: object  # and one of -inf: logits that are not there
-    zero: object  # 0 as a number of the row: a number along rows, a vector across
-    first: object  # Line of the array that is read,
-    second: object  # of another one beside it,
-    target: object  # of the result,
-    home: object  # and of where exponentials stay until they are written
-    streamed: bool  # the result is written past the caches
-
-
 @device
 def row_offset(array, row, rows):
     """Where a row starts, in elements. `array` has the strides of an Operand or of Labels."""

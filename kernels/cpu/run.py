@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gpusoftmax.kernels.cpu import call, parallel
-from gpusoftmax.kernels.cpu.blocks import RECORD
 from gpusoftmax.kernels.cpu.call import WORKSPACE
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, REGISTERS
 from gpusoftmax.kernels.cpu.job import MAX_PARTS, Job
 from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
@@ -25,7 +24,7 @@ SHORT_ROW = 64
 # Up to here a row's own numbers are worth folding with those of others.
 BLOCK_COLS = 512
 # Of the rows of a block: they stay in the first-level cache.
-BLOCK_BYTES = 16 << 10
+BLOCK_BYTES = 8 << 10
 # A few rows do not fill vectors across them either.
 FEW_ROWS = 16
 # A thread that joins costs about as much as this many logits.
@@ -120,7 +119,12 @@ def plan(
     # A result along rows may be written past the caches; exponentials may need another place than the result's.
     streamed = way is not ACROSS and target is not None and _is_streamed(rows, target, like, keeps_exponentials)
     keeps = way is not ACROSS and keeps_exponentials and (streamed or target.dtype != like.dtype.name)
-    height = min(lanes, max(1, BLOCK_BYTES // max(1, rows.n_cols * like.itemsize))) if way is IN_BLOCKS else 1
+    if way is IN_BLOCKS and rows.n_cols * like.itemsize % VECTOR_BYTES:
+        # Whatever is loaded where part of a vector was stored waits for the store.
+        keeps = keeps_exponentials
+    height = 1 if way is ALONG else lanes
+    if way is IN_BLOCKS:
+        height = min(lanes, max(1, BLOCK_BYTES // (rows.n_cols * like.itemsize)))
     is_staged = way is ALONG and any(line.col_stride != 1 for line in lines)
 
     # The memory of a slot, see Job: one record for every chunk, and one for the row.
@@ -142,7 +146,7 @@ def plan(
         reserve("stage", (2 if second is not None else 1) * stage_bytes)
     elif way is IN_BLOCKS:
         stage_bytes = 0
-        reserve("partials", height * RECORD * like.itemsize)
+        reserve("partials", REGISTERS * lanes * REGISTER_BYTES)
         reserve("stage", FIELDS * VECTOR_BYTES)
     else:
         stage_bytes = _padded(rows.n_cols * 8) if is_staged else 0
@@ -152,15 +156,13 @@ def plan(
     slot_bytes = -(-size // PAGE) * PAGE + PAGE + CACHE_LINE
 
     parts = 1
-    if way is ACROSS:
-        neighbours = rows.n_inner if rows.n_inner >= lanes else rows.n_rows
-        n_units = rows.n_rows // neighbours * -(-neighbours // lanes)
-        per_item = max(1, LOGITS_PER_ITEM // (lanes * max(rows.n_cols, 1)))
-    else:
-        n_units = rows.n_rows
-        per_item = max(1, LOGITS_PER_ITEM // max(rows.n_cols, 1) // height) * height
-        if way is ALONG and not is_staged and not one_by_one and rows.n_rows < 2 * n_threads:
-            parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
+    n_units, neighbours = rows.n_rows, 1
+    if way is not ALONG:
+        neighbours = rows.n_inner if way is IN_BLOCKS or rows.n_inner >= lanes else rows.n_rows
+        n_units = rows.n_rows // neighbours * -(-neighbours // height)
+    per_item = max(1, LOGITS_PER_ITEM // (height * max(rows.n_cols, 1)))
+    if way is ALONG and not is_staged and not one_by_one and rows.n_rows < 2 * n_threads:
+        parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
     n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
     if n_threads <= 1:
         per_item, parts, n_threads = n_units, 1, 1
@@ -175,7 +177,7 @@ def plan(
         height=height,
         slot_bytes=slot_bytes,
         **places,
-        scratch_bytes=scratch_bytes,
+        scratch_cols=scratch_bytes // like.itemsize,
         stage_bytes=stage_bytes,
         streamed=int(streamed),
         has_second=int(second is not None),
@@ -203,7 +205,8 @@ def threads_for(n_logits: int) -> int:
 def _way(rows: Rows, lines: list[Operand]) -> Way:
     if rows.n_rows < FEW_ROWS:
         return ALONG
-    if TINY_ROW < rows.n_cols <= BLOCK_COLS and all(line.col_stride == 1 for line in lines):
+    along = all(line.col_stride == 1 for line in lines)
+    if TINY_ROW < rows.n_cols <= BLOCK_COLS and along and rows.n_inner >= FEW_ROWS:
         return IN_BLOCKS
     return ACROSS if _is_across(rows, lines) else ALONG
 

@@ -55,9 +55,7 @@ def sum_exponentials(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
-        total, low, _, _ = sum_of_exponentials(
-            here, here.home, largest, None, col, count, scale, scale_low, is_half(tag)
-        )  # fmt: skip
+        total, low, _, _ = sum_of_exponentials(here, True, largest, None, col, count, scale, scale_low, is_half(tag))
         save(here.states, chunk, SUM, total)
         save(here.states, chunk, LOW, low)
 
@@ -96,13 +94,13 @@ def softmax_backward_rows(call):
 def sum_products(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        total, low, _, _ = sum_chunk(product, here, col, count, here.zeros, here.partials)
+        total, low, _, _ = sum_chunk(product, here, (), col, count)
         save(here.states, chunk, SUM, total)
         save(here.states, chunk, LOW, low)
 
 
 @device
-def product(col, left, ties, here):
+def product(col, left, ties, here, arguments):
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
     p = load_cols(here.first, col, left, here.zeros)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import count_above, sum_of_distances, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import index_in
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import (
@@ -255,7 +256,7 @@ def is_class(label, numbers):
 
 @device
 def logit_at(here, label, lane, like):
-    return load(here.first.pointer, label * here.first.step + lane, like)
+    return load(here.first.pointer, index_in(here.first, lane, label), like)
 
 
 # ---------------------------------------------------------------- 1. measure
@@ -283,7 +284,7 @@ def measure(here, first, last, numbers):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
         sums = sum_of_exponentials(
-            here, None, largest, largest, col, count, numbers.scale, numbers.scale_low, False
+            here, False, largest, largest, col, count, numbers.scale, numbers.scale_low, False
         )  # fmt: skip
         save_state(here.states, chunk, sums)
 
@@ -492,7 +493,7 @@ def write_slope(here, first, last, slope, given):
             for chunk in range(first, last):
                 col, count = chunk_range(here, chunk)
                 for k in range(col, col + count):
-                    store(here.target.pointer, k * here.target.step + lane, number(given.scale, 0.0))
+                    store(here.target.pointer, index_in(here.target, lane, k), number(given.scale, 0.0))
 
 
 @device
@@ -513,36 +514,37 @@ def counts(row, given):
 def write_chunks(gradient, here, first, last, slope, given):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        write_chunk(gradient, (slope, given), here, col, count)
+        of_rows = slope.shift, slope.exponent, slope.largest, slope.on_probs, slope.on_distance, given
+        write_chunk(gradient, of_rows, here, col, count)
         if is_across(here.zeros):  # in the copy, which is in the computation format
             for lane in range(here.n_rows):
                 for j in range(given.n_targets):
                     label = label_of(here.row + lane, j, given)
                     if col <= label and label < col + count:
-                        place = label * here.target.step + lane
+                        place = index_in(here.target, lane, label)
                         g = mul(gradient_of_target(here.row + lane, j, given), given.scale)
                         store(here.target.pointer, place, add(load(here.target.pointer, place, given.scale), g))
 
 
 @device
 def gradient_of_logprobs(col, left, here, arguments):
-    slope, given = arguments
-    x, e = logit_and_exponential(col, left, here, slope, given)
-    return with_targets(negative(mul(e, slope.on_probs)), col, here, given)
+    shift, exponent, largest, on_probs, on_distance, given = arguments
+    x, e = logit_and_exponential(col, left, here, shift, exponent, given)
+    return with_targets(negative(mul(e, on_probs)), col, here, given)
 
 
 @device
 def gradient_of_both(col, left, here, arguments):
-    slope, given = arguments
-    x, e = logit_and_exponential(col, left, here, slope, given)
-    d = weighted_distance(e, x, slope.largest, given.scale, given.scale_low)
-    return with_targets(fma(d, slope.on_distance, negative(mul(e, slope.on_probs))), col, here, given)
+    shift, exponent, largest, on_probs, on_distance, given = arguments
+    x, e = logit_and_exponential(col, left, here, shift, exponent, given)
+    d = weighted_distance(e, x, largest, given.scale, given.scale_low)
+    return with_targets(fma(d, on_distance, negative(mul(e, on_probs))), col, here, given)
 
 
 @device
-def logit_and_exponential(col, left, here, slope, given):
+def logit_and_exponential(col, left, here, shift, exponent, given):
     x = load_cols(here.first, col, left, here.nothing)
-    return x, exp_from(x, slope.shift, slope.exponent, floor(slope.exponent), given.scale, given.scale_low)
+    return x, exp_from(x, shift, exponent, floor(exponent), given.scale, given.scale_low)
 
 
 @device

@@ -142,7 +142,7 @@ def measure(here, first, last, top):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
-        sums = sum_of_exponentials(here, None, largest, largest, col, count, top.scale, top.scale_low, False)
+        sums = sum_of_exponentials(here, False, largest, largest, col, count, top.scale, top.scale_low, False)
         save_state(here.states, chunk, sums)
 
 

@@ -36,19 +36,20 @@ VECTOR_BYTES = {64: 256, 32: 64, 16: 64}[REGISTER_BYTES]
 
 
 class Vector(types.Type):
-    def __init__(self, element: types.Float, is_across: bool):
+    def __init__(self, element: types.Float, is_across: bool, n_bytes: int = VECTOR_BYTES):
         self.element = element
         self.is_across = is_across
-        self.lanes = VECTOR_BYTES * 8 // element.bitwidth
+        self.lanes = n_bytes * 8 // element.bitwidth
         super().__init__(name=f"Vector({element} x {self.lanes}, {'across' if is_across else 'along'})")
 
 
 class Way(types.Type):
-    """How a kernel walks over rows, see walk.py."""
+    """How a kernel walks over rows, see walk.py, with vectors along them that have so many bytes."""
 
-    def __init__(self, way: str):
+    def __init__(self, way: str, n_bytes: int = VECTOR_BYTES):
         self.way = way
-        super().__init__(name=f"Way({way})")
+        self.n_bytes = n_bytes
+        super().__init__(name=f"Way({way}, {n_bytes})")
 
 
 register_model(Way)(models.OpaqueModel)
@@ -97,15 +98,14 @@ def address_of(typingctx, array):
 
 @intrinsic
 def on_stack(typingctx, count):
-    """The address of `count` words of 8 bytes, 0 at first, that last until the kernel returns; `count` is a literal."""
+    """The address of `count` words of 8 bytes that last until the kernel returns; `count` is a literal."""
     if not isinstance(count, types.IntegerLiteral):
         return None  # Numba asks again with the literal
 
     def codegen(context, builder, signature, args):
-        memory = ir.ArrayType(ir.IntType(64), count.literal_value)
         with builder.goto_entry_block():
-            address = builder.alloca(memory)
-        builder.store(ir.Constant(memory, None), address)
+            address = builder.alloca(ir.ArrayType(ir.IntType(64), count.literal_value))
+        address.align = CACHE_LINE
         return builder.ptrtoint(address, ir.IntType(64))
 
     return types.int64(count), codegen
@@ -132,6 +132,11 @@ def holds_numbers(typingctx, pointer, like):
     return types.boolean(pointer, like), codegen
 
 
+def _number_of(like):
+    """The type of the numbers in a vector, or of a number."""
+    return like.element if isinstance(like, Vector) else like
+
+
 def _constant(of):
     """An intrinsic whose value follows from its argument's type."""
 
@@ -145,13 +150,14 @@ def _constant(of):
 
 
 is_half = _constant(lambda tag: tag in (types.int16, types.uint16))
+size_of = _constant(lambda like: like.bitwidth // 8)
 lanes_of = _constant(lambda like: like.lanes if isinstance(like, Vector) else 1)
 is_across = _constant(lambda like: isinstance(like, Vector) and like.is_across)
 # How many columns one vector covers, and how far apart the columns are that one lane of a vector along a row sums.
 cols_of = _constant(lambda like: 1 if like.is_across else like.lanes)
 stripe_of = _constant(lambda like: like.lanes)
-# The size of the squares that are transposed.
-square_of = _constant(lambda like: REGISTER_BYTES * 8 // like.bitwidth)
+# How many numbers a register holds: the size of the squares that are transposed or folded.
+square_of = _constant(lambda like: REGISTER_BYTES * 8 // _number_of(like).bitwidth)
 
 
 # ---------------------------------------------------------------- memory
@@ -451,9 +457,24 @@ across = _vector_of_equal_lanes(is_across=True)
 
 
 @intrinsic
-def way_along(typingctx):
-    """walk.ALONG."""
-    return Way("along")(), lambda context, builder, signature, args: context.get_dummy_value()
+def along_in(typingctx, way, scalar):
+    """`along`, as wide as the way asks for."""
+    vector = Vector(scalar, False, way.n_bytes)
+
+    def codegen(context, builder, signature, args):
+        return formulas.Arithmetic(builder, context.get_value_type(vector)).splat(args[1])
+
+    return vector(way, scalar), codegen
+
+
+def in_blocks(n_bytes: int):
+    """An intrinsic of the way in blocks, see walk.py."""
+
+    @intrinsic
+    def way(typingctx):
+        return Way("in blocks", n_bytes)(), lambda context, builder, signature, args: context.get_dummy_value()
+
+    return way
 
 
 def _vectors(summary) -> list[bool]:
@@ -526,6 +547,14 @@ any_equal = _compares("any")
 
 
 @intrinsic
+def unless_none(typingctx, other, value):
+    """The value, or None if there is no other."""
+    if isinstance(other, types.NoneType):
+        return other(other, value), lambda context, builder, signature, args: context.get_dummy_value()
+    return value(other, value), lambda context, builder, signature, args: args[1]
+
+
+@intrinsic
 def lanes_not_below(typingctx, vector, least, count):
     """A bit for each of the first `count` lanes that is larger, or where one of both is a NaN."""
 
@@ -569,13 +598,14 @@ def add_at(typingctx, vector, lane, amount):
 def number(typingctx, like, value):
     """A constant in the computation format of `like`."""
     constant = value.literal_value if isinstance(value, types.Literal) else None
+    type = _number_of(like)
 
     def codegen(context, builder, signature, args):
         if constant is not None:
-            return context.get_constant(like, constant)
-        return context.cast(builder, args[1], signature.args[1], like)
+            return context.get_constant(type, constant)
+        return context.cast(builder, args[1], signature.args[1], type)
 
-    return like(like, value), codegen
+    return type(like, value), codegen
 
 
 def _halves(builder, value):
@@ -612,6 +642,64 @@ max_per_row = _per_row(formulas.Arithmetic.maximum)
 sum_per_row = _per_row(formulas.Arithmetic.add)
 
 
+def _to_register(operation):
+    """The first half of `_per_row`: a vector along a row, folded until one register holds it, goes to the pointer."""
+
+    @intrinsic
+    def fold(typingctx, pointer, vector):
+        if isinstance(vector, types.NoneType):
+            return types.void(pointer, vector), lambda context, builder, signature, args: context.get_dummy_value()
+
+        def codegen(context, builder, signature, args):
+            value = args[1]
+            while value.type.count > REGISTER_BYTES * 8 // vector.element.bitwidth:
+                low, high = _halves(builder, value)
+                value = operation(formulas.Arithmetic(builder, low.type), low, high)
+            address = builder.bitcast(args[0], value.type.as_pointer())
+            builder.store(value, address, align=pointer.dtype.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(pointer, vector), codegen
+
+    return fold
+
+
+def _between_registers(operation):
+    """The second half of `_per_row`, for as many rows at once as a register has lanes: the registers of the rows lie
+    one after another, and what each is folded into goes to one more, a row in each lane.
+
+    What is left of two rows shares a register before it is folded again: 0123 and abcd -> 01ab, 23cd -> one operation.
+    """
+
+    @intrinsic
+    def fold(typingctx, pointer, target):
+        lanes = REGISTER_BYTES * 8 // pointer.dtype.bitwidth
+        align = pointer.dtype.bitwidth // 8
+
+        def codegen(context, builder, signature, args):
+            type, index = ir.VectorType(context.get_value_type(pointer.dtype), lanes), ir.VectorType(_INT32, lanes)
+            arithmetic = formulas.Arithmetic(builder, type)
+            first, result = (builder.bitcast(address, type.as_pointer()) for address in args)
+            rows = [builder.load(builder.gep(first, [ir.Constant(_INT32, row)]), align=align) for row in range(lanes)]
+            while len(rows) > 1:
+                size = len(rows) // 2  # of a half of what is left of a row
+                low = [row + lane for lane in range(0, lanes, 2 * size) for row in (0, lanes)]
+                low = [lane + k for lane in low for k in range(size)]
+                masks = [ir.Constant(index, [lane + half for lane in low]) for half in (0, size)]
+                pairs = zip(rows[:size], rows[size:], strict=True)
+                rows = [operation(arithmetic, *(builder.shuffle_vector(*two, mask) for mask in masks)) for two in pairs]
+            builder.store(rows[0], result, align=align)
+            return context.get_dummy_value()
+
+        return types.void(pointer, pointer), codegen
+
+    return fold
+
+
+save_max, fold_max = _to_register(formulas.Arithmetic.maximum), _between_registers(formulas.Arithmetic.maximum)
+save_sum, fold_sums = _to_register(formulas.Arithmetic.add), _between_registers(formulas.Arithmetic.add)
+
+
 # ---------------------------------------------------------------- arithmetic, on vectors and on single numbers
 
 formula = functools.partial(bind, intrinsic, types, formulas.Arithmetic)
@@ -640,7 +728,7 @@ tied_total = formula(formulas.tied_total, n_results=2)
 log_sum = formula(formulas.log_sum, n_results=2)
 distance = formula(formulas.distance)
 weighted_distance = formula(formulas.weighted_distance)
-add_if_above = formula(formulas.add_if_above)
+is_above = formula(formulas.is_above)
 rise_to = formula(formulas.rise_to)
 row_inverse = formula(formulas.row_inverse)
 log_probability = formula(formulas.log_probability)

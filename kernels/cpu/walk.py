@@ -42,6 +42,6 @@ def _walk(way, job, rows, first, second, target, prepare, measure, fold, write, 
     chosen = _WALKS[way.way]
 
     def walk_chosen(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
-        chosen(job, rows, first, second, target, prepare, measure, fold, write, numbers, like)
+        chosen(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like)
 
     return walk_chosen

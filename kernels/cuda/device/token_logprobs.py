@@ -13,11 +13,11 @@ from numpy import int32, int64
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
-    add_if_above,
     add_pair,
     div,
     fma,
     inverse_sum,
+    is_above,
     log_sum,
     logsumexp_of,
     mul,
@@ -155,7 +155,7 @@ def piece_above(held, threshold, piece, split):
     for group in range(0, n_values(threshold), GROUP):
         if has_columns(group, piece, split):
             for k in range(group, group + GROUP):
-                total = add_if_above(total, held[k], threshold)
+                total = add(total, is_above(held[k], threshold))
     return warp_sum(total, split_lanes(split))
 
 

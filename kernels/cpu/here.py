@@ -1,0 +1,85 @@
+"""Where a step of an op is at work: a row, neighbouring rows across, or a block of rows, see walk.py."""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from numba import types
+from numba.extending import overload
+
+from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
+from gpusoftmax.kernels.cpu.vector import advance, lanes_of, number, square_of
+
+
+class Line(NamedTuple):
+    """A row, or neighbouring rows: column c of row i lies at pointer[c * step + i * row_step]."""
+
+    pointer: object
+    step: int
+    row_step: int
+
+
+class Here(NamedTuple):
+    """The row, or the n_rows neighbouring rows from `row` on, at which a step is working."""
+
+    row: int
+    n_rows: int
+    n_cols: int
+    states: object  # pointer to the states of the chunks
+    partials: object  # memory for what becomes of the columns of several rows, None along a row, see chunks.sum_chunk
+    stage: object  # and, only in blocks, for the numbers of each row that its columns are combined with
+    zeros: object  # a vector of columns, or of rows across them: 0 in every lane,
+    nothing: object  # and one of -inf: logits that are not there
+    zero: object  # 0 as a number of the row: a number along a row, else a vector of rows
+    first: object  # Line of the array that is read,
+    second: object  # of another one beside it,
+    target: object  # of the result,
+    home: object  # and of where exponentials stay until they are written
+    streamed: bool  # the result is written past the caches
+
+
+@device
+def index_in(line, k, col):
+    """Where a column of row number k of neighbouring rows lies."""
+    return col * line.step + k * line.row_step
+
+
+@device
+def line_in(line, k):
+    """Row number k of neighbouring rows."""
+    return Line(advance(line.pointer, k * line.row_step), line.step, line.row_step)
+
+
+@device
+def row_in(here, k):
+    """Row number k of a block, as along rows. Its states are those of the block."""
+    first, second, target = line_in(here.first, k), line_in(here.second, k), line_in(here.target, k)
+    return Here(
+        here.row + k, 1, here.n_cols, here.states, None, None, here.zeros, here.nothing, number(here.zero, 0.0),
+        first, second, target, line_in(here.home, k), here.streamed,
+    )  # fmt: skip
+
+
+@device
+def register_in(here, which, k):
+    """The register of row number k in a block, of those that are left of its columns, see vector.save_sum."""
+    return advance(here.partials, (which * lanes_of(here.zero) + k) * square_of(here.zero))
+
+
+def by_way(along: Callable, across: Callable, in_blocks: Callable) -> Callable:
+    """One helper out of three that take the same: the one for the way that is walked where `here` is, see walk.py."""
+    signature = inspect.signature(along)
+    position = list(signature.parameters).index("here")
+
+    def choose(*arguments):
+        here = dict(zip(Here._fields, arguments[position], strict=True))
+        if isinstance(here["partials"], types.NoneType):
+            return along
+        return across if isinstance(here["stage"], types.NoneType) else in_blocks
+
+    def chosen(*arguments):
+        raise NotImplementedError("called from kernels only")
+
+    choose.__signature__ = chosen.__signature__ = signature
+    overload(chosen, jit_options=HELPER_OPTIONS)(choose)
+    return chosen
