@@ -82,6 +82,18 @@ def test_batch_around_the_chunks_of_the_cpu(dtype):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("n_cols", [10, 64, 300])
+def test_few_neighbours_along_the_inner_batch_axis(name, n_cols):
+    """Three of five rows each time: the outer axis is walked as the inner one."""
+    logits, gradient, labels = make(200, n_cols, "float32")
+    expected = run_on_cpu(name, logits, gradient, labels)
+    of_three = [array.reshape(40, 5, *array.shape[1:])[:, :3] for array in (logits, gradient, labels)]
+    results = run_on_cpu(name, *of_three)
+    chosen = np.arange(200).reshape(40, 5)[:, :3].ravel()
+    assert bits([part.reshape(120, *part.shape[2:]) for part in results]) == bits(expected, chosen)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_neighbours(target, name):
     """Every other row turns into something that must be handled apart."""
     logits, gradient, labels = make(9, 300, "float32")

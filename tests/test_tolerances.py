@@ -443,6 +443,51 @@ def test_backward_without_its_row_sum(dtype):
     rejects(tolerances.check_log_softmax_backward, upstream, log_probs, upstream)
 
 
+# Planted mistakes: tokens
+
+
+def textbook_scores(logits, rows_dtype=FLOAT32):
+    """(probs, log_probs, entropy) of each row by the textbook, rounded."""
+    log_probs = oracle.log_softmax(logits)
+    probs = np.exp(log_probs)
+    entropy = -np.where(probs == 0, 0, probs * log_probs).sum(axis=1)
+    return probs, log_probs, entropy.astype(rows_dtype)
+
+
+@pytest.mark.parametrize("family", ["spread", "peaked", "flat", "ties", "offset", "confident"])
+def test_entropies_that_are_a_little_wrong(family):
+    logits = inputs.make(family, SHAPE, FLOAT32)
+    _, _, entropy = textbook_scores(logits)
+    tolerances.check_entropy(entropy, logits)
+    rejects(tolerances.check_entropy, entropy * np.float32(1 + 2**-12), logits)
+    rejects(tolerances.check_entropy, entropy / np.float32(np.log(2)), logits)  # bits
+
+
+def test_entropy_by_cancellation():
+    """lse - sum p x loses what confident rows have, and all rows that lie far from 0."""
+    for family in ("offset", "confident"):
+        logits = inputs.make(family, SHAPE, FLOAT32)
+        probs = run_softmax(logits)
+        rejects(tolerances.check_entropy, run_logsumexp(logits) - (probs * logits).sum(axis=1), logits)
+
+
+def test_gradients_of_tokens_that_lack_a_term():
+    logits = inputs.make("spread", SHAPE, FLOAT32)
+    rows = np.arange(SHAPE[0])
+    target, upstream = inputs.targets(*SHAPE), np.linspace(0.5, 2, SHAPE[0]).astype(FLOAT32)
+    probs, log_probs, entropy = textbook_scores(logits)
+    of_logprob = -probs * upstream[:, None]
+    of_logprob[rows, target] += upstream
+    of_entropy = -upstream[:, None] * probs * (log_probs + entropy[:, None])
+    check = tolerances.check_token_logprobs_backward
+    check((of_logprob + of_entropy).astype(FLOAT32), logits, target, upstream, upstream)
+    for wrong in (of_logprob, of_entropy, of_logprob - of_entropy, of_logprob + of_entropy * (1 + 2**-12)):
+        rejects(check, wrong.astype(FLOAT32), logits, target, upstream, upstream)
+    without_label = of_logprob.copy()
+    without_label[rows, target] -= upstream
+    rejects(check, without_label.astype(FLOAT32), logits, target, upstream, None)
+
+
 # Planted mistakes: rounding
 
 

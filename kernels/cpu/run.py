@@ -110,6 +110,10 @@ def plan(
     keeps_exponentials: bool,
     one_by_one: bool,
 ) -> Start:
+    # Neighbours are rows that follow each other along the inner batch axis: they should be many.
+    if rows.n_inner < min(FEW_ROWS, rows.n_rows // rows.n_inner):
+        rows = rows._replace(n_inner=rows.n_rows // rows.n_inner)
+        first, second, target, *numbers = map(_with_axes_swapped, (first, second, target, *numbers))
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
     way = ALONG if one_by_one else _way(rows, lines)
@@ -194,6 +198,13 @@ def plan(
         n_threads=n_threads,
         workspace_bytes=n_slots * slot_bytes,
     )
+
+
+def _with_axes_swapped(argument):
+    """An argument for rows that are numbered along the other batch axis first: the longer one has more neighbours."""
+    if not hasattr(argument, "inner_stride"):
+        return argument
+    return argument._replace(outer_stride=argument.inner_stride, inner_stride=argument.outer_stride)
 
 
 def threads_for(n_logits: int) -> int:
