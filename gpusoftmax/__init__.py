@@ -1,5 +1,6 @@
 """Softmax, log-softmax, log-sum-exp and cross-entropy over rows of logits, on NVIDIA GPUs and CPUs."""
 
+from gpusoftmax.argmax import argmax
 from gpusoftmax.compile import compile
 from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
@@ -10,6 +11,7 @@ from gpusoftmax.softmax import softmax, softmax_backward
 __version__ = "0.1.0"
 
 __all__ = [
+    "argmax",
     "compile",
     "cross_entropy",
     "cross_entropy_with_grad",

@@ -410,7 +410,7 @@ def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str 
         raise TypeError("out is a lazily negated view, expected an ordinary tensor: pass out.resolve_neg()")
     _checks.same_home(like, array, "the input", "out")
     _checks.same_shape(array, shape, "out", "to match the result")
-    _checks.output(array, requested)
+    _checks.output(array, requested, dtype)
     return array if array.owner is out else array._replace(owner=out)
 
 

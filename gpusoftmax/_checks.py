@@ -38,6 +38,18 @@ def axes(axis, ndim: int) -> tuple[int, ...]:
     return found
 
 
+def axis_or_all(axis, ndim: int) -> tuple[int, ...]:
+    """One axis, or with None all of them: what an index along several would mean has no answer."""
+    if isinstance(axis, tuple | list):
+        raise TypeError(f"axis is {_short(axis)}, expected one int, or None for the flattened array")
+    return axes(axis, ndim)
+
+
+def some_columns(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> None:
+    if any(shape[axis] == 0 for axis in axes):
+        raise ValueError(f"{name} has shape {shape}, expected at least one element in each row")
+
+
 def temperature(value) -> float:
     if type(value) is float and 0.0 < value < math.inf:
         return value
@@ -93,6 +105,11 @@ def integer(dtype: str, name: str) -> None:
         raise TypeError(f"{name} has dtype {dtype}, expected an integer dtype: class indices, not probabilities")
 
 
+def indices(dtype: str, name: str) -> None:
+    if dtype != "int64":
+        raise TypeError(f"{name} has dtype {dtype}, expected int64: indices")
+
+
 def same_dtype(one, two, one_name: str, two_name: str) -> None:
     if one.dtype != two.dtype:
         raise TypeError(f"{two_name} has dtype {two.dtype}, expected {one.dtype} to match {one_name}")
@@ -123,11 +140,14 @@ def column_count(n_cols: int) -> None:
         raise ValueError(f"the reduced axis has {n_cols} elements, expected at most {MAX_COLS} (2^31 - 1)")
 
 
-def output(out, dtype: str | None) -> None:
-    """What can be said of `out` on its own."""
+def output(out, dtype: str | None, made: str) -> None:
+    """What can be said of `out` on its own. `made`: the dtype of a new one; int64 for indices, which have no other."""
     if dtype is not None and dtype != out.dtype:
         raise TypeError(f"dtype is {dtype} but out has dtype {out.dtype}; give only one of them: out decides the dtype")
-    floating(out.dtype, "out")
+    if made == "int64":
+        indices(out.dtype, "out")
+    else:
+        floating(out.dtype, "out")
     if not out.writable:
         raise ValueError("out is read-only, expected a writable array")
     if _overlaps_itself(out.shape, out.strides):

@@ -23,6 +23,7 @@ OPS = (
     "logsumexp",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "argmax",
 )
 
 
@@ -89,7 +90,7 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             if op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
-            elif axis == -1:
+            elif axis == -1 and op != "argmax":
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
 

@@ -506,3 +506,21 @@ def logsumexp(a: Arithmetic, state: State, scale, scale_low):
     high, low = add_pair(a, offset, finite_or_zero(a, offset_low, offset), log, log_low)
     extreme = a.add(state.max, a.mul(state.tail, a.number(0)))
     return a.select(a.is_infinite(state.max), extreme, a.add(high, low))
+
+
+# ---------------------------------------------------------------- which one is the largest
+
+
+def leading(a: Arithmetic, best, place, x, at):
+    """(best, place) of the numbers so far and one more, x, at a place behind theirs. The first NaN leads."""
+    ahead = a.builder.and_(a.builder.fcmp_unordered(">", x, best), a.builder.fcmp_ordered("ord", best, best))
+    return a.select(ahead, x, best), a.select(ahead, at, place)
+
+
+def first_leading(a: Arithmetic, x, at, y, other):
+    """(number, place): the one of x at `at` and y at `other` that leads; of equal ones that at the lower place."""
+    b = a.builder
+    y_ahead = b.and_(b.fcmp_unordered(">", y, x), b.fcmp_ordered("ord", x, x))
+    x_ahead = b.and_(b.fcmp_unordered(">", x, y), b.fcmp_ordered("ord", y, y))
+    chosen = b.or_(y_ahead, b.and_(b.not_(x_ahead), a.less(other, at)))
+    return a.select(chosen, y, x), a.select(chosen, other, at)

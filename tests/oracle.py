@@ -41,6 +41,15 @@ def logsumexp(x, axis=-1, *, keepdims=False, temperature=1.0):
     return lse.reshape(_row_shape(x, axis, keepdims))
 
 
+def argmax(x, axis=-1, *, keepdims=False):
+    """The first of the largest elements; the first NaN where there is one."""
+    rows = to_rows(x, axis)
+    if rows.shape[1] == 0:
+        raise ValueError("argmax of rows without columns")
+    leads = np.where(np.isnan(rows).any(axis=1, keepdims=True), np.isnan(rows), rows == _row_max(rows))
+    return np.array([list(row).index(True) for row in leads], np.int64).reshape(_row_shape(x, axis, keepdims))
+
+
 @_quiet
 def softmax_backward(probs, dprobs, axis=-1, *, temperature=1.0):
     """Gradient with respect to the logits: p (g - sum p g) / T."""

@@ -12,7 +12,7 @@ import gpusoftmax
 from gpusoftmax import _dry_run
 from gpusoftmax.kernels.cuda import launch, plan
 from gpusoftmax.kernels.cuda.plan import SECTOR_BYTES, row_plan, tree_of
-from tests import inputs, tolerances
+from tests import inputs, oracle, tolerances
 from tests.calls import same_bits
 from tests.emulator import emulated_gpu
 
@@ -23,6 +23,7 @@ OPERATIONS = {
     "log_softmax": lambda x, g, y, axis: (gpusoftmax.log_softmax(x, axis),),
     "log_softmax_backward": lambda x, g, y, axis: (gpusoftmax.log_softmax_backward(x, g, axis),),
     "logsumexp": lambda x, g, y, axis: (gpusoftmax.logsumexp(x, axis),),
+    "argmax": lambda x, g, y, axis: (gpusoftmax.argmax(x, axis),),
     "cross_entropy": lambda x, g, y, axis: (
         gpusoftmax.cross_entropy(x, y, axis=axis, reduction="none", validate=False),
     ),
@@ -39,6 +40,7 @@ CHECKS = {
     "log_softmax": lambda got, x, g, y, axis: tolerances.check_log_softmax(got[0], x, axis),
     "log_softmax_backward": lambda got, x, g, y, axis: tolerances.check_log_softmax_backward(got[0], x, g, axis),
     "logsumexp": lambda got, x, g, y, axis: tolerances.check_logsumexp(got[0], x, axis),
+    "argmax": lambda got, x, g, y, axis: np.testing.assert_array_equal(got[0], oracle.argmax(x, axis)),
     "cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "cross_entropy_with_grad": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "smoothed_cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.1),

@@ -98,6 +98,16 @@ CASES = {
         "axis is (0,), expected one int: the class axis",
         lambda a: with_grad(a.x, a.labels, axis=(0,), out=a.out),
     ),
+    "largest along a tuple": (
+        TypeError,
+        "axis is (0, 1), expected one int, or None for the flattened array",
+        lambda a: gpusoftmax.argmax(a.x, (0, 1)),
+    ),
+    "largest of none": (
+        ValueError,
+        "x has shape (3, 0), expected at least one element in each row",
+        lambda a: gpusoftmax.argmax(a.no_classes),
+    ),
     "classes of a number": (
         ValueError,
         "logits has no axis, expected at least the class axis",
@@ -245,6 +255,11 @@ CASES = {
         f"out has dtype int32, {FLOATING}; convert it first",
         lambda a: softmax(a.x, out=a.integer_out),
     ),
+    "indices of floats": (
+        TypeError,
+        "out has dtype float32, expected int64: indices",
+        lambda a: gpusoftmax.argmax(a.x, out=a.row_out),
+    ),
     "gradient of another dtype": (
         TypeError,
         "dprobs has dtype float16, expected float32 to match probs",
@@ -322,7 +337,7 @@ CASES = {
     "an op that there is not": (
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
-        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad",
+        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, argmax",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

@@ -16,7 +16,7 @@ from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
-from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Rows
+from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Rows
 
 # Up to here, copying rows into columns costs less than what is lost on vectors that a row does not fill.
 TINY_ROW = 32
@@ -180,12 +180,12 @@ def plan(
     )
     lines = (first if line is None else line for line in (first, second, target))
     arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
-    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided)]
+    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided | Labels)]
     return Start(
         entry=call.entry(kernel, way, arguments),
         block=call.pack(job, arguments, n_threads, n_split),
         positions=tuple(call.first_word(arguments, position) for position in arrays),
-        addresses=tuple(arguments[position].address for position in arrays),
+        addresses=tuple(arguments[position][0] for position in arrays),
         n_threads=n_threads,
         workspace_bytes=n_slots * slot_bytes,
     )

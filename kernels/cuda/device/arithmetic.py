@@ -52,6 +52,8 @@ power_of_two_ratio = formula(formulas.power_of_two_ratio)
 row_inverse = formula(formulas.row_inverse)
 log_sum = formula(formulas.log_sum, n_results=2)
 logsumexp = formula(formulas.logsumexp)
+leading = formula(formulas.leading, n_results=2)
+first_leading = formula(formulas.first_leading, n_results=2)
 
 
 @intrinsic

@@ -274,3 +274,19 @@ def block_numbers(typingctx, like):
         return builder.addrspacecast(first, element.as_pointer())
 
     return types.CPointer(like)(like), codegen
+
+
+# ---------------------------------------------------------------- indices
+
+
+@intrinsic
+def store_index(typingctx, address, index, value):
+    """The number `index` of the int64 numbers at `address` = value."""
+
+    def codegen(context, builder, signature, args):
+        long = ir.IntType(64)
+        target = builder.inttoptr(args[0], long.as_pointer(GLOBAL_SPACE))
+        builder.store(args[2], builder.gep(target, [args[1]]), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
