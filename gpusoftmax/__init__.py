@@ -6,6 +6,7 @@ from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
+from gpusoftmax.soft_argmax import soft_argmax
 from gpusoftmax.softmax import softmax, softmax_backward
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
+    "soft_argmax",
     "softmax",
     "softmax_backward",
 ]

@@ -45,6 +45,12 @@ def axis_or_all(axis, ndim: int) -> tuple[int, ...]:
     return axes(axis, ndim)
 
 
+def one_axis(axis, ndim: int) -> tuple[int, ...]:
+    if axis is None or isinstance(axis, tuple | list):
+        raise TypeError(f"axis is {_short(axis)}, expected one int")
+    return axes(axis, ndim)
+
+
 def some_columns(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> None:
     if any(shape[axis] == 0 for axis in axes):
         raise ValueError(f"{name} has shape {shape}, expected at least one element in each row")

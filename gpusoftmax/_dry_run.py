@@ -24,7 +24,10 @@ OPS = (
     "cross_entropy",
     "cross_entropy_with_grad",
     "argmax",
+    "soft_argmax",
 )
+ONE_AXIS = ("argmax", "soft_argmax")
+"""Those that take no tuple of axes, which might cost a copy."""
 
 
 class Device(NamedTuple):
@@ -90,7 +93,7 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             if op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
-            elif axis == -1 and op != "argmax":
+            elif axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
 

@@ -72,5 +72,5 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     label, loss = (8, number) if op.startswith("cross_entropy") else (0, 0)
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
-    written = {"logsumexp": number, "cross_entropy": 0, "argmax": 8}.get(op, row)
+    written = {"logsumexp": number, "cross_entropy": 0, "argmax": 8, "soft_argmax": number}.get(op, row)
     return {"read": sources * row + again + label, "written": written + loss, "once": again == 0}

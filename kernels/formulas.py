@@ -524,3 +524,51 @@ def first_leading(a: Arithmetic, x, at, y, other):
     x_ahead = b.and_(b.fcmp_unordered(">", x, y), b.fcmp_ordered("ord", y, y))
     chosen = b.or_(y_ahead, b.and_(b.not_(x_ahead), a.less(other, at)))
     return a.select(chosen, y, x), a.select(chosen, other, at)
+
+
+# ---------------------------------------------------------------- expected positions
+
+
+def exp_below(a: Arithmetic, x, max, scale, scale_low):
+    """exp((x - max) / T) for the largest of some logits, exactly 1 at the maximum itself.
+
+    The scale is 2 / T and acts on half the difference, which is finite; scale_low None: T is 1 and so is the scale.
+    Within 1 ulp + |x - max| / T u, since the difference is rounded.
+    """
+    max, zero = reference(a, max), a.number(0)
+    if scale_low is not None:
+        x, max = a.fma(x, a.number(0.5), a.mul(max, a.number(-0.5))), zero
+    return exp_from(a, x, max, zero, floor(a, zero), scale, scale_low)
+
+
+def line_and_place(a: Arithmetic, column, before, width):
+    """(line, place) of a column of an image whose lines have `width` columns and lie one behind the other.
+
+    Columns and lines are counted from the first column of a part, whose own line has `before` columns from there on;
+    the place is that in its line. All are integers below 2^24: nothing is rounded but what is rounded to an integer,
+    (column + 1/2) / width - 1/2, which keeps 1 / (2 width) away from where it would matter.
+    """
+    beyond = a.sub(column, before)
+    middle = a.mul(a.add(beyond, a.number(0.5)), a.div(a.number(1), width))
+    magic = a.number(a.format.magic)
+    lines = a.sub(a.add(a.sub(middle, a.number(0.5)), magic), magic)  # -1 in the part's own line
+    return a.add(lines, a.number(1)), a.fma(a.negative(lines), width, beyond)
+
+
+def moved_moment(a: Arithmetic, moment, moment_low, total, total_low, by):
+    """sum (k + by) e_k as a pair, from sum k e_k and sum e_k."""
+    product = a.mul(total, by)
+    error = a.fma(total, by, a.negative(product))
+    return add_pair(a, moment, moment_low, product, a.fma(total_low, by, error))
+
+
+def ratio_of_pairs(a: Arithmetic, x, x_low, y, y_low):
+    """(x + x_low) / (y + y_low), rounded once as nearly as matters."""
+    q = a.div(x, y)
+    rest = a.add(a.fma(a.negative(q), y, x), a.fma(a.negative(q), y_low, x_low))
+    return a.add(q, a.div(rest, y))
+
+
+def coordinate(a: Arithmetic, place, last):
+    """linspace(-1, 1, last + 1) at a place between 0 and `last`; 0 where there is only one."""
+    return a.div(a.fma(place, a.number(2), a.negative(last)), a.larger(last, a.number(1)))

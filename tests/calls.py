@@ -31,6 +31,7 @@ CALLS = {
     "log_softmax_backward": Call(gpusoftmax.log_softmax_backward, ("log_probs", "dlog_probs")),
     "logsumexp": Call(gpusoftmax.logsumexp, ("x",), per_row=True),
     "argmax": Call(gpusoftmax.argmax, ("x",), per_row=True),
+    "soft_argmax": Call(gpusoftmax.soft_argmax, ("x",), per_row=True),
     "cross_entropy": Call(
         partial(gpusoftmax.cross_entropy, reduction="none"), ("logits",), ("target",), takes_out=False, per_row=True
     ),

@@ -57,7 +57,7 @@ class Specialisation(NamedTuple):
     @property
     def writes_rows(self):
         """Whether it writes whole rows too."""
-        return self.reads_rows and self.name not in ("logsumexp_rows", "argmax_rows")
+        return self.reads_rows and self.name not in ("logsumexp_rows", "argmax_rows", "soft_argmax_rows")
 
     @property
     def is_double(self):
@@ -105,7 +105,9 @@ def _calls(dtype, out_dtype, shape, axis):
     for function in ("softmax", "log_softmax"):
         yield function, (x,), like
         yield f"{function}_backward", (x, _Array(shape, dtype)), like
-    yield "logsumexp", (x,), {"axis": axis} if dtype == out_dtype else {"out": _Array(batch, out_dtype), "axis": axis}
+    for function in ("logsumexp", "soft_argmax"):
+        per_row = {} if dtype == out_dtype else {"out": _Array(batch, out_dtype)}
+        yield function, (x,), {**per_row, "axis": axis}
     yield "argmax", (x,), {"axis": axis}
     for label_smoothing in (0.0, 0.1):
         options = {"label_smoothing": label_smoothing}

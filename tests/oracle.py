@@ -51,6 +51,14 @@ def argmax(x, axis=-1, *, keepdims=False):
 
 
 @_quiet
+def soft_argmax(x, axis=-1, *, temperature=1.0, keepdims=False):
+    """The expected column under the softmax; NaN for a row that has no finite maximum."""
+    probs = softmax_rows(to_rows(x, axis), row_temperature(temperature))
+    expected = (probs * np.arange(probs.shape[1])).sum(axis=1)
+    return np.where(probs.shape[1] == 0, NAN, expected).reshape(_row_shape(x, axis, keepdims))
+
+
+@_quiet
 def softmax_backward(probs, dprobs, axis=-1, *, temperature=1.0):
     """Gradient with respect to the logits: p (g - sum p g) / T."""
     p, g = to_rows(probs, axis), to_rows(dprobs, axis)

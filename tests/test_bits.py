@@ -27,6 +27,7 @@ OPERATIONS = {
     "log_softmax_backward": lambda x, g, y: (gpusoftmax.log_softmax_backward(x, g),),
     "logsumexp": lambda x, g, y: (gpusoftmax.logsumexp(x),),
     "argmax": lambda x, g, y: (gpusoftmax.argmax(x),),
+    "soft_argmax": lambda x, g, y: (gpusoftmax.soft_argmax(x),),
     "cross_entropy": lambda x, g, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),

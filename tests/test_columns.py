@@ -24,6 +24,7 @@ OPERATIONS = {
     "log_softmax_backward": lambda x, g, y, axis: (gpusoftmax.log_softmax_backward(x, g, axis),),
     "logsumexp": lambda x, g, y, axis: (gpusoftmax.logsumexp(x, axis),),
     "argmax": lambda x, g, y, axis: (gpusoftmax.argmax(x, axis),),
+    "soft_argmax": lambda x, g, y, axis: (gpusoftmax.soft_argmax(x, axis),),
     "cross_entropy": lambda x, g, y, axis: (
         gpusoftmax.cross_entropy(x, y, axis=axis, reduction="none", validate=False),
     ),
@@ -41,6 +42,7 @@ CHECKS = {
     "log_softmax_backward": lambda got, x, g, y, axis: tolerances.check_log_softmax_backward(got[0], x, g, axis),
     "logsumexp": lambda got, x, g, y, axis: tolerances.check_logsumexp(got[0], x, axis),
     "argmax": lambda got, x, g, y, axis: np.testing.assert_array_equal(got[0], oracle.argmax(x, axis)),
+    "soft_argmax": lambda got, x, g, y, axis: tolerances.check_soft_argmax(got[0], x, axis),
     "cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "cross_entropy_with_grad": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "smoothed_cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.1),

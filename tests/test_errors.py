@@ -98,6 +98,16 @@ CASES = {
         "axis is (0,), expected one int: the class axis",
         lambda a: with_grad(a.x, a.labels, axis=(0,), out=a.out),
     ),
+    "expectation along None": (
+        TypeError,
+        "axis is None, expected one int",
+        lambda a: gpusoftmax.soft_argmax(a.x, None, out=a.row_out),
+    ),
+    "expectation along a tuple": (
+        TypeError,
+        "axis is (0, 1), expected one int",
+        lambda a: gpusoftmax.soft_argmax(a.x, (0, 1), out=a.row_out),
+    ),
     "largest along a tuple": (
         TypeError,
         "axis is (0, 1), expected one int, or None for the flattened array",
@@ -337,7 +347,8 @@ CASES = {
     "an op that there is not": (
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
-        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, argmax",
+        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, argmax, "
+        "soft_argmax",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

@@ -6,6 +6,7 @@ gap = (max - second maximum) / T (0 for ties), a result may be off by
     softmax         (24 + d) ulp                       and a row sum by 4e-6 (float64: 4e-6 * 2^-29)
     log_softmax     24 ulp where |y| >= 0.5            below that (24 + gap) u |y|, as the loss
     logsumexp       2 ulp of max(|lse|, 1)             with T != 1: of max(|lse|, |max| / T, 1)
+    soft_argmax     (24 + 3 D) u of the result         D: means of d over the columns, see check_soft_argmax
     loss, one row   (24 + gap) u S                     S: see check_loss; without smoothing it is the loss
     loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
     dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
@@ -122,6 +123,21 @@ def check_logsumexp(got, logits, axis=-1, temperature=1.0, *, keepdims=False):
 
 
 @_quiet
+def check_soft_argmax(got, logits, axis=-1, temperature=1.0, *, keepdims=False):
+    """E = sum c p_c may be off by u (24 E + 3 (sum c p_c d_c + E sum p_c d_c)), and by 2^-126 sum c.
+
+    All terms have one sign, and each exponential is off by a multiple of u and by 3 d_c u: the difference to the
+    maximum, its product with 1/T and 1/T itself are rounded. Those below 2^-126 may have been flushed to zero.
+    """
+    expected = oracle.soft_argmax(logits, axis, temperature=temperature, keepdims=keepdims)
+    got, want = _as_column("soft_argmax", got, expected)
+    _, computed, _ = _formats(got)
+    columns = np.arange(oracle.to_rows(logits, axis).shape[1])
+    tolerance = _moment_bound(columns, want, logits, axis, temperature, computed)
+    return _compare("soft_argmax", got, want, _and_rounding(tolerance, want, got))
+
+
+@_quiet
 def check_loss(got, logits, target, weight=None, **options):
     """Cross-entropy, with the keyword options of oracle.cross_entropy, `axis` and `reduction` ("mean") among them.
 
@@ -219,6 +235,15 @@ def _distance_and_gap(logits, axis, temperature):
     tied = (rows == row_max).sum(axis=1, keepdims=True) > 1
     gap = np.where(tied, 0, _finite(row_max - below))
     return (row_max - rows) / temperature, gap / temperature
+
+
+def _moment_bound(places, want, logits, axis, temperature, computed):
+    """How far a sum of p_c `places`, which is `want`, may be off; (n_rows, 1)."""
+    probs = oracle.to_rows(oracle.softmax(logits, axis, temperature=temperature), axis)
+    distance, _ = _distance_and_gap(logits, axis, temperature)
+    weighted = np.where(probs > 0, probs * distance, 0)
+    spread = (weighted * places).sum(axis=1, keepdims=True) + want * weighted.sum(axis=1, keepdims=True)
+    return computed.unit * (24 * want + 3 * spread) + computed.tiny * places.sum(dtype=np.longdouble)
 
 
 def _row_loss_bounds(logits, target, weight, computed, **options):

@@ -585,6 +585,11 @@ row_inverse = formula(formulas.row_inverse)
 log_probability = formula(formulas.log_probability)
 logsumexp = formula(formulas.logsumexp)
 leading = formula(formulas.leading, n_results=2)
+exp_below = formula(formulas.exp_below)
+line_and_place = formula(formulas.line_and_place, n_results=2)
+moved_moment = formula(formulas.moved_moment, n_results=2)
+ratio_of_pairs = formula(formulas.ratio_of_pairs)
+coordinate = formula(formulas.coordinate)
 
 
 # ---------------------------------------------------------------- columns and their numbers
@@ -616,3 +621,19 @@ def leading_per_row(typingctx, values, places):
 
     result = values if values.is_across else values.element
     return types.UniTuple(result, 2)(values, places), codegen
+
+
+@intrinsic
+def numbers_on_stack(typingctx, count, like):
+    """A pointer to `count` (a literal) numbers, uninitialised, that last until the calling function returns."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # Numba asks again with the literal
+
+    def codegen(context, builder, signature, args):
+        element = context.get_value_type(like)
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(element, count.literal_value))
+            memory.align = CACHE_LINE
+        return builder.bitcast(memory, element.as_pointer())
+
+    return types.CPointer(like)(count, like), codegen

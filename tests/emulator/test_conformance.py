@@ -301,6 +301,10 @@ def _argmax(x, labels):
     return gpusoftmax.argmax(x)
 
 
+def _soft_argmax(x, labels):
+    return gpusoftmax.soft_argmax(x)
+
+
 def _softmax_backward(x, labels):
     return gpusoftmax.softmax_backward(x, x)
 
@@ -313,7 +317,16 @@ def _cross_entropy_with_grad(x, labels):
     return gpusoftmax.cross_entropy_with_grad(x, labels, ignore_index=3)
 
 
-CALLS = [_softmax, _log_softmax, _logsumexp, _argmax, _softmax_backward, _cross_entropy, _cross_entropy_with_grad]
+CALLS = [
+    _softmax,
+    _log_softmax,
+    _logsumexp,
+    _argmax,
+    _soft_argmax,
+    _softmax_backward,
+    _cross_entropy,
+    _cross_entropy_with_grad,
+]
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (3, 1000), (2, 4099), (2, 50_257)])
