@@ -8,6 +8,7 @@ from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
 from gpusoftmax.soft_argmax import soft_argmax
 from gpusoftmax.softmax import softmax, softmax_backward
+from gpusoftmax.spatial_softmax import spatial_softmax
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "soft_argmax",
     "softmax",
     "softmax_backward",
+    "spatial_softmax",
 ]

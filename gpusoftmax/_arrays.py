@@ -495,6 +495,12 @@ def per_row(array: Array, axes: tuple[int, ...], ndim: int) -> Array:
     return Array(*array[:5], strides, *array[6:])  # _replace takes four times as long
 
 
+def part(array: Array, k: int) -> Array:
+    """array[..., k], which a kernel takes as one number per row; only to be read and written through its pointer."""
+    pointer = array.pointer + k * array.strides[-1] * array.itemsize
+    return array._replace(pointer=pointer, shape=array.shape[:-1], strides=array.strides[:-1])
+
+
 class _Dim(NamedTuple):
     size: int
     strides: tuple[int, ...]  # one per array

@@ -11,6 +11,8 @@ from gpusoftmax.kernels.operands import TOO_LARGE
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 MAX_COLS = 2**31 - 1
+MAX_WIDTH = 2**24
+"""Of images: the places along a line are counted in float32."""
 
 
 def axes(axis, ndim: int) -> tuple[int, ...]:
@@ -49,6 +51,17 @@ def one_axis(axis, ndim: int) -> tuple[int, ...]:
     if axis is None or isinstance(axis, tuple | list):
         raise TypeError(f"axis is {_short(axis)}, expected one int")
     return axes(axis, ndim)
+
+
+def image_width(shape: tuple[int, ...], name: str) -> int:
+    """The size of the last axis, for images along the last two."""
+    if len(shape) < 2:
+        raise ValueError(f"{name} has shape {shape}, expected (..., height, width)")
+    if 0 in shape[-2:]:
+        raise ValueError(f"{name} has shape {shape}, expected at least one pixel: a height and a width above 0")
+    if shape[-1] > MAX_WIDTH:
+        raise ValueError(f"{name} has a width of {shape[-1]}, expected at most {MAX_WIDTH} (2^24)")
+    return shape[-1]
 
 
 def some_columns(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> None:

@@ -25,9 +25,12 @@ OPS = (
     "cross_entropy_with_grad",
     "argmax",
     "soft_argmax",
+    "spatial_softmax",
 )
 ONE_AXIS = ("argmax", "soft_argmax")
 """Those that take no tuple of axes, which might cost a copy."""
+IMAGES = ("spatial_softmax",)
+"""Those whose rows run along the last two axes."""
 
 
 class Device(NamedTuple):
@@ -57,12 +60,13 @@ class _Imagined:
 
     _addresses = itertools.count(1 << 40, 1 << 36)
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any):
+    def __init__(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None):
         self.shape, self.dtype = shape, np.dtype(dtype)
         pointer = next(self._addresses) if math.prod(shape) else 0
         self.__cuda_array_interface__ = {
             "shape": shape,
             "typestr": self.dtype.str,
+            "strides": strides and tuple(stride * self.dtype.itemsize for stride in strides),
             "data": (pointer, False),
             "version": 3,
         }
@@ -86,6 +90,11 @@ def launches(op: str, shape: tuple[int, ...], dtype: str, arch: str, **options: 
 def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
     """A launch of each kernel that calls of `op` can use, where input and output have the same dtype."""
     with imagined(arch) as found:
+        if op in IMAGES:
+            for shape, strides in _MAPS:
+                _call(op, shape, dtype, {}, strides)
+            yield from found
+            return
         # Rows that one warp holds, longer ones, and rows that lie side by side.
         for shape, axis in (((4, 64), -1), ((4, 100_000), -1), ((64, 64), 0)):
             n_cols = shape[axis]
@@ -96,6 +105,16 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             elif axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
+
+
+# Feature maps that one warp holds, larger ones, windows of either, which are copied, and maps that lie side by side.
+_MAPS = (
+    ((4, 8, 8), None),
+    ((4, 100, 1000), None),
+    ((4, 8, 8), (1000, 100, 1)),
+    ((4, 100, 1000), (10**6, 10**4, 1)),
+    ((64, 8, 8), (1, 512, 64)),
+)
 
 
 def facts(launch: "Launch") -> dict[str, Any]:
@@ -125,8 +144,10 @@ def imagined(arch: str):
     return launch.imagined(driver.Device(0, arch, DEVICES[arch].multiprocessors))
 
 
-def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> None:
-    arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype))]
+def _call(
+    op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any], strides: tuple[int, ...] | None = None
+) -> None:
+    arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype), strides)]
     if op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
     if op.startswith("cross_entropy"):

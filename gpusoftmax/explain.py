@@ -16,7 +16,7 @@ def explain(op: str, shape: tuple[int, ...], *, dtype: Any = "float32", arch: st
     op : str
         A public function, such as "softmax", called with its defaults.
     shape : tuple of int
-        Of the logits; rows run along the last axis.
+        Of the logits; rows run along the last axis. Of the features of spatial_softmax, whose rows are feature maps.
     dtype : dtype
         Of the logits, and of results of their shape.
     arch : str, optional
@@ -50,7 +50,8 @@ def explain(op: str, shape: tuple[int, ...], *, dtype: Any = "float32", arch: st
     arch = _checks.one_of(arch[0], tuple(_dry_run.DEVICES), "arch")
     launches = _dry_run.launches(op, shape, dtype, arch)
     device = _dry_run.DEVICES[arch]
-    n_rows, row = math.prod(shape[:-1]), _traffic(op, shape[-1], dtype, launches)
+    row_axes = 2 if op in _dry_run.IMAGES else 1
+    n_rows, row = math.prod(shape[:-row_axes]), _traffic(op, math.prod(shape[-row_axes:]), dtype, launches)
     seconds = n_rows * (row["read"] + row["written"]) / device.bytes_per_second
     return {
         "op": op,
@@ -72,5 +73,6 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     label, loss = (8, number) if op.startswith("cross_entropy") else (0, 0)
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
-    written = {"logsumexp": number, "cross_entropy": 0, "argmax": 8, "soft_argmax": number}.get(op, row)
+    one_number = {"logsumexp": number, "soft_argmax": number, "argmax": 8}
+    written = {"cross_entropy": 0, "spatial_softmax": 2 * number, **one_number}.get(op, row)
     return {"read": sources * row + again + label, "written": written + loss, "once": again == 0}

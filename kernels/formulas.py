@@ -541,17 +541,17 @@ def exp_below(a: Arithmetic, x, max, scale, scale_low):
     return exp_from(a, x, max, zero, floor(a, zero), scale, scale_low)
 
 
-def line_and_place(a: Arithmetic, column, before, width):
+def line_and_place(a: Arithmetic, column, before, width, inverse):
     """(line, place) of a column of an image whose lines have `width` columns and lie one behind the other.
 
     Columns and lines are counted from the first column of a part, whose own line has `before` columns from there on;
-    the place is that in its line. All are integers below 2^24: nothing is rounded but what is rounded to an integer,
-    (column + 1/2) / width - 1/2, which keeps 1 / (2 width) away from where it would matter.
+    the place is that in its line. inverse: 1 / width. All others are integers below 2^24, and there are so few columns
+    (2048) that none is rounded to a wrong line: (column + 1/2) / width - 1/2 is 1 / (2 width) away from any tie.
     """
     beyond = a.sub(column, before)
-    middle = a.mul(a.add(beyond, a.number(0.5)), a.div(a.number(1), width))
+    middle = a.fma(a.add(beyond, a.number(0.5)), inverse, a.number(-0.5))
     magic = a.number(a.format.magic)
-    lines = a.sub(a.add(a.sub(middle, a.number(0.5)), magic), magic)  # -1 in the part's own line
+    lines = a.sub(a.add(middle, magic), magic)  # -1 in the part's own line
     return a.add(lines, a.number(1)), a.fma(a.negative(lines), width, beyond)
 
 

@@ -59,6 +59,20 @@ def soft_argmax(x, axis=-1, *, temperature=1.0, keepdims=False):
 
 
 @_quiet
+def spatial_softmax(features, *, temperature=1.0):
+    """(x, y) expected under the softmax over all pixels of (..., height, width) maps; linspace(-1, 1, size) or 0."""
+    *batch, height, width = np.shape(features)
+    probs = softmax_rows(to_rows(features, (-2, -1)), row_temperature(temperature)).reshape(-1, height, width)
+    x, y = (probs * pixel_coordinates(width)), (probs * pixel_coordinates(height)[:, None])
+    return np.stack([x.sum(axis=(1, 2)), y.sum(axis=(1, 2))], axis=-1).reshape(*batch, 2)
+
+
+def pixel_coordinates(size):
+    """linspace(-1, 1, size); 0 for one pixel."""
+    return (2 * np.arange(size, dtype=np.longdouble) - (size - 1)) / max(size - 1, 1)
+
+
+@_quiet
 def softmax_backward(probs, dprobs, axis=-1, *, temperature=1.0):
     """Gradient with respect to the logits: p (g - sum p g) / T."""
     p, g = to_rows(probs, axis), to_rows(dprobs, axis)

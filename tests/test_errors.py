@@ -98,6 +98,21 @@ CASES = {
         "axis is (0,), expected one int: the class axis",
         lambda a: with_grad(a.x, a.labels, axis=(0,), out=a.out),
     ),
+    "an image along one axis": (
+        ValueError,
+        "features has shape (3,), expected (..., height, width)",
+        lambda a: gpusoftmax.spatial_softmax(a.row_out),
+    ),
+    "an image without pixels": (
+        ValueError,
+        "features has shape (3, 0), expected at least one pixel: a height and a width above 0",
+        lambda a: gpusoftmax.spatial_softmax(a.no_classes),
+    ),
+    "an image too wide": (
+        ValueError,
+        "features has a width of 16777217, expected at most 16777216 (2^24)",
+        lambda a: gpusoftmax.spatial_softmax(np.broadcast_to(F32.type(0), (1, 2**24 + 1))),
+    ),
     "expectation along None": (
         TypeError,
         "axis is None, expected one int",
@@ -348,7 +363,7 @@ CASES = {
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, argmax, "
-        "soft_argmax",
+        "soft_argmax, spatial_softmax",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

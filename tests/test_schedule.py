@@ -47,8 +47,14 @@ def _copies(n_cols):
     return call
 
 
+def _maps(gpu):
+    """Images that several lanes and several rows of lanes share."""
+    return gpusoftmax.spatial_softmax(gpu.array(inputs.make("spread", (40, 7, 10), F32)))
+
+
 CASES = {
     **{name: _op(name) for name in CALLS},
+    "spatial_softmax": _maps,
     "sums over rows": _sums,
     "copies of short rows": _copies(40),
     "copies of long rows": _copies(1500),

@@ -7,6 +7,7 @@ gap = (max - second maximum) / T (0 for ties), a result may be off by
     log_softmax     24 ulp where |y| >= 0.5            below that (24 + gap) u |y|, as the loss
     logsumexp       2 ulp of max(|lse|, 1)             with T != 1: of max(|lse|, |max| / T, 1)
     soft_argmax     (24 + 3 D) u of the result         D: means of d over the columns, see check_soft_argmax
+    spatial_softmax that of places along a line, in coordinates, + u: see check_spatial_softmax
     loss, one row   (24 + gap) u S                     S: see check_loss; without smoothing it is the loss
     loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
     dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
@@ -135,6 +136,26 @@ def check_soft_argmax(got, logits, axis=-1, temperature=1.0, *, keepdims=False):
     columns = np.arange(oracle.to_rows(logits, axis).shape[1])
     tolerance = _moment_bound(columns, want, logits, axis, temperature, computed)
     return _compare("soft_argmax", got, want, _and_rounding(tolerance, want, got))
+
+
+@_quiet
+def check_spatial_softmax(got, features, temperature=1.0):
+    """A coordinate 2 E / (size - 1) - 1 may be off by 2 / (size - 1) of what E, an expected place, may (see
+    check_soft_argmax), by as much for E to have been rounded, and by u.
+    """
+    got = _checked("spatial_softmax", got, oracle.spatial_softmax(features, temperature=temperature))
+    _, computed, _ = _formats(got)
+    *_, height, width = np.shape(features)
+    want = oracle.spatial_softmax(features, temperature=temperature).reshape(-1, 2)
+    bounds = []
+    for column, size, places in ((0, width, np.tile(np.arange(width), height)), (1, height, None)):
+        places = np.repeat(np.arange(height), width) if places is None else places
+        expected = (want[:, column : column + 1] * max(size - 1, 1) + size - 1) / 2
+        bound = _moment_bound(places, expected, features, (-2, -1), temperature, computed)
+        bounds.append((bound + computed.unit * expected) * 2 / max(size - 1, 1) + computed.unit)
+    got = got.reshape(-1, 2)
+    scale = np.ones_like(want)
+    return _compare("spatial_softmax", got, want, _and_rounding(np.hstack(bounds), want, got), scale)
 
 
 @_quiet

@@ -26,6 +26,7 @@ from gpusoftmax.kernels.cpu.vector import (
     add_pair,
     advance,
     column_numbers,
+    div,
     exp_below,
     is_across,
     line_and_place,
@@ -56,7 +57,8 @@ def positions(col, first, width, zeros, like):
     k = add(column_numbers(zeros), number(like, col - first))
     if width is None:
         return zeros, k
-    return line_and_place(k, number(like, width - first % width), number(like, width))
+    inverse = div(number(like, 1.0), number(like, width))
+    return line_and_place(k, number(like, width - first % width), number(like, width), inverse)
 
 
 @device

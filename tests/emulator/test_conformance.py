@@ -305,6 +305,10 @@ def _soft_argmax(x, labels):
     return gpusoftmax.soft_argmax(x)
 
 
+def _spatial_softmax(x, labels):
+    return gpusoftmax.spatial_softmax(x)
+
+
 def _softmax_backward(x, labels):
     return gpusoftmax.softmax_backward(x, x)
 
@@ -323,6 +327,7 @@ CALLS = [
     _logsumexp,
     _argmax,
     _soft_argmax,
+    _spatial_softmax,
     _softmax_backward,
     _cross_entropy,
     _cross_entropy_with_grad,

@@ -15,6 +15,7 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
     add_pair,
+    div,
     exp_gap,
     line_and_place,
     maximum,
@@ -63,18 +64,19 @@ def row_moments_with(has_lines):
     """A device function for the first pass over a row. Without lines, the width of one means nothing."""
 
     @device
-    def position(k, first, before, width, team, split, source, like):
+    def position(k, first, image, team, split, source, like):
         """(line, place) of number k of a lane, counted from the first column of the chunk; places along a line where
         there are lines. The piece begins at column `first` of the chunk.
         """
         within = k & (vector_width(source.pointer) - 1)  # of a run, whose columns are neighbours
         column = add(number(like, int32(first + col_of(k - within, team, split, source))), number(like, within))
         if has_lines:
-            return line_and_place(column, before, width)
+            before, width, inverse = image
+            return line_and_place(column, before, width, inverse)
         return number(like, 0.0), column
 
     @device
-    def piece_moments(held, source, piece, first, before, width, team, split, params):
+    def piece_moments(held, source, piece, first, image, team, split, params):
         scale, scale_low, c, c_low = params
         largest = piece_max(held, piece, split, params)
         half = halved(largest)
@@ -86,7 +88,7 @@ def row_moments_with(has_lines):
                     held[k] = cheap_exp_gap(held[k], half, scale, scale_low, c, c_low)
                 s = add(s, group_sum(held, group))
                 for k in range(group, group + GROUP):
-                    line, place = position(k, first, before, width, team, split, source, scale)
+                    line, place = position(k, first, image, team, split, source, scale)
                     lines[k] = mul(held[k], line)
                     held[k] = mul(held[k], place)
                 j = add(j, group_sum(held, group))
@@ -143,6 +145,7 @@ def row_moments_with(has_lines):
         state = (least, zero, zero, zero)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
         piece_cols = int32(split_lanes(split) * n_values(scale))
+        inverse = div(number(scale, 1.0), number(scale, width))
         announce(split)
         open_row((source,), n_cols, team, split, least)
         meet(split)
@@ -152,11 +155,12 @@ def row_moments_with(has_lines):
             piece = read_logits(held, source, k, n_cols, row, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
             chunk, within = chunk_of(k, team, split), int32(k & last_piece)
-            before = zero
+            image = zero, zero, zero
             if has_lines:
                 before = number(scale, int32(width - remainder(first_of_chunk(chunk, split, zero), width)))
+                image = before, number(scale, width), inverse
             first = int32(within * piece_cols)
-            current = piece_moments(held, source, piece, first, before, number(scale, width), team, split, params)
+            current = piece_moments(held, source, piece, first, image, team, split, params)
             state = current if within == 0 else joined(state, current, params)
             if not is_one_chunk(split) and within == last_piece:
                 for n in range(4 if has_lines else 3):
