@@ -6,9 +6,9 @@ from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
-from gpusoftmax.soft_argmax import soft_argmax
+from gpusoftmax.soft_argmax import soft_argmax, soft_argmax_backward
 from gpusoftmax.softmax import softmax, softmax_backward
-from gpusoftmax.spatial_softmax import spatial_softmax
+from gpusoftmax.spatial_softmax import spatial_softmax, spatial_softmax_backward
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,9 @@ __all__ = [
     "log_softmax_backward",
     "logsumexp",
     "soft_argmax",
+    "soft_argmax_backward",
     "softmax",
     "softmax_backward",
     "spatial_softmax",
+    "spatial_softmax_backward",
 ]

@@ -25,11 +25,13 @@ OPS = (
     "cross_entropy_with_grad",
     "argmax",
     "soft_argmax",
+    "soft_argmax_backward",
     "spatial_softmax",
+    "spatial_softmax_backward",
 )
-ONE_AXIS = ("argmax", "soft_argmax")
+ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward")
 """Those that take no tuple of axes, which might cost a copy."""
-IMAGES = ("spatial_softmax",)
+IMAGES = ("spatial_softmax", "spatial_softmax_backward")
 """Those whose rows run along the last two axes."""
 
 
@@ -148,11 +150,17 @@ def _call(
     op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any], strides: tuple[int, ...] | None = None
 ) -> None:
     arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype), strides)]
-    if op.endswith("_backward"):
+    axis = options.get("axis", -1) % len(shape)
+    batch_shape = shape[:axis] + shape[axis + 1 :]
+    row_dtype = np.dtype("float64" if dtype == "float64" else "float32")
+    if op == "soft_argmax_backward":
+        arguments += (_Imagined(batch_shape, row_dtype) for _ in range(2))
+    elif op == "spatial_softmax_backward":
+        arguments += (_Imagined((*shape[:-2], 2), row_dtype) for _ in range(2))
+    elif op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
     if op.startswith("cross_entropy"):
-        axis = options.get("axis", -1) % len(shape)
-        arguments.append(_Imagined(shape[:axis] + shape[axis + 1 :], np.int64))
+        arguments.append(_Imagined(batch_shape, np.int64))
     getattr(gpusoftmax, op)(*arguments, **options)
 
 

@@ -69,10 +69,11 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     """Bytes for a row, from what the op has to move and whether the rows stay on the chip."""
     row = n_cols * _arrays.numpy_dtype(dtype).itemsize
     number = 8 if dtype == "float64" else 4
-    sources = 2 if op.endswith("_backward") else 1
+    sources = 2 if op in ("softmax_backward", "log_softmax_backward") else 1
     label, loss = (8, number) if op.startswith("cross_entropy") else (0, 0)
+    beside = {"soft_argmax_backward": 2 * number, "spatial_softmax_backward": 4 * number}.get(op, label)
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
     one_number = {"logsumexp": number, "soft_argmax": number, "argmax": 8}
     written = {"cross_entropy": 0, "spatial_softmax": 2 * number, **one_number}.get(op, row)
-    return {"read": sources * row + again + label, "written": written + loss, "once": again == 0}
+    return {"read": sources * row + again + beside, "written": written + loss, "once": again == 0}

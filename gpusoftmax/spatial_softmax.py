@@ -1,4 +1,4 @@
-"""Spatial softmax: the expected coordinates of a feature in an image."""
+"""Spatial softmax: the expected coordinates of a feature in an image, and their backward."""
 
 from typing import Any
 
@@ -64,3 +64,69 @@ def _spatial_softmax(features, out, temperature, dtype):
     x_and_y = [_arrays.per_row(_arrays.part(coordinates, k), axes, pixels.ndim) for k in range(2)]
     _arrays.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels], x_and_y)
     return _arrays.result(coordinates, out)
+
+
+def spatial_softmax_backward(
+    features: Any, coordinates: Any, dcoordinates: Any, *, temperature: float = 1.0, out: Any = None
+) -> Any:
+    """Gradient with respect to the features of `spatial_softmax`, from its result and the gradient of that.
+
+    For the pixel c with coordinates (x_c, y_c) and probability p_c of a map with the result (x, y)
+
+        dfeatures_c = p_c (dx (x_c - x) + dy (y_c - y)) / temperature
+
+    Parameters
+    ----------
+    features : array, shape (..., height, width)
+        As given to `spatial_softmax`.
+    coordinates, dcoordinates : array, shape (..., 2)
+        The result of `spatial_softmax` and the gradient with respect to it: same dtype, library and device as each
+        other, library and device those of `features`; any strides.
+    temperature
+        As given to `spatial_softmax`.
+    out : array, optional
+        Where to write the result; may be `features` itself.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `features`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `spatial_softmax`; also when the arrays differ in shape, dtype, library or device.
+
+    Notes
+    -----
+    One read of `features` where a map can be held, and one write.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import spatial_softmax_backward
+    >>> spatial_softmax_backward(np.zeros((1, 2)), np.zeros(2), np.array([1.0, 5.0]))
+    array([[-0.5,  0.5]])
+    """
+    return _replay.call(_spatial_softmax_backward, (features, coordinates, dcoordinates, out), temperature)
+
+
+def _spatial_softmax_backward(features, coordinates, dcoordinates, out, temperature):
+    pixels = _arrays.logits(features, "features")
+    width = _checks.image_width(pixels.shape, "features")
+    axes = pixels.ndim - 2, pixels.ndim - 1
+    points, gradient = _arrays.logits(coordinates, "coordinates"), _arrays.logits(dcoordinates, "dcoordinates")
+    for array, name in ((points, "coordinates"), (gradient, "dcoordinates")):
+        _checks.same_home(pixels, array, "features", name)
+        _checks.same_shape(array, (*pixels.shape[:-2], 2), name, f"to match features {pixels.shape}")
+    _checks.same_dtype(points, gradient, "coordinates", "dcoordinates")
+    temperature = _checks.temperature(temperature)
+    result = _arrays.output(out, pixels, pixels.shape, pixels.dtype)
+    _checks.temperature_fits(temperature, _arrays.compute_dtype(pixels, points, result))
+    _checks.no_partial_overlap(result, pixels, "features")
+    _checks.no_overlap(result, points, "coordinates")
+    _checks.no_overlap(result, gradient, "dcoordinates")
+    kernel = _arrays.kernels(pixels.place, "spatial_softmax").spatial_softmax_backward
+    x_and_y = [_arrays.part(array, k) for array in (points, gradient) for k in range(2)]
+    per_row = [_arrays.per_row(array, axes, pixels.ndim) for array in x_and_y]
+    _arrays.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels, *per_row], [result])
+    return _arrays.result(result, out)

@@ -572,3 +572,13 @@ def ratio_of_pairs(a: Arithmetic, x, x_low, y, y_low):
 def coordinate(a: Arithmetic, place, last):
     """linspace(-1, 1, last + 1) at a place between 0 and `last`; 0 where there is only one."""
     return a.div(a.fma(place, a.number(2), a.negative(last)), a.larger(last, a.number(1)))
+
+
+def place_of(a: Arithmetic, coordinate, last):
+    """The place that has a coordinate: what `coordinate` turns into it."""
+    return a.mul(a.fma(coordinate, a.larger(last, a.number(1)), last), a.number(0.5))
+
+
+def per_place_of(a: Arithmetic, dcoordinate, last):
+    """The gradient with respect to a place, from that with respect to its coordinate."""
+    return a.div(a.mul(dcoordinate, a.number(2)), a.larger(last, a.number(1)))

@@ -32,6 +32,7 @@ CALLS = {
     "logsumexp": Call(gpusoftmax.logsumexp, ("x",), per_row=True),
     "argmax": Call(gpusoftmax.argmax, ("x",), per_row=True),
     "soft_argmax": Call(gpusoftmax.soft_argmax, ("x",), per_row=True),
+    "soft_argmax_backward": Call(gpusoftmax.soft_argmax_backward, ("x",), ("expected", "dexpected")),
     "cross_entropy": Call(
         partial(gpusoftmax.cross_entropy, reduction="none"), ("logits",), ("target",), takes_out=False, per_row=True
     ),
@@ -47,8 +48,11 @@ def arguments(name, shape, dtype, seed=0):
     """NumPy arrays for each argument of a call, by name, in the order in which they are passed."""
     x = inputs.make("spread", shape, dtype, seed)
     gradient = inputs.make("peaked", shape, dtype, seed + 1)
+    expected = np.asarray(gpusoftmax.soft_argmax(x))
     made = {
         "x": x,
+        "expected": expected,
+        "dexpected": inputs.make("peaked", expected.shape, expected.dtype, seed + 2),
         "logits": x,
         "probs": np.asarray(gpusoftmax.softmax(x)),
         "dprobs": gradient,

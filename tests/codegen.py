@@ -112,8 +112,12 @@ def _calls(dtype, out_dtype, shape, axis):
         per_row = {} if dtype == out_dtype else {"out": _Array(batch, out_dtype)}
         yield function, (x,), {**per_row, "axis": axis}
     yield "argmax", (x,), {"axis": axis}
-    maps = _maps(batch[0], n_cols, dtype, axis)
-    yield "spatial_softmax", (maps,), {} if dtype == out_dtype else {"out": _Array((batch[0], 2), out_dtype)}
+    maps, points = _maps(batch[0], n_cols, dtype, axis), (batch[0], 2)
+    yield "spatial_softmax", (maps,), {} if dtype == out_dtype else {"out": _Array(points, out_dtype)}
+    row_dtype = np.float64 if dtype == np.float64 else np.float32
+    yield "soft_argmax_backward", (x, _Array(batch, row_dtype), _Array(batch, row_dtype)), like
+    out = {"out": _maps(batch[0], n_cols, out_dtype, axis)}
+    yield "spatial_softmax_backward", (maps, _Array(points, row_dtype), _Array(points, row_dtype)), out
     for label_smoothing in (0.0, 0.1):
         options = {"label_smoothing": label_smoothing}
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}

@@ -59,6 +59,29 @@ def soft_argmax(x, axis=-1, *, temperature=1.0, keepdims=False):
 
 
 @_quiet
+def soft_argmax_backward(x, expected, dexpected, axis=-1, *, temperature=1.0):
+    """Gradient with respect to x: dexpected p_c (c - expected) / T."""
+    temperature = row_temperature(temperature)
+    probs = softmax_rows(to_rows(x, axis), temperature)
+    expected, dexpected = (np.asarray(part).astype(np.longdouble).reshape(-1, 1) for part in (expected, dexpected))
+    return from_rows(dexpected * probs * (np.arange(probs.shape[1]) - expected) / temperature, x, axis)
+
+
+@_quiet
+def spatial_softmax_backward(features, coordinates, dcoordinates, *, temperature=1.0):
+    """Gradient with respect to the features: p_c (dx (x_c - x) + dy (y_c - y)) / T."""
+    *_, height, width = np.shape(features)
+    temperature = row_temperature(temperature)
+    probs = softmax_rows(to_rows(features, (-2, -1)), temperature).reshape(-1, height, width)
+    points, upstream = (
+        np.asarray(part).astype(np.longdouble).reshape(-1, 2, 1, 1) for part in (coordinates, dcoordinates)
+    )
+    across = upstream[:, 0] * (pixel_coordinates(width) - points[:, 0])
+    down = upstream[:, 1] * (pixel_coordinates(height)[:, None] - points[:, 1])
+    return (probs * (across + down) / temperature).reshape(np.shape(features))
+
+
+@_quiet
 def spatial_softmax(features, *, temperature=1.0):
     """(x, y) expected under the softmax over all pixels of (..., height, width) maps; linspace(-1, 1, size) or 0."""
     *batch, height, width = np.shape(features)

@@ -28,6 +28,9 @@ OPERATIONS = {
     "logsumexp": lambda x, g, y: (gpusoftmax.logsumexp(x),),
     "argmax": lambda x, g, y: (gpusoftmax.argmax(x),),
     "soft_argmax": lambda x, g, y: (gpusoftmax.soft_argmax(x),),
+    "soft_argmax_backward": lambda x, g, y: (
+        gpusoftmax.soft_argmax_backward(x, gpusoftmax.soft_argmax(x), gpusoftmax.logsumexp(g)),
+    ),
     "cross_entropy": lambda x, g, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),

@@ -363,7 +363,7 @@ CASES = {
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, argmax, "
-        "soft_argmax, spatial_softmax",
+        "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

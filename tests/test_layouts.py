@@ -144,8 +144,9 @@ def test_more_batch_strides_than_a_kernel_takes(target, name):
         views[argument][...] = array
         # Swapping two axes keeps every pair of neighbouring axes from being joined.
         views[argument] = views[argument].swapaxes(0, 2)
-    if target.name != "cpu" and "target" in arrays:
-        views["target"] = arrays["target"].swapaxes(0, 2).copy()
+    for argument in CALLS[name].others:
+        if target.name != "cpu":
+            views[argument] = arrays[argument].swapaxes(0, 2).copy()
     result = run(target, name, views)
     back = tuple if isinstance(result, tuple) else lambda parts: next(iter(parts))
     result = back(

@@ -48,8 +48,9 @@ def _copies(n_cols):
 
 
 def _maps(gpu):
-    """Images that several lanes and several rows of lanes share."""
-    return gpusoftmax.spatial_softmax(gpu.array(inputs.make("spread", (40, 7, 10), F32)))
+    features = gpu.array(inputs.make("spread", (40, 7, 10), F32))
+    points = gpusoftmax.spatial_softmax(features)
+    return points, gpusoftmax.spatial_softmax_backward(features, points, points)
 
 
 CASES = {

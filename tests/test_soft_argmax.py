@@ -1,4 +1,4 @@
-"""soft_argmax: within the promised bounds of the exact result on every target, dtype and awkward shape."""
+"""soft_argmax and its backward: within the promised bounds on every target, in every dtype and awkward shape."""
 
 import numpy as np
 import pytest
@@ -122,3 +122,83 @@ def test_very_long_rows():
     logits[0, [0, -5001]] = 3
     want = (2**24 + 5000 + 2**24) / 3
     assert abs(gpusoftmax.soft_argmax(logits)[0] - want) <= 24 * 2.0**-24 * want
+
+
+# ---------------------------------------------------------------- backward
+
+
+def backward(target, x, *arguments, **options):
+    arrays = [target.array(np.asarray(array)) for array in arguments[:2]]
+    return np.asarray(target.get(gpusoftmax.soft_argmax_backward(target.array(x), *arrays, *arguments[2:], **options)))
+
+
+def forward_and_upstream(logits, axis=-1, **options):
+    expected = np.asarray(gpusoftmax.soft_argmax(logits, axis, **options))
+    return expected, inputs.make("peaked", (*expected.shape, 4), expected.dtype, seed=1)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("n_cols", N_COLS)
+def test_backward_matches_oracle(target, dtype, n_cols):
+    logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
+    expected, upstream = forward_and_upstream(logits)
+    dlogits = backward(target, logits, expected, upstream)
+    assert dlogits.dtype == dtype
+    tolerances.check_soft_argmax_backward(dlogits, logits, expected, upstream)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 3.0, 1e30])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_temperature_of_the_backward(target, dtype, temperature):
+    logits = inputs.every_family(2, 300, dtype)
+    expected, upstream = forward_and_upstream(logits, temperature=temperature)
+    dlogits = backward(target, logits, expected, upstream, temperature=temperature)
+    tolerances.check_soft_argmax_backward(dlogits, logits, expected, upstream, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_backward_is_the_derivative(target, temperature):
+    """Central differences in float64."""
+    logits = inputs.make("spread", (3, 40), np.float64) / 3
+    expected, upstream = forward_and_upstream(logits, temperature=temperature)
+    dlogits = backward(target, logits, expected, upstream, temperature=temperature)
+    step, found = 1e-5, np.empty_like(logits)
+    for col in range(logits.shape[1]):
+        moved = np.zeros_like(logits)
+        moved[:, col] = step
+        ends = [gpusoftmax.soft_argmax(logits + sign * moved, temperature=temperature) for sign in (1, -1)]
+        found[:, col] = upstream * (ends[0] - ends[1]) / (2 * step)
+    np.testing.assert_allclose(dlogits, found, rtol=1e-6, atol=1e-6 * np.abs(found).max())
+
+
+def test_special_values_of_the_backward(target):
+    logits = inputs.make("spread", (6, 300), np.float32)
+    logits[0, 7], logits[1, 0], logits[2], logits[3] = NAN, INF, -INF, INF
+    logits[4, 1::2] = -INF
+    expected, upstream = forward_and_upstream(logits)
+    dlogits = backward(target, logits, expected, upstream)
+    assert np.isnan(dlogits[:4]).all() and np.isfinite(dlogits[4:]).all() and not dlogits[4, 1::2].any()
+    tolerances.check_soft_argmax_backward(dlogits, logits, expected, upstream)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_axes_of_the_backward(target, axis):
+    logits = inputs.make("spread", (2, 3, 40), np.float32)
+    expected, upstream = forward_and_upstream(logits, axis)
+    dlogits = backward(target, logits, expected, upstream, axis)
+    tolerances.check_soft_argmax_backward(dlogits, logits, expected, upstream, axis)
+
+
+@pytest.mark.parametrize("out_dtype", inputs.DTYPES, ids=str)
+def test_dtype_of_the_gradient(out_dtype):
+    logits = inputs.make("spread", (4, 300), np.float32)
+    expected, upstream = forward_and_upstream(logits)
+    out = np.empty(logits.shape, out_dtype)
+    assert gpusoftmax.soft_argmax_backward(logits, expected, upstream, out=out) is out
+    tolerances.check_soft_argmax_backward(out, logits, expected, upstream)
+
+
+def test_backward_without_columns():
+    for shape in ((0, 3), (2, 0)):
+        nothing = np.zeros(shape[:1])
+        assert gpusoftmax.soft_argmax_backward(np.zeros(shape), nothing, nothing).shape == shape

@@ -1,4 +1,4 @@
-"""spatial_softmax: within the promised bounds of the exact result on every target, in every dtype, shape and layout."""
+"""spatial_softmax and its backward: within the promised bounds on every target, in every dtype, shape and layout."""
 
 import numpy as np
 import pytest
@@ -186,3 +186,125 @@ def test_explained():
     (kernel,) = explained["kernels"]
     assert kernel["grid"] == 256 and explained["row"] == {"read": 14400, "written": 8, "once": True}
     assert explained["expected_seconds"] == pytest.approx(256 * 14408 / _dry_run.DEVICES["sm_90"].bytes_per_second)
+
+
+# ---------------------------------------------------------------- backward
+
+
+def backward(target, features, *arrays, **options):
+    arrays = [target.array(array) for array in (features, *arrays)]
+    return np.asarray(target.get(gpusoftmax.spatial_softmax_backward(*arrays, **options)))
+
+
+def forward_and_upstream(features, **options):
+    points = gpusoftmax.spatial_softmax(features, **options)
+    return points, inputs.make("peaked", points.shape, points.dtype, seed=1)
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("image", IMAGES, ids=str)
+def test_backward_matches_oracle(target, dtype, image):
+    features = maps(*image, dtype)
+    points, upstream = forward_and_upstream(features)
+    dfeatures = backward(target, features, points, upstream)
+    assert dfeatures.dtype == dtype
+    tolerances.check_spatial_softmax_backward(dfeatures, features, points, upstream)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_backward_is_the_derivative(target, temperature):
+    """Central differences in float64."""
+    features = inputs.make("spread", (2, 5, 8), np.float64) / 3
+    points, upstream = forward_and_upstream(features, temperature=temperature)
+    dfeatures = backward(target, features, points, upstream, temperature=temperature)
+    step, found = 1e-5, np.empty_like(features)
+    for line, place in np.ndindex(5, 8):
+        moved = np.zeros_like(features)
+        moved[:, line, place] = step
+        ends = [gpusoftmax.spatial_softmax(features + sign * moved, temperature=temperature) for sign in (1, -1)]
+        found[:, line, place] = (upstream * (ends[0] - ends[1])).sum(axis=-1) / (2 * step)
+    np.testing.assert_allclose(dfeatures, found, rtol=1e-6, atol=1e-6 * np.abs(found).max())
+
+
+def test_special_values_of_the_backward(target):
+    features = inputs.make("spread", (6, 15, 20), F32)
+    features[0, 7, 3], features[1, 0, 0], features[2], features[3] = NAN, INF, -INF, INF
+    features[4, :, 1::2] = -INF
+    points, upstream = forward_and_upstream(features)
+    dfeatures = backward(target, features, points, upstream)
+    assert np.isnan(dfeatures[:4]).all() and np.isfinite(dfeatures[4:]).all() and not dfeatures[4, :, 1::2].any()
+    tolerances.check_spatial_softmax_backward(dfeatures, features, points, upstream)
+
+
+@pytest.mark.parametrize("image", [(5, 7), (45, 50)], ids=str)
+def test_every_layout_of_the_backward_has_the_same_bits(target, image):
+    features = inputs.make("spread", (2, 16, *image), F32)
+    points, upstream = forward_and_upstream(features)
+    expected = backward(target, features, points, upstream)
+    strided = np.repeat(upstream, 2, axis=-1)[..., ::2], np.broadcast_to(upstream[:1, :1], upstream.shape)
+    assert same_bits(backward(target, features, points.swapaxes(0, 1).copy().swapaxes(0, 1), strided[0]), expected)
+    same = backward(target, features, points, np.ascontiguousarray(strided[1]))
+    assert same_bits(backward(target, features, points, strided[1]), same)
+    for name, view in layouts(features):
+        with Untouched(view):
+            assert same_bits(backward(target, view, points, upstream), expected), name
+        with Untouched(view, but_view=True):
+            place = target.array(view)
+            found = gpusoftmax.spatial_softmax_backward(place, target.array(points), target.array(upstream), out=place)
+            assert found is place and same_bits(np.ascontiguousarray(target.get(place)), expected), name
+
+
+@pytest.mark.parametrize("dtype", [F32, inputs.BFLOAT16], ids=str)
+@pytest.mark.parametrize("image", [(4, 7), (64, 65)], ids=str)
+def test_batch_of_the_backward(target, dtype, image):
+    features = maps(*image, dtype)
+    points, upstream = forward_and_upstream(features)
+    expected = backward(target, features, points, upstream)
+    for first, last in ((0, 1), (3, 5), (len(features) - 1, len(features))):
+        part = [array[first:last] for array in (features, points, upstream)]
+        assert same_bits(backward(target, *part), expected[first:last])
+
+
+@pytest.mark.parametrize("image", [(1, 1), (3, 5), (8, 8), (10, 12), (40, 120)], ids=str)
+def test_ways_to_walk_rows_of_the_backward(monkeypatch, image):
+    features = inputs.make("spread", (70, *image), F32)
+    points, upstream = forward_and_upstream(features)
+    results = []
+    for way in (ALONG, ACROSS, IN_BLOCKS) if image != (40, 120) else (ALONG, ACROSS):
+        monkeypatch.setattr(run_module, "_way", lambda *_, way=way: way)
+        results.append(gpusoftmax.spatial_softmax_backward(features, points, upstream))
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+def test_regimes_of_the_backward_agree(monkeypatch):
+    features, expected = inputs.make("spread", (2, 151, 117), inputs.BFLOAT16), None
+    points, upstream = forward_and_upstream(features)
+    for way in WAYS:
+        force(monkeypatch, *way)
+        with emulated_gpu("sm_90", track=False) as gpu:
+            arrays = [gpu.array(array) for array in (features, points, upstream)]
+            found = gpu.get(gpusoftmax.spatial_softmax_backward(*arrays))
+        expected = found if expected is None else expected
+        assert same_bits(found, expected), way
+
+
+@pytest.mark.parametrize("image", [(8, 16), (128, 32)], ids=str)
+def test_every_pixel_is_read_and_written_once(image):
+    features = inputs.make("spread", (2, *image), F32)
+    points, upstream = forward_and_upstream(features)
+    with emulated_gpu("sm_90") as gpu:
+        arrays = [gpu.array(array) for array in (features, points, upstream)]
+        dfeatures = gpusoftmax.spatial_softmax_backward(*arrays)
+        assert (gpu.reads(arrays[0]) == 1).all() and (gpu.writes(dfeatures) == 1).all() and len(gpu.stats) == 1
+
+
+def test_arrays_that_do_not_fit():
+    features, points = np.zeros((3, 4, 5), F32), np.zeros((3, 2), F32)
+    for wrong, error, text in (
+        (points[:2], ValueError, r"coordinates has shape \(2, 2\), expected \(3, 2\) to match features \(3, 4, 5\)"),
+        (points.astype(np.float64), TypeError, "dcoordinates has dtype float32, expected float64 to match coordinates"),
+    ):
+        with pytest.raises(error, match=text):
+            gpusoftmax.spatial_softmax_backward(features, wrong, points)
+    with pytest.raises(ValueError, match="out shares memory with dcoordinates"):
+        gpusoftmax.spatial_softmax_backward(features, points, features.reshape(-1)[:6].reshape(3, 2), out=features)

@@ -8,6 +8,7 @@ gap = (max - second maximum) / T (0 for ties), a result may be off by
     logsumexp       2 ulp of max(|lse|, 1)             with T != 1: of max(|lse|, |max| / T, 1)
     soft_argmax     (24 + 3 D) u of the result         D: means of d over the columns, see check_soft_argmax
     spatial_softmax that of places along a line, in coordinates, + u: see check_spatial_softmax
+    their backwards (32 + d) u times the magnitudes of the terms that are added
     loss, one row   (24 + gap) u S                     S: see check_loss; without smoothing it is the loss
     loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
     dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
@@ -139,6 +140,31 @@ def check_soft_argmax(got, logits, axis=-1, temperature=1.0, *, keepdims=False):
 
 
 @_quiet
+def check_soft_argmax_backward(got, logits, expected, dexpected, axis=-1, temperature=1.0):
+    """dE p (c - E) / T may be off by (32 + d) u |dE| p (c + E) / T: softmax's bound for p, and the roundings around."""
+    want = oracle.soft_argmax_backward(logits, expected, dexpected, axis, temperature=temperature)
+    got, want = _as_rows("soft_argmax_backward", got, want, axis)
+    mean, upstream = (np.abs(np.asarray(part).astype(np.longdouble)).reshape(-1, 1) for part in (expected, dexpected))
+    factors = upstream * (np.arange(want.shape[1]) + mean) / oracle.row_temperature(temperature)
+    return _compare_with_probs("soft_argmax_backward", got, want, factors, logits, axis, temperature)
+
+
+@_quiet
+def check_spatial_softmax_backward(got, features, coordinates, dcoordinates, temperature=1.0):
+    """p (dx (x_c - x) + dy (y_c - y)) / T may be off by (32 + d) u p (2 |dx| (1 + |x|) + 2 |dy| (1 + |y|)) / T.
+
+    x_c - x is formed from places, j - (x last + last) / 2, whose parts are up to last / 2 (1 + |x|) and last large.
+    """
+    want = oracle.spatial_softmax_backward(features, coordinates, dcoordinates, temperature=temperature)
+    got, want = _as_rows("spatial_softmax_backward", got, want, (-2, -1))
+    points, upstream = (
+        np.abs(np.asarray(part).astype(np.longdouble)).reshape(-1, 2) for part in (coordinates, dcoordinates)
+    )
+    factors = (2 * upstream * (1 + points)).sum(axis=1, keepdims=True) / oracle.row_temperature(temperature)
+    return _compare_with_probs("spatial_softmax_backward", got, want, factors, features, (-2, -1), temperature)
+
+
+@_quiet
 def check_spatial_softmax(got, features, temperature=1.0):
     """A coordinate 2 E / (size - 1) - 1 may be off by 2 / (size - 1) of what E, an expected place, may (see
     check_soft_argmax), by as much for E to have been rounded, and by u.
@@ -265,6 +291,18 @@ def _moment_bound(places, want, logits, axis, temperature, computed):
     weighted = np.where(probs > 0, probs * distance, 0)
     spread = (weighted * places).sum(axis=1, keepdims=True) + want * weighted.sum(axis=1, keepdims=True)
     return computed.unit * (24 * want + 3 * spread) + computed.tiny * places.sum(dtype=np.longdouble)
+
+
+def _compare_with_probs(name, got, want, factors, logits, axis, temperature):
+    """Of elements p times something whose parts add up to `factors`: within (32 + d) u of the magnitudes."""
+    _, computed, _ = _formats(got)
+    probs = oracle.to_rows(oracle.softmax(logits, axis, temperature=temperature), axis)
+    distance, _ = _distance_and_gap(logits, axis, temperature)
+    terms = probs * factors
+    tolerance = computed.unit * (32 + np.where(probs > 0, distance, 0)) * terms
+    flushed = np.where(probs < 2 * computed.tiny, computed.tiny * factors, 0)  # probabilities that may be 0
+    tolerance = np.where(np.isinf(distance), 0, _or_flushed(tolerance, want, computed) + flushed)
+    return _compare(name, got, want, _and_rounding(tolerance, want, got), terms)
 
 
 def _row_loss_bounds(logits, target, weight, computed, **options):

@@ -15,12 +15,16 @@ counts, the result is exactly its position. What lies below the smallest exponen
 
 Places are counted in float32 from the first column of a chunk, or along a line: exact integers. The sums of a chunk,
 sum k e_k, become those of the row as sum (k + first) e_k = sum k e_k + first sum e_k, in pairs of numbers.
+
+Backward: E_j has the derivative p_c (j - E_j) / T with respect to x_c. The probabilities are those of softmax.py.
 """
 
+from typing import NamedTuple
+
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, sum_chunk
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
-from gpusoftmax.kernels.cpu.states import LOW, MAX, OWN, SUM, row_max, save, saved
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, Line, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element
+from gpusoftmax.kernels.cpu.states import FIELDS, LOW, MAX, OWN, SUM, chunk_ratio, fold_sum, row_max, save, saved
 from gpusoftmax.kernels.cpu.vector import (
     add,
     add_pair,
@@ -28,8 +32,11 @@ from gpusoftmax.kernels.cpu.vector import (
     column_numbers,
     div,
     exp_below,
+    fma,
     is_across,
+    lanes_of,
     line_and_place,
+    load,
     load_cols,
     moved_moment,
     mul,
@@ -37,7 +44,10 @@ from gpusoftmax.kernels.cpu.vector import (
     numbers_on_stack,
     prefetch_to_read,
     ratio_of_pairs,
+    row_inverse,
+    store,
     store_cols,
+    sub,
 )
 from gpusoftmax.kernels.operands import scale_of, unless_one
 
@@ -149,3 +159,77 @@ def fold_moments(here, width, scale, scale_low):
             moment, low = moment_of_chunk(here, chunk, LINES, line)
             i, i_low = add_scaled(i, i_low, moment, low, factor)
     return ratio_of_pairs(j, j_low, s, s_low), ratio_of_pairs(i, i_low, s, s_low)
+
+
+# ---------------------------------------------------------------- backward
+
+
+class Pull(NamedTuple):
+    """What the gradient of a row, or of one row per lane, is made of:
+
+    p_c (per_place (j - place) + per_line (i - line)) / T, with p_c from exponentials relative to (shift, exponent).
+    """
+
+    shift: object
+    exponent: object
+    factor: object  # 1 / (s T)
+    place: object  # expected ones
+    per_place: object  # what the gradient is for each place further on
+    line: object
+    per_line: object
+
+
+@device
+def measure_exponentials(here, first, last, scale, scale_low):
+    """Step 1 of a backward: the exponentials, which stay until they are written, and their sum."""
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        largest = saved(here.states, chunk, MAX, here.zero)
+        total, low, _ = sum_of_exponentials(here, here.home, largest, None, col, count, scale, scale_low, False)
+        save(here.states, chunk, SUM, total)
+        save(here.states, chunk, LOW, low)
+
+
+@device
+def fold_exponentials(here, scale, scale_low):
+    """The first members of Pull."""
+    n_chunks = count_of_chunks(here.n_cols)
+    row = fold_sum(here.states, n_chunks, here.zero, scale, scale_low)
+    inverse = row_inverse(row_max(here.states, n_chunks, here.zero), row.sum, row.low)
+    return row.shift, row.exponent, mul(inverse, scale)
+
+
+@device
+def number_of_row(array, rows, here, field, like):
+    """The number of a row, or of the row in each lane, from an array of one number per row."""
+    lanes, n_chunks = lanes_of(here.zero), count_of_chunks(here.n_cols)
+    for lane in range(here.n_rows):
+        value = load(element(array, here.row + lane, rows), 0, like)
+        store(here.states, (n_chunks * FIELDS + field) * lanes + lane, value)
+    return saved(here.states, n_chunks, field, here.zero)
+
+
+@device
+def write_gradients(here, first, last, pull, width, scale, scale_low):
+    """Step 3 of a backward."""
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        ratio = chunk_ratio(here.states, chunk, pull.shift, pull.exponent, here.zero, scale, scale_low)
+        write_chunk(gradient, (mul(ratio, pull.factor), pull, col, width, scale), here, col, count)
+
+
+@device
+def gradient(col, left, here, arguments):
+    factor, pull, first, width, like = arguments
+    probs = mul(load_cols(here.home, col, left, here.zeros), factor)
+    return mul(probs, pull_at(col, first, pull, width, here.zeros, like))
+
+
+@device
+def pull_at(col, first, pull, width, zeros, like):
+    lines, places = positions(col, first, width, zeros, like)
+    line, place = origin(first, width, like)
+    value = mul(sub(add(places, place), pull.place), pull.per_place)
+    if width is not None:
+        value = fma(sub(add(lines, line), pull.line), pull.per_line, value)
+    return value

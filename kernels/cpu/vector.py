@@ -590,6 +590,8 @@ line_and_place = formula(formulas.line_and_place, n_results=2)
 moved_moment = formula(formulas.moved_moment, n_results=2)
 ratio_of_pairs = formula(formulas.ratio_of_pairs)
 coordinate = formula(formulas.coordinate)
+place_of = formula(formulas.place_of)
+per_place_of = formula(formulas.per_place_of)
 
 
 # ---------------------------------------------------------------- columns and their numbers

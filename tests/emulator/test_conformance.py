@@ -309,6 +309,16 @@ def _spatial_softmax(x, labels):
     return gpusoftmax.spatial_softmax(x)
 
 
+def _soft_argmax_backward(x, labels):
+    expected = gpusoftmax.soft_argmax(x)
+    return gpusoftmax.soft_argmax_backward(x, expected, expected)
+
+
+def _spatial_softmax_backward(x, labels):
+    points = gpusoftmax.spatial_softmax(x)
+    return gpusoftmax.spatial_softmax_backward(x, points, points)
+
+
 def _softmax_backward(x, labels):
     return gpusoftmax.softmax_backward(x, x)
 
@@ -328,6 +338,8 @@ CALLS = [
     _argmax,
     _soft_argmax,
     _spatial_softmax,
+    _soft_argmax_backward,
+    _spatial_softmax_backward,
     _softmax_backward,
     _cross_entropy,
     _cross_entropy_with_grad,

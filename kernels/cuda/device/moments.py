@@ -17,23 +17,36 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     add_pair,
     div,
     exp_gap,
+    fma,
     line_and_place,
     maximum,
     moved_moment,
     mul,
     number,
     ratio_of_pairs,
+    row_inverse,
+    sub,
 )
-from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_gap
-from gpusoftmax.kernels.cuda.device.memory import n_values, piece_numbers, vector_width
+from gpusoftmax.kernels.cuda.device.exponential import (
+    anchor,
+    cheap_exp_from,
+    cheap_exp_gap,
+    corrected_inverse,
+    exact_exp_gap,
+    lowest_of,
+    ordered_exp_from,
+)
+from gpusoftmax.kernels.cuda.device.memory import load, n_values, piece_numbers, stored_in_halves, vector_width
 from gpusoftmax.kernels.cuda.device.reduce import publish, warp_max, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import (
     gap_params,
     group_sum,
     halved,
+    is_near,
     piece_max,
     read_logits,
     saved_max,
+    softmax_state,
     state_place,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
@@ -44,6 +57,8 @@ from gpusoftmax.kernels.cuda.device.rows import (
     has_columns,
     meet,
     open_row,
+    row_of,
+    row_writer,
     stage_next,
     wait_for_piece,
 )
@@ -57,6 +72,7 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_piece_bits,
 )
 from gpusoftmax.kernels.cuda.device.staging import get
+from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 
@@ -188,3 +204,75 @@ def first_of_chunk(chunk, split, like):
 
 moments_along_a_line = row_moments_with(has_lines=False)
 moments_of_an_image = row_moments_with(has_lines=True)
+
+
+# ---------------------------------------------------------------- backward
+
+
+def gradients_with(has_lines, exp_from, exp_gap):
+    @device
+    def pull_at(col, k, at, image, numbers):
+        """What the probability of column col + k is multiplied by; `at` is (line, place) of the column `col`."""
+        place, per_place, line, per_line = numbers
+        if not has_lines:
+            return mul(sub(number(place, int32(col + k)), place), per_place)
+        _, width, inverse = image
+        lines, places = line_and_place(number(place, k), sub(width, number(place, at[1])), width, inverse)
+        value = mul(sub(places, place), per_place)
+        return fma(sub(add(lines, number(place, at[0])), line), per_line, value)
+
+    @device
+    def gradients(values, others, col, width, numbers):
+        row, half, exponent, lowest, factor, place, per_place, line, per_line, params, image = numbers
+        scale, scale_low, c, c_low = params
+        if is_near(exponent):
+            for k in range(width):
+                x = transform(values[k], col + k, row, params)
+                values[k] = mul(exp_from(x, exponent, lowest, c, c_low), factor)
+        else:
+            for k in range(width):
+                x = transform(values[k], col + k, row, params)
+                values[k] = mul(exp_gap(x, half, scale, scale_low, c, c_low), factor)
+        at = int32(0), int32(0)
+        if has_lines:
+            first = quotient(int32(col), image[0])
+            at = first, int32(int32(col) - first * image[0])
+        for k in range(width):
+            values[k] = mul(values[k], pull_at(col, k, at, image, (place, per_place, line, per_line)))
+
+    return gradients
+
+
+def row_backward_with(has_lines):
+    """A device function that writes p_c (per_place (j - place) + per_line (i - line)) / T; pull has these numbers."""
+    write_halves = row_writer(gradients_with(has_lines, cheap_exp_from, cheap_exp_gap))
+    write = row_writer(gradients_with(has_lines, ordered_exp_from, exact_exp_gap))
+
+    @device
+    def row_backward(target, source, n_cols, width, pull, row, team, split, scale, scale_low):
+        params = gap_params(scale, scale_low)
+        row_max, _, total = softmax_state(source, n_cols, row, team, split, params)
+        exponent = anchor(row_max, params[2])
+        lowest = lowest_of(exponent, params[2])
+        factor = row_inverse(row_max, total, number(scale, 0.0))
+        if not stored_in_halves(target.pointer):
+            factor = corrected_inverse(factor, row_max, exponent, params[3])
+        factor = mul(factor, mul(scale, number(scale, 0.5)))
+        image = width, number(scale, width), div(number(scale, 1.0), number(scale, width))
+        numbers = row, halved(row_max), exponent, lowest, factor, pull[0], pull[1], pull[2], pull[3], params, image
+        if stored_in_halves(target.pointer):
+            write_halves(target, (source,), n_cols, team, split, numbers, scale)
+        else:
+            write(target, (source,), n_cols, team, split, numbers, scale)
+
+    return row_backward
+
+
+@device
+def number_of_row(array, row, rows, like):
+    """The number of a row from an array of one number per row."""
+    return load(row_of(array, row, rows).pointer, 0, like) if row < rows.n_rows else number(like, 0.0)
+
+
+backward_along_a_line = row_backward_with(has_lines=False)
+backward_of_an_image = row_backward_with(has_lines=True)
