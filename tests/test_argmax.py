@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import gpusoftmax
+from gpusoftmax.kernels.cuda import plan
 from tests import inputs, oracle
 from tests.emulator import emulated_gpu
 
@@ -103,8 +104,6 @@ def test_a_call_that_was_made_before_writes_to_its_own_result(n_cols):
 
 
 def test_chunks_of_several_pieces_and_more_chunks_than_lanes(monkeypatch):
-    from gpusoftmax.kernels.cuda import plan
-
     for most, n_cols in ((4, 9 * 1024 + 3), (40, 35 * 1024)):
         monkeypatch.setattr(plan, "MAX_CHUNKS", most)
         plan.tree_of.cache_clear()

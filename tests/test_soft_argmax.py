@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import gpusoftmax
+from gpusoftmax.kernels.cuda import plan
 from tests import inputs, tolerances
+from tests.emulator import emulated_gpu
 
 INF, NAN = np.inf, np.nan
 N_COLS = [
@@ -202,3 +204,34 @@ def test_backward_without_columns():
     for shape in ((0, 3), (2, 0)):
         nothing = np.zeros(shape[:1])
         assert gpusoftmax.soft_argmax_backward(np.zeros(shape), nothing, nothing).shape == shape
+
+
+# ---------------------------------------------------------------- many chunks, and chunks of several pieces
+
+
+@pytest.mark.parametrize("most, n_cols", [(4, 9 * 1024 + 3), (40, 35 * 1024)])
+def test_chunks_of_several_pieces_and_more_chunks_than_lanes(monkeypatch, most, n_cols):
+    """Rows too long for one piece in each chunk, or one chunk for each lane, made short by a smaller limit."""
+    monkeypatch.setattr(plan, "MAX_CHUNKS", most)
+    plan.tree_of.cache_clear()
+    plan.row_plan.cache_clear()
+    try:
+        logits = inputs.make("spread", (2, n_cols), np.float32, seed=4)
+        logits[1, : n_cols // 2] = -INF
+        images = logits[:, : n_cols // 64 * 64].reshape(2, 64, -1).copy()
+        expected, upstream = forward_and_upstream(logits)
+        with emulated_gpu("sm_90", track=False) as gpu:
+            x, maps = gpu.array(logits), gpu.array(images)
+            found = gpu.get(gpusoftmax.soft_argmax(x))
+            assert (gpu.stats[-1].plan.split.piece_bits == 2) == (most == 4)
+            points = gpusoftmax.spatial_softmax(maps)
+            dlogits = gpu.get(gpusoftmax.soft_argmax_backward(x, gpu.array(expected), gpu.array(upstream)))
+            dfeatures = gpu.get(gpusoftmax.spatial_softmax_backward(maps, points, points))
+            points = gpu.get(points)
+    finally:
+        plan.tree_of.cache_clear()
+        plan.row_plan.cache_clear()
+    tolerances.check_soft_argmax(found, logits)
+    tolerances.check_soft_argmax_backward(dlogits, logits, expected, upstream)
+    tolerances.check_spatial_softmax(points, images)
+    tolerances.check_spatial_softmax_backward(dfeatures, images, points, points)
