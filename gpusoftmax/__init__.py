@@ -1,11 +1,14 @@
 """Softmax, log-softmax, log-sum-exp and cross-entropy over rows of logits, on NVIDIA GPUs and CPUs."""
 
+from gpusoftmax.argmax import argmax
 from gpusoftmax.compile import compile
 from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
+from gpusoftmax.soft_argmax import soft_argmax, soft_argmax_backward
 from gpusoftmax.softmax import softmax, softmax_backward
+from gpusoftmax.spatial_softmax import spatial_softmax, spatial_softmax_backward
 from gpusoftmax.token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_backward
 from gpusoftmax.top_logprobs import TopLogprobs, top_logprobs
 
@@ -14,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TokenLogprobs",
     "TopLogprobs",
+    "argmax",
     "compile",
     "cross_entropy",
     "cross_entropy_with_grad",
@@ -21,8 +25,12 @@ __all__ = [
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
+    "soft_argmax",
+    "soft_argmax_backward",
     "softmax",
     "softmax_backward",
+    "spatial_softmax",
+    "spatial_softmax_backward",
     "token_logprobs",
     "token_logprobs_backward",
     "top_logprobs",

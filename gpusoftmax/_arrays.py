@@ -410,7 +410,7 @@ def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str 
         raise TypeError("out is a lazily negated view, expected an ordinary tensor: pass out.resolve_neg()")
     _checks.same_home(like, array, "the input", "out")
     _checks.same_shape(array, shape, "out", "to match the result")
-    _checks.output(array, requested)
+    _checks.output(array, requested, dtype)
     return array if array.owner is out else array._replace(owner=out)
 
 
@@ -493,6 +493,12 @@ def per_row(array: Array, axes: tuple[int, ...], ndim: int) -> Array:
         kept = iter(array.strides)
         strides = tuple(0 if axis in axes else next(kept) for axis in range(ndim))
     return Array(*array[:5], strides, *array[6:])  # _replace takes four times as long
+
+
+def part(array: Array, k: int) -> Array:
+    """array[..., k], which a kernel takes as one number per row; only to be read and written through its pointer."""
+    pointer = array.pointer + k * array.strides[-1] * array.itemsize
+    return array._replace(pointer=pointer, shape=array.shape[:-1], strides=array.strides[:-1])
 
 
 class _Dim(NamedTuple):

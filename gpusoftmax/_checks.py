@@ -11,6 +11,8 @@ from gpusoftmax.kernels.operands import TOO_LARGE
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 MAX_COLS = 2**31 - 1
+MAX_WIDTH = 2**24
+"""Of images: the places along a line are counted in float32."""
 
 
 def axes(axis, ndim: int) -> tuple[int, ...]:
@@ -36,6 +38,35 @@ def axes(axis, ndim: int) -> tuple[int, ...]:
     if len(set(found)) != len(found):
         raise ValueError(f"axis is {_short(axis)}, expected each axis once")
     return found
+
+
+def axis_or_all(axis, ndim: int) -> tuple[int, ...]:
+    """One axis, or with None all of them: what an index along several would mean has no answer."""
+    if isinstance(axis, tuple | list):
+        raise TypeError(f"axis is {_short(axis)}, expected one int, or None for the flattened array")
+    return axes(axis, ndim)
+
+
+def one_axis(axis, ndim: int) -> tuple[int, ...]:
+    if axis is None or isinstance(axis, tuple | list):
+        raise TypeError(f"axis is {_short(axis)}, expected one int")
+    return axes(axis, ndim)
+
+
+def image_width(shape: tuple[int, ...], name: str) -> int:
+    """The size of the last axis, for images along the last two."""
+    if len(shape) < 2:
+        raise ValueError(f"{name} has shape {shape}, expected (..., height, width)")
+    if 0 in shape[-2:]:
+        raise ValueError(f"{name} has shape {shape}, expected at least one pixel: a height and a width above 0")
+    if shape[-1] > MAX_WIDTH:
+        raise ValueError(f"{name} has a width of {shape[-1]}, expected at most {MAX_WIDTH} (2^24)")
+    return shape[-1]
+
+
+def some_columns(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> None:
+    if any(shape[axis] == 0 for axis in axes):
+        raise ValueError(f"{name} has shape {shape}, expected at least one element in each row")
 
 
 def temperature(value) -> float:
@@ -93,6 +124,11 @@ def integer(dtype: str, name: str) -> None:
         raise TypeError(f"{name} has dtype {dtype}, expected an integer dtype: class indices, not probabilities")
 
 
+def indices(dtype: str, name: str) -> None:
+    if dtype != "int64":
+        raise TypeError(f"{name} has dtype {dtype}, expected int64: indices")
+
+
 def same_dtype(one, two, one_name: str, two_name: str) -> None:
     if one.dtype != two.dtype:
         raise TypeError(f"{two_name} has dtype {two.dtype}, expected {one.dtype} to match {one_name}")
@@ -129,11 +165,14 @@ def column_count(n_cols: int) -> None:
         raise ValueError(f"the reduced axis has {n_cols} elements, expected at most {MAX_COLS} (2^31 - 1)")
 
 
-def output(out, dtype: str | None) -> None:
-    """What can be said of `out` on its own."""
+def output(out, dtype: str | None, made: str) -> None:
+    """What can be said of `out` on its own. `made`: the dtype of a new one; int64 for indices, which have no other."""
     if dtype is not None and dtype != out.dtype:
         raise TypeError(f"dtype is {dtype} but out has dtype {out.dtype}; give only one of them: out decides the dtype")
-    floating(out.dtype, "out")
+    if made == "int64":
+        indices(out.dtype, "out")
+    else:
+        floating(out.dtype, "out")
     if not out.writable:
         raise ValueError("out is read-only, expected a writable array")
     if _overlaps_itself(out.shape, out.strides):

@@ -26,9 +26,18 @@ OPS = (
     "token_logprobs",
     "token_logprobs_backward",
     "top_logprobs",
+    "argmax",
+    "soft_argmax",
+    "soft_argmax_backward",
+    "spatial_softmax",
+    "spatial_softmax_backward",
 )
 TOP = 8
 """Tokens that a dry run asks of top_logprobs, or all there are."""
+ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", "top_logprobs")
+"""Those that take no tuple of axes, which might cost a copy."""
+IMAGES = ("spatial_softmax", "spatial_softmax_backward")
+"""Those whose rows run along the last two axes."""
 
 
 class Device(NamedTuple):
@@ -58,12 +67,13 @@ class _Imagined:
 
     _addresses = itertools.count(1 << 40, 1 << 36)
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any):
+    def __init__(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None):
         self.shape, self.dtype = shape, np.dtype(dtype)
         pointer = next(self._addresses) if math.prod(shape) else 0
         self.__cuda_array_interface__ = {
             "shape": shape,
             "typestr": self.dtype.str,
+            "strides": strides and tuple(stride * self.dtype.itemsize for stride in strides),
             "data": (pointer, False),
             "version": 3,
         }
@@ -87,6 +97,11 @@ def launches(op: str, shape: tuple[int, ...], dtype: str, arch: str, **options: 
 def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
     """A launch of each kernel that calls of `op` can use, where input and output have the same dtype."""
     with imagined(arch) as found:
+        if op in IMAGES:
+            for shape, strides in _MAPS:
+                _call(op, shape, dtype, {}, strides)
+            yield from found
+            return
         # Rows that one warp holds, longer ones, and rows that lie side by side.
         for shape, axis in (((4, 64), -1), ((4, 100_000), -1), ((64, 64), 0)):
             n_cols = shape[axis]
@@ -99,9 +114,19 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             elif op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
-            elif axis == -1 and op != "top_logprobs":  # which takes one axis
+            elif axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
+
+
+# Feature maps that one warp holds, larger ones, windows of either, which are copied, and maps that lie side by side.
+_MAPS = (
+    ((4, 8, 8), None),
+    ((4, 100, 1000), None),
+    ((4, 8, 8), (1000, 100, 1)),
+    ((4, 100, 1000), (10**6, 10**4, 1)),
+    ((64, 8, 8), (1, 512, 64)),
+)
 
 
 def facts(launch: "Launch") -> dict[str, Any]:
@@ -131,13 +156,19 @@ def imagined(arch: str):
     return launch.imagined(driver.Device(0, arch, DEVICES[arch].multiprocessors))
 
 
-def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> None:
-    arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype))]
+def _call(
+    op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any], strides: tuple[int, ...] | None = None
+) -> None:
+    arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype), strides)]
     batch = _batch(shape, options.get("axis", -1))
     if op.startswith(("cross_entropy", "token_logprobs")):
         arguments.append(_Imagined(batch, np.int64))
-        if op == "token_logprobs_backward":
-            arguments.append(_Imagined(batch, _row_dtype(dtype)))
+    if op == "token_logprobs_backward":
+        arguments.append(_Imagined(batch, _row_dtype(dtype)))
+    elif op == "soft_argmax_backward":
+        arguments += (_Imagined(batch, _row_dtype(dtype)) for _ in range(2))
+    elif op == "spatial_softmax_backward":
+        arguments += (_Imagined((*shape[:-2], 2), _row_dtype(dtype)) for _ in range(2))
     elif op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
     elif op == "top_logprobs":

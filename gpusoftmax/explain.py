@@ -16,7 +16,7 @@ def explain(op: str, shape: tuple[int, ...], *, dtype: Any = "float32", arch: st
     op : str
         A public function, such as "softmax", called with its defaults; "top_logprobs" for 8 tokens.
     shape : tuple of int
-        Of the logits; rows run along the last axis.
+        Of the logits; rows run along the last axis. Of the features of spatial_softmax, whose rows are feature maps.
     dtype : dtype
         Of the logits, and of results of their shape.
     arch : str, optional
@@ -50,7 +50,8 @@ def explain(op: str, shape: tuple[int, ...], *, dtype: Any = "float32", arch: st
     arch = _checks.one_of(arch[0], tuple(_dry_run.DEVICES), "arch")
     launches = _dry_run.launches(op, shape, dtype, arch)
     device = _dry_run.DEVICES[arch]
-    n_rows, row = math.prod(shape[:-1]), _traffic(op, shape[-1], dtype, launches)
+    row_axes = 2 if op in _dry_run.IMAGES else 1
+    n_rows, row = math.prod(shape[:-row_axes]), _traffic(op, math.prod(shape[-row_axes:]), dtype, launches)
     seconds = n_rows * (row["read"] + row["written"]) / device.bytes_per_second
     return {
         "op": op,
@@ -74,7 +75,7 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     sources = 2 if op in ("softmax_backward", "log_softmax_backward") else 1
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
-    results = 0 if op in ("logsumexp", "cross_entropy", "token_logprobs", "top_logprobs") else row
+    results = 8 if op == "argmax" else 0 if op in _NO_ROWS else row
     return {
         "read": sources * row + again + label + read * number,
         "written": results + written * number + top * (number + 8),
@@ -82,11 +83,17 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     }
 
 
+_NO_ROWS = ("logsumexp", "cross_entropy", "token_logprobs", "top_logprobs", "soft_argmax", "spatial_softmax")
+"""Those whose results have no row of their own."""
 _PER_ROW = {
     "logsumexp": (0, 1),
     "cross_entropy": (0, 1),
     "cross_entropy_with_grad": (0, 1),
     "token_logprobs": (0, 1),
     "token_logprobs_backward": (1, 0),
+    "soft_argmax": (0, 1),
+    "soft_argmax_backward": (2, 0),
+    "spatial_softmax": (0, 2),
+    "spatial_softmax_backward": (4, 0),
 }
 """How many numbers of a row are read and written, beside its columns."""

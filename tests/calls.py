@@ -35,6 +35,9 @@ CALLS = {
     "log_softmax": Call(gpusoftmax.log_softmax, ("x",)),
     "log_softmax_backward": Call(gpusoftmax.log_softmax_backward, ("log_probs", "dlog_probs")),
     "logsumexp": Call(gpusoftmax.logsumexp, ("x",), per_row=True),
+    "argmax": Call(gpusoftmax.argmax, ("x",), per_row=True),
+    "soft_argmax": Call(gpusoftmax.soft_argmax, ("x",), per_row=True),
+    "soft_argmax_backward": Call(gpusoftmax.soft_argmax_backward, ("x",), ("expected", "dexpected")),
     "cross_entropy": Call(
         partial(gpusoftmax.cross_entropy, reduction="none"), ("logits",), ("target",), takes_out=False, per_row=True
     ),
@@ -58,8 +61,11 @@ def arguments(name, shape, dtype, seed=0):
     x = inputs.make("spread", shape, dtype, seed)
     gradient = inputs.make("peaked", shape, dtype, seed + 1)
     row_dtype = "float64" if np.dtype(dtype) == np.float64 else "float32"
+    expected = np.asarray(gpusoftmax.soft_argmax(x))
     made = {
         "x": x,
+        "expected": expected,
+        "dexpected": inputs.make("peaked", expected.shape, expected.dtype, seed + 2),
         "logits": x,
         "probs": np.asarray(gpusoftmax.softmax(x)),
         "dprobs": gradient,

@@ -31,6 +31,16 @@ STATIC_SHARED_BYTES = 48 * 1024
 REGISTERS_PER_SM = 65536
 # Shapes and axes whose rows are split as plan.Short, plan.Long and plan.Columns.
 SPLITS = (((4, 64), -1), ((4, 4096), -1), ((64, 64), 0))
+# Kernels whose results are a number or two for each row.
+NUMBERS_PER_ROW = (
+    "logsumexp_rows",
+    "argmax_rows",
+    "soft_argmax_rows",
+    "spatial_softmax_rows",
+    "token_logprobs_rows",
+    "token_logprobs_and_entropy_rows",
+    "top_logprobs_rows",
+)
 # Approximate instructions that kernels may use: the exponentials of device/exponential.py that say so.
 APPROXIMATE = frozenset({"ex2.approx.ftz.f32"})
 
@@ -57,7 +67,7 @@ class Specialisation(NamedTuple):
     @property
     def writes_rows(self):
         """Whether it writes whole rows too."""
-        return self.reads_rows and not self.name.startswith(("logsumexp_", "token_logprobs_", "top_logprobs_"))
+        return self.reads_rows and self.name not in NUMBERS_PER_ROW
 
     @property
     def is_double(self):
@@ -77,12 +87,13 @@ class _Array:
 
     addresses = itertools.count(1 << 40, 1 << 20)
 
-    def __init__(self, shape, dtype):
+    def __init__(self, shape, dtype, strides=None):
         self.shape, self.dtype = shape, np.dtype(dtype)
         pointer = next(self.addresses) if math.prod(shape) else 0
         self.__cuda_array_interface__ = {
             "shape": shape,
             "typestr": self.dtype.str,
+            "strides": strides and tuple(stride * self.dtype.itemsize for stride in strides),
             "data": (pointer, False),
             "version": 3,
         }
@@ -105,7 +116,16 @@ def _calls(dtype, out_dtype, shape, axis):
     for function in ("softmax", "log_softmax"):
         yield function, (x,), like
         yield f"{function}_backward", (x, _Array(shape, dtype)), like
-    yield "logsumexp", (x,), {"axis": axis} if dtype == out_dtype else {"out": _Array(batch, out_dtype), "axis": axis}
+    for function in ("logsumexp", "soft_argmax"):
+        per_row = {} if dtype == out_dtype else {"out": _Array(batch, out_dtype)}
+        yield function, (x,), {**per_row, "axis": axis}
+    yield "argmax", (x,), {"axis": axis}
+    maps, points = _maps(batch[0], n_cols, dtype, axis), (batch[0], 2)
+    yield "spatial_softmax", (maps,), {} if dtype == out_dtype else {"out": _Array(points, out_dtype)}
+    row_dtype = np.float64 if dtype == np.float64 else np.float32
+    yield "soft_argmax_backward", (x, _Array(batch, row_dtype), _Array(batch, row_dtype)), like
+    out = {"out": _maps(batch[0], n_cols, out_dtype, axis)}
+    yield "spatial_softmax_backward", (maps, _Array(points, row_dtype), _Array(points, row_dtype)), out
     for label_smoothing in (0.0, 0.1):
         options = {"label_smoothing": label_smoothing}
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
@@ -118,6 +138,12 @@ def _calls(dtype, out_dtype, shape, axis):
         yield "token_logprobs_backward", (x, target, *gradients), like
     if axis == -1:
         yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies
+
+
+def _maps(n_maps, n_pixels, dtype, axis):
+    """Square feature maps one after another, or (axis 0) side by side."""
+    side = math.isqrt(n_pixels)
+    return _Array((n_maps, side, side), dtype, None if axis == -1 else (1, side * n_maps, n_maps))
 
 
 def public_functions():

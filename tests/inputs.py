@@ -231,7 +231,7 @@ def layouts(array):
 
 
 def _placed(array, buffer_shape, where):
-    buffer = np.full(buffer_shape, np.nan, array.dtype)
+    buffer = np.full(buffer_shape, -1 if array.dtype.kind == "i" else np.nan, array.dtype)
     view = buffer[where]
     view[...] = array
     return view

@@ -41,6 +41,60 @@ def logsumexp(x, axis=-1, *, keepdims=False, temperature=1.0):
     return lse.reshape(_row_shape(x, axis, keepdims))
 
 
+def argmax(x, axis=-1, *, keepdims=False):
+    """The first of the largest elements; the first NaN where there is one."""
+    rows = to_rows(x, axis)
+    if rows.shape[1] == 0:
+        raise ValueError("argmax of rows without columns")
+    leads = np.where(np.isnan(rows).any(axis=1, keepdims=True), np.isnan(rows), rows == _row_max(rows))
+    return np.array([list(row).index(True) for row in leads], np.int64).reshape(_row_shape(x, axis, keepdims))
+
+
+@_quiet
+def soft_argmax(x, axis=-1, *, temperature=1.0, keepdims=False):
+    """The expected column under the softmax; NaN for a row that has no finite maximum."""
+    probs = softmax_rows(to_rows(x, axis), row_temperature(temperature))
+    expected = (probs * np.arange(probs.shape[1])).sum(axis=1)
+    return np.where(probs.shape[1] == 0, NAN, expected).reshape(_row_shape(x, axis, keepdims))
+
+
+@_quiet
+def soft_argmax_backward(x, expected, dexpected, axis=-1, *, temperature=1.0):
+    """Gradient with respect to x: dexpected p_c (c - expected) / T."""
+    temperature = row_temperature(temperature)
+    probs = softmax_rows(to_rows(x, axis), temperature)
+    expected, dexpected = (np.asarray(part).astype(np.longdouble).reshape(-1, 1) for part in (expected, dexpected))
+    return from_rows(dexpected * probs * (np.arange(probs.shape[1]) - expected) / temperature, x, axis)
+
+
+@_quiet
+def spatial_softmax_backward(features, coordinates, dcoordinates, *, temperature=1.0):
+    """Gradient with respect to the features: p_c (dx (x_c - x) + dy (y_c - y)) / T."""
+    *_, height, width = np.shape(features)
+    temperature = row_temperature(temperature)
+    probs = softmax_rows(to_rows(features, (-2, -1)), temperature).reshape(-1, height, width)
+    points, upstream = (
+        np.asarray(part).astype(np.longdouble).reshape(-1, 2, 1, 1) for part in (coordinates, dcoordinates)
+    )
+    across = upstream[:, 0] * (pixel_coordinates(width) - points[:, 0])
+    down = upstream[:, 1] * (pixel_coordinates(height)[:, None] - points[:, 1])
+    return (probs * (across + down) / temperature).reshape(np.shape(features))
+
+
+@_quiet
+def spatial_softmax(features, *, temperature=1.0):
+    """(x, y) expected under the softmax over all pixels of (..., height, width) maps; linspace(-1, 1, size) or 0."""
+    *batch, height, width = np.shape(features)
+    probs = softmax_rows(to_rows(features, (-2, -1)), row_temperature(temperature)).reshape(-1, height, width)
+    x, y = (probs * pixel_coordinates(width)), (probs * pixel_coordinates(height)[:, None])
+    return np.stack([x.sum(axis=(1, 2)), y.sum(axis=(1, 2))], axis=-1).reshape(*batch, 2)
+
+
+def pixel_coordinates(size):
+    """linspace(-1, 1, size); 0 for one pixel."""
+    return (2 * np.arange(size, dtype=np.longdouble) - (size - 1)) / max(size - 1, 1)
+
+
 @_quiet
 def softmax_backward(probs, dprobs, axis=-1, *, temperature=1.0):
     """Gradient with respect to the logits: p (g - sum p g) / T."""

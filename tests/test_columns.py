@@ -12,7 +12,7 @@ import gpusoftmax
 from gpusoftmax import _dry_run
 from gpusoftmax.kernels.cuda import launch, plan
 from gpusoftmax.kernels.cuda.plan import SECTOR_BYTES, row_plan, tree_of
-from tests import inputs, tolerances
+from tests import inputs, oracle, tolerances
 from tests.calls import same_bits
 from tests.emulator import emulated_gpu
 
@@ -23,6 +23,9 @@ OPERATIONS = {
     "log_softmax": lambda x, g, y, axis: (gpusoftmax.log_softmax(x, axis),),
     "log_softmax_backward": lambda x, g, y, axis: (gpusoftmax.log_softmax_backward(x, g, axis),),
     "logsumexp": lambda x, g, y, axis: (gpusoftmax.logsumexp(x, axis),),
+    "argmax": lambda x, g, y, axis: (gpusoftmax.argmax(x, axis),),
+    "soft_argmax": lambda x, g, y, axis: (gpusoftmax.soft_argmax(x, axis),),
+    "soft_argmax_backward": lambda x, g, y, axis: _soft_argmax_backward(x, g, axis),
     "cross_entropy": lambda x, g, y, axis: (
         gpusoftmax.cross_entropy(x, y, axis=axis, reduction="none", validate=False),
     ),
@@ -39,10 +42,18 @@ CHECKS = {
     "log_softmax": lambda got, x, g, y, axis: tolerances.check_log_softmax(got[0], x, axis),
     "log_softmax_backward": lambda got, x, g, y, axis: tolerances.check_log_softmax_backward(got[0], x, g, axis),
     "logsumexp": lambda got, x, g, y, axis: tolerances.check_logsumexp(got[0], x, axis),
+    "argmax": lambda got, x, g, y, axis: np.testing.assert_array_equal(got[0], oracle.argmax(x, axis)),
+    "soft_argmax_backward": lambda got, x, g, y, axis: tolerances.check_soft_argmax_backward(got[0], x, *got[1:], axis),
+    "soft_argmax": lambda got, x, g, y, axis: tolerances.check_soft_argmax(got[0], x, axis),
     "cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "cross_entropy_with_grad": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "smoothed_cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.1),
 }
+
+
+def _soft_argmax_backward(x, g, axis):
+    numbers = gpusoftmax.soft_argmax(x, axis), gpusoftmax.logsumexp(g, axis)
+    return gpusoftmax.soft_argmax_backward(x, *numbers, axis), *numbers
 
 
 def _check_losses(got, x, y, axis, label_smoothing):
@@ -203,7 +214,10 @@ def check(name, dtype, lengths):
             assert same_bits(along(results), expected), (n_cols, chosen)
         if n_cols < 1000:
             middle = np.stack([arrays[0], arrays[0][::-1]]), np.stack([arrays[1]] * 2), np.stack([labels] * 2)
-            if name.endswith("_backward"):  # to be as exact as promised, they take what the forward gives
+            if name in (
+                "softmax_backward",
+                "log_softmax_backward",
+            ):  # to be as exact as promised, they take what the forward gives
                 middle = getattr(gpusoftmax, name.removesuffix("_backward"))(middle[0], 1), *middle[1:]
             results, chosen, _, _ = run(name, middle, 1, approx="adversarial", multiprocessors=8, track=False)
             assert chosen.regime == "columns"

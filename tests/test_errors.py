@@ -99,6 +99,41 @@ CASES = {
         "axis is (0,), expected one int: the class axis",
         lambda a: with_grad(a.x, a.labels, axis=(0,), out=a.out),
     ),
+    "an image along one axis": (
+        ValueError,
+        "features has shape (3,), expected (..., height, width)",
+        lambda a: gpusoftmax.spatial_softmax(a.row_out),
+    ),
+    "an image without pixels": (
+        ValueError,
+        "features has shape (3, 0), expected at least one pixel: a height and a width above 0",
+        lambda a: gpusoftmax.spatial_softmax(a.no_classes),
+    ),
+    "an image too wide": (
+        ValueError,
+        "features has a width of 16777217, expected at most 16777216 (2^24)",
+        lambda a: gpusoftmax.spatial_softmax(np.broadcast_to(F32.type(0), (1, 2**24 + 1))),
+    ),
+    "expectation along None": (
+        TypeError,
+        "axis is None, expected one int",
+        lambda a: gpusoftmax.soft_argmax(a.x, None, out=a.row_out),
+    ),
+    "expectation along a tuple": (
+        TypeError,
+        "axis is (0, 1), expected one int",
+        lambda a: gpusoftmax.soft_argmax(a.x, (0, 1), out=a.row_out),
+    ),
+    "largest along a tuple": (
+        TypeError,
+        "axis is (0, 1), expected one int, or None for the flattened array",
+        lambda a: gpusoftmax.argmax(a.x, (0, 1)),
+    ),
+    "largest of none": (
+        ValueError,
+        "x has shape (3, 0), expected at least one element in each row",
+        lambda a: gpusoftmax.argmax(a.no_classes),
+    ),
     "classes of a number": (
         ValueError,
         "logits has no axis, expected at least the class axis",
@@ -246,6 +281,11 @@ CASES = {
         f"out has dtype int32, {FLOATING}; convert it first",
         lambda a: softmax(a.x, out=a.integer_out),
     ),
+    "indices of floats": (
+        TypeError,
+        "out has dtype float32, expected int64: indices",
+        lambda a: gpusoftmax.argmax(a.x, out=a.row_out),
+    ),
     "gradient of another dtype": (
         TypeError,
         "dprobs has dtype float16, expected float32 to match probs",
@@ -354,7 +394,8 @@ CASES = {
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
-        "token_logprobs, token_logprobs_backward, top_logprobs",
+        "token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
+        "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

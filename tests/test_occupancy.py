@@ -25,7 +25,8 @@ def test_registers_leave_room_for_the_blocks_of_the_plan(op, dtype):
     """As many as shared memory allows, up to two: one loads while the other computes. float64 takes what it needs."""
     wanted = 1 if dtype == "float64" else MIN_BLOCKS
     for n_rows, n_cols in itertools.product((1, 4096), VOCABULARIES):
-        for launched in _dry_run.launches(op, (n_rows, n_cols), dtype, "sm_90"):
+        shape = (n_rows, 1, n_cols) if op in _dry_run.IMAGES else (n_rows, n_cols)
+        for launched in _dry_run.launches(op, shape, dtype, "sm_90"):
             facts = _dry_run.facts(launched)
             claimed = min(wanted, by_shared_memory(facts["shared_bytes"]))
             assert claimed >= 1

@@ -106,6 +106,19 @@ def test_two_columns_by_hand():
     close_float64(oracle.logsumexp(logits), [log(4)])
     close_float64(oracle.logsumexp(logits, temperature=0.5), [log(10)])
     close_float64(oracle.softmax(logits, temperature=0.5), [[0.1, 0.9]])
+    close_float64(oracle.soft_argmax(logits), [0.75])
+    close_float64(oracle.soft_argmax(logits, temperature=0.5), [0.9])
+    close_float64(oracle.soft_argmax_backward(logits, [0.75], [2.0]), [[-0.375, 0.375]])
+    assert oracle.argmax(logits) == [1]
+
+
+def test_an_image_by_hand():
+    """Three pixels to a line, two lines; x first."""
+    features = np.array([[0, LN3, -np.inf], [-np.inf, -np.inf, LN3 + log(4)]])  # 1/16, 3/16 and 12/16
+    points = oracle.spatial_softmax(features)
+    close_float64(points, [-1 / 16 + 12 / 16, -4 / 16 + 12 / 16])
+    gradient = oracle.spatial_softmax_backward(features, points, [0.0, 1.0])
+    close_float64(gradient, [[-1.5 / 16, -4.5 / 16, 0], [0, 0, 6 / 16]])
 
 
 def test_temperature_per_row():

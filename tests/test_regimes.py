@@ -21,6 +21,11 @@ OPERATIONS = {
     "log_softmax": lambda x, y: (gpusoftmax.log_softmax(x),),
     "log_softmax_backward": lambda x, y: (gpusoftmax.log_softmax_backward(x, x),),
     "logsumexp": lambda x, y: (gpusoftmax.logsumexp(x),),
+    "argmax": lambda x, y: (gpusoftmax.argmax(x),),
+    "soft_argmax": lambda x, y: (gpusoftmax.soft_argmax(x),),
+    "soft_argmax_backward": lambda x, y: (
+        gpusoftmax.soft_argmax_backward(x, gpusoftmax.soft_argmax(x), gpusoftmax.logsumexp(x)),
+    ),
     "cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(x, y, reduction="none", validate=False),
     "smoothed_cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False

@@ -54,8 +54,15 @@ def _copies(n_cols):
     return call
 
 
+def _maps(gpu):
+    features = gpu.array(inputs.make("spread", (40, 7, 10), F32))
+    points = gpusoftmax.spatial_softmax(features)
+    return points, gpusoftmax.spatial_softmax_backward(features, points, points)
+
+
 CASES = {
     **{name: _op(name) for name in CALLS},
+    "spatial_softmax": _maps,
     "sums over rows": _sums,
     "log-probabilities alone": _logprobs_alone,
     "copies of short rows": _copies(40),

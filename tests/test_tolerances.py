@@ -623,3 +623,57 @@ def test_worst_ulp(family):
     probs[0, 0] = np.nan
     assert tolerances.worst_ulp(probs, exact) == np.inf
     assert tolerances.worst_ulp(probs[:0], exact[:0]) == 0
+
+
+# Expected positions
+
+
+def expected_positions(logits, temperature=1.0, first=0):
+    """The expected column, summed in the working precision and counted from `first`."""
+    work = working_type(logits.dtype).type
+    row_max, ties, tail = row_state(logits, temperature)
+    e = exp_of(logits.astype(work) - row_max, temperature)
+    return ((e * np.arange(first, first + e.shape[1]).astype(work)).sum(axis=1) / e.sum(axis=1)).astype(work)
+
+
+@quiet
+@families
+@dtypes
+def test_honest_expected_positions_pass(family, dtype):
+    logits = inputs.make(family, SHAPE, dtype)
+    expected = expected_positions(logits)
+    tolerances.check_soft_argmax(expected, logits)
+    upstream = np.linspace(-3, 3, len(logits)).astype(expected.dtype)
+    dlogits = oracle.soft_argmax_backward(logits, expected, upstream).astype(dtype)
+    tolerances.check_soft_argmax_backward(dlogits, logits, expected, upstream)
+
+
+@quiet
+@all_families_but("huge", "masked", "flat")  # where one column may be all there is, or all are alike
+@two_dtypes
+def test_expected_positions_gone_wrong(family, dtype):
+    logits = inputs.make(family, SHAPE, dtype)
+    rejects(tolerances.check_soft_argmax, expected_positions(logits, first=1), logits)
+    rejects(tolerances.check_soft_argmax, expected_positions(logits, temperature=1.01), logits)
+    rejects(tolerances.check_soft_argmax, expected_positions(logits) * np.float32(1 + 2e-5), logits)
+    upstream = np.ones(len(logits), np.float32)
+    expected = oracle.soft_argmax(logits).astype(np.float32)
+    for wrong in (expected + 1, expected * np.float32(1.001)):
+        dlogits = oracle.soft_argmax_backward(logits, wrong, upstream).astype(np.float32)
+        rejects(tolerances.check_soft_argmax_backward, dlogits, logits, expected, upstream)
+
+
+@quiet
+@two_dtypes
+def test_coordinates_gone_wrong(dtype):
+    features = inputs.make("spread", (11, 20, 30), dtype)
+    points = oracle.spatial_softmax(features).astype(np.float32)
+    tolerances.check_spatial_softmax(points, features)
+    upstream = np.linspace(-3, 3, points.size).reshape(points.shape).astype(np.float32)
+    gradient = oracle.spatial_softmax_backward(features, points, upstream)
+    tolerances.check_spatial_softmax_backward(gradient.astype(dtype), features, points, upstream)
+    for wrong in (points[:, ::-1], points * np.float32([1, 1.001]), points + np.float32([0, 1e-5])):
+        rejects(tolerances.check_spatial_softmax, wrong, features)
+    for wrong in (upstream[:, ::-1], upstream * np.float32([1, 1.01])):
+        gradient = oracle.spatial_softmax_backward(features, points, wrong).astype(np.float32)
+        rejects(tolerances.check_spatial_softmax_backward, gradient, features, points, upstream)

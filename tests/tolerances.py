@@ -6,6 +6,9 @@ gap = (max - second maximum) / T (0 for ties), a result may be off by
     softmax         (24 + d) ulp                       and a row sum by 4e-6 (float64: 4e-6 * 2^-29)
     log_softmax     24 ulp where |y| >= 0.5            below that (24 + gap) u |y|, as the loss
     logsumexp       2 ulp of max(|lse|, 1)             with T != 1: of max(|lse|, |max| / T, 1)
+    soft_argmax     (24 + 3 D) u of the result         D: means of d over the columns, see check_soft_argmax
+    spatial_softmax that of places along a line, in coordinates, + u: see check_spatial_softmax
+    their backwards (32 + d) u times the magnitudes of the terms that are added
     loss, one row   (24 + gap) u S                     S: see check_loss; without smoothing it is the loss
     loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
     dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
@@ -120,6 +123,66 @@ def check_logsumexp(got, logits, axis=-1, temperature=1.0, *, keepdims=False):
         row_max = oracle.to_rows(logits, axis).max(axis=1, keepdims=True, initial=-np.inf)
         scale = np.maximum(scale, np.abs(row_max) / oracle.row_temperature(temperature))
     return _compare("logsumexp", got, want, _and_rounding(2 * computed.ulp(_finite(scale)), want, got), scale)
+
+
+@_quiet
+def check_soft_argmax(got, logits, axis=-1, temperature=1.0, *, keepdims=False):
+    """E = sum c p_c may be off by u (24 E + 3 (sum c p_c d_c + E sum p_c d_c)), and by 2^-126 sum c.
+
+    All terms have one sign, and each exponential is off by a multiple of u and by 3 d_c u: the difference to the
+    maximum, its product with 1/T and 1/T itself are rounded. Those below 2^-126 may have been flushed to zero.
+    """
+    expected = oracle.soft_argmax(logits, axis, temperature=temperature, keepdims=keepdims)
+    got, want = _as_column("soft_argmax", got, expected)
+    _, computed, _ = _formats(got)
+    columns = np.arange(oracle.to_rows(logits, axis).shape[1])
+    tolerance = _moment_bound(columns, want, logits, axis, temperature, computed)
+    return _compare("soft_argmax", got, want, _and_rounding(tolerance, want, got))
+
+
+@_quiet
+def check_soft_argmax_backward(got, logits, expected, dexpected, axis=-1, temperature=1.0):
+    """dE p (c - E) / T may be off by (32 + d) u |dE| p (c + E) / T: softmax's bound for p, and the roundings around."""
+    want = oracle.soft_argmax_backward(logits, expected, dexpected, axis, temperature=temperature)
+    got, want = _as_rows("soft_argmax_backward", got, want, axis)
+    mean, upstream = (np.abs(np.asarray(part).astype(np.longdouble)).reshape(-1, 1) for part in (expected, dexpected))
+    factors = upstream * (np.arange(want.shape[1]) + mean) / oracle.row_temperature(temperature)
+    return _compare_with_probs("soft_argmax_backward", got, want, factors, logits, axis, temperature)
+
+
+@_quiet
+def check_spatial_softmax_backward(got, features, coordinates, dcoordinates, temperature=1.0):
+    """p (dx (x_c - x) + dy (y_c - y)) / T may be off by (32 + d) u p (2 |dx| (1 + |x|) + 2 |dy| (1 + |y|)) / T.
+
+    x_c - x is formed from places, j - (x last + last) / 2, whose parts are up to last / 2 (1 + |x|) and last large.
+    """
+    want = oracle.spatial_softmax_backward(features, coordinates, dcoordinates, temperature=temperature)
+    got, want = _as_rows("spatial_softmax_backward", got, want, (-2, -1))
+    points, upstream = (
+        np.abs(np.asarray(part).astype(np.longdouble)).reshape(-1, 2) for part in (coordinates, dcoordinates)
+    )
+    factors = (2 * upstream * (1 + points)).sum(axis=1, keepdims=True) / oracle.row_temperature(temperature)
+    return _compare_with_probs("spatial_softmax_backward", got, want, factors, features, (-2, -1), temperature)
+
+
+@_quiet
+def check_spatial_softmax(got, features, temperature=1.0):
+    """A coordinate 2 E / (size - 1) - 1 may be off by 2 / (size - 1) of what E, an expected place, may (see
+    check_soft_argmax), by as much for E to have been rounded, and by u.
+    """
+    got = _checked("spatial_softmax", got, oracle.spatial_softmax(features, temperature=temperature))
+    _, computed, _ = _formats(got)
+    *_, height, width = np.shape(features)
+    want = oracle.spatial_softmax(features, temperature=temperature).reshape(-1, 2)
+    bounds = []
+    for column, size, places in ((0, width, np.tile(np.arange(width), height)), (1, height, None)):
+        places = np.repeat(np.arange(height), width) if places is None else places
+        expected = (want[:, column : column + 1] * max(size - 1, 1) + size - 1) / 2
+        bound = _moment_bound(places, expected, features, (-2, -1), temperature, computed)
+        bounds.append((bound + computed.unit * expected) * 2 / max(size - 1, 1) + computed.unit)
+    got = got.reshape(-1, 2)
+    scale = np.ones_like(want)
+    return _compare("spatial_softmax", got, want, _and_rounding(np.hstack(bounds), want, got), scale)
 
 
 @_quiet
@@ -262,6 +325,27 @@ def _distance_and_gap(logits, axis, temperature):
     tied = (rows == row_max).sum(axis=1, keepdims=True) > 1
     gap = np.where(tied, 0, _finite(row_max - below))
     return (row_max - rows) / temperature, gap / temperature
+
+
+def _moment_bound(places, want, logits, axis, temperature, computed):
+    """How far a sum of p_c `places`, which is `want`, may be off; (n_rows, 1)."""
+    probs = oracle.to_rows(oracle.softmax(logits, axis, temperature=temperature), axis)
+    distance, _ = _distance_and_gap(logits, axis, temperature)
+    weighted = np.where(probs > 0, probs * distance, 0)
+    spread = (weighted * places).sum(axis=1, keepdims=True) + want * weighted.sum(axis=1, keepdims=True)
+    return computed.unit * (24 * want + 3 * spread) + computed.tiny * places.sum(dtype=np.longdouble)
+
+
+def _compare_with_probs(name, got, want, factors, logits, axis, temperature):
+    """Of elements p times something whose parts add up to `factors`: within (32 + d) u of the magnitudes."""
+    _, computed, _ = _formats(got)
+    probs = oracle.to_rows(oracle.softmax(logits, axis, temperature=temperature), axis)
+    distance, _ = _distance_and_gap(logits, axis, temperature)
+    terms = probs * factors
+    tolerance = computed.unit * (32 + np.where(probs > 0, distance, 0)) * terms
+    flushed = np.where(probs < 2 * computed.tiny, computed.tiny * factors, 0)  # probabilities that may be 0
+    tolerance = np.where(np.isinf(distance), 0, _or_flushed(tolerance, want, computed) + flushed)
+    return _compare(name, got, want, _and_rounding(tolerance, want, got), terms)
 
 
 def _row_loss_bounds(logits, target, weight, computed, **options):

@@ -15,7 +15,7 @@ from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
-from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Rows
+from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Rows
 
 # Up to here, copying rows into columns costs less than what is lost on vectors that a row does not fill.
 TINY_ROW = 32
@@ -79,13 +79,14 @@ def run(
     *numbers,
     keeps_exponentials: bool = False,
     one_by_one: bool = False,
+    in_blocks: bool = True,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
 
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
-    one_by_one: along rows, and each of them by one thread.
+    one_by_one: along rows, and each of them by one thread. in_blocks: whether the steps can take a block of rows.
     """
-    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials, one_by_one)
+    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials, one_by_one, in_blocks)
     if hasattr(_recorder, "starts"):
         _recorder.starts.append(laid_out)
     start(laid_out, laid_out.addresses)
@@ -109,6 +110,7 @@ def plan(
     numbers: tuple,
     keeps_exponentials: bool,
     one_by_one: bool,
+    in_blocks: bool,
 ) -> Start:
     # Neighbours are rows that follow each other along the inner batch axis: they should be many.
     if rows.n_inner < min(FEW_ROWS, rows.n_rows // rows.n_inner):
@@ -116,7 +118,7 @@ def plan(
         first, second, target, *numbers = map(_with_axes_swapped, (first, second, target, *numbers))
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
-    way = ALONG if one_by_one else _way(rows, lines)
+    way = ALONG if one_by_one else _way(rows, lines, in_blocks)
     lanes = VECTOR_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
@@ -189,12 +191,12 @@ def plan(
     )
     lines = (first if line is None else line for line in (first, second, target))
     arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
-    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided)]
+    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided | Labels)]
     return Start(
         entry=call.entry(kernel, way, arguments),
         block=call.pack(job, arguments, n_threads, n_split),
         positions=tuple(call.first_word(arguments, position) for position in arrays),
-        addresses=tuple(arguments[position].address for position in arrays),
+        addresses=tuple(arguments[position][0] for position in arrays),
         n_threads=n_threads,
         workspace_bytes=n_slots * slot_bytes,
     )
@@ -213,11 +215,11 @@ def threads_for(n_logits: int) -> int:
     return min(parallel.thread_count(), wanted) if wanted > 1 else wanted
 
 
-def _way(rows: Rows, lines: list[Operand]) -> Way:
+def _way(rows: Rows, lines: list[Operand], in_blocks: bool) -> Way:
     if rows.n_rows < FEW_ROWS:
         return ALONG
     along = all(line.col_stride == 1 for line in lines)
-    if TINY_ROW < rows.n_cols <= BLOCK_COLS and along and rows.n_inner >= FEW_ROWS:
+    if in_blocks and TINY_ROW < rows.n_cols <= BLOCK_COLS and along and rows.n_inner >= FEW_ROWS:
         return IN_BLOCKS
     return ACROSS if _is_across(rows, lines) else ALONG
 

@@ -733,3 +733,58 @@ rise_to = formula(formulas.rise_to)
 row_inverse = formula(formulas.row_inverse)
 log_probability = formula(formulas.log_probability)
 logsumexp = formula(formulas.logsumexp)
+leading = formula(formulas.leading, n_results=2)
+exp_below = formula(formulas.exp_below)
+line_and_place = formula(formulas.line_and_place, n_results=2)
+moved_moment = formula(formulas.moved_moment, n_results=2)
+ratio_of_pairs = formula(formulas.ratio_of_pairs)
+coordinate = formula(formulas.coordinate)
+place_of = formula(formulas.place_of)
+per_place_of = formula(formulas.per_place_of)
+
+
+# ---------------------------------------------------------------- columns and their numbers
+
+
+@intrinsic
+def column_numbers(typingctx, like):
+    """The columns of a vector, from 0 on: 0, 1, 2, ... along a row; 0 in every lane across rows."""
+
+    def codegen(context, builder, signature, args):
+        numbers = [0.0 if like.is_across else float(lane) for lane in range(like.lanes)]
+        return ir.Constant(context.get_value_type(like), [ir.Constant(args[0].type.element, n) for n in numbers])
+
+    return like(like), codegen
+
+
+@intrinsic
+def leading_per_row(typingctx, values, places):
+    """(number, place): the lane that leads, folded as `_per_row` folds; across rows every lane is its row's already."""
+
+    def codegen(context, builder, signature, args):
+        pair = tuple(args)
+        while not values.is_across and pair[0].type.count > 1:
+            (x, y), (at, other) = (_halves(builder, part) for part in pair)
+            pair = formulas.first_leading(formulas.Arithmetic(builder, x.type), x, at, y, other)
+        if not values.is_across:
+            pair = tuple(builder.extract_element(part, ir.Constant(_INT32, 0)) for part in pair)
+        return context.make_tuple(builder, signature.return_type, pair)
+
+    result = values if values.is_across else values.element
+    return types.UniTuple(result, 2)(values, places), codegen
+
+
+@intrinsic
+def numbers_on_stack(typingctx, count, like):
+    """A pointer to `count` (a literal) numbers, uninitialised, that last until the calling function returns."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # Numba asks again with the literal
+
+    def codegen(context, builder, signature, args):
+        element = context.get_value_type(like)
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(element, count.literal_value))
+            memory.align = CACHE_LINE
+        return builder.bitcast(memory, element.as_pointer())
+
+    return types.CPointer(like)(count, like), codegen

@@ -297,6 +297,28 @@ def _logsumexp(x, labels):
     return gpusoftmax.logsumexp(x)
 
 
+def _argmax(x, labels):
+    return gpusoftmax.argmax(x)
+
+
+def _soft_argmax(x, labels):
+    return gpusoftmax.soft_argmax(x)
+
+
+def _spatial_softmax(x, labels):
+    return gpusoftmax.spatial_softmax(x)
+
+
+def _soft_argmax_backward(x, labels):
+    expected = gpusoftmax.soft_argmax(x)
+    return gpusoftmax.soft_argmax_backward(x, expected, expected)
+
+
+def _spatial_softmax_backward(x, labels):
+    points = gpusoftmax.spatial_softmax(x)
+    return gpusoftmax.spatial_softmax_backward(x, points, points)
+
+
 def _softmax_backward(x, labels):
     return gpusoftmax.softmax_backward(x, x)
 
@@ -309,7 +331,19 @@ def _cross_entropy_with_grad(x, labels):
     return gpusoftmax.cross_entropy_with_grad(x, labels, ignore_index=3)
 
 
-CALLS = [_softmax, _log_softmax, _logsumexp, _softmax_backward, _cross_entropy, _cross_entropy_with_grad]
+CALLS = [
+    _softmax,
+    _log_softmax,
+    _logsumexp,
+    _argmax,
+    _soft_argmax,
+    _spatial_softmax,
+    _soft_argmax_backward,
+    _spatial_softmax_backward,
+    _softmax_backward,
+    _cross_entropy,
+    _cross_entropy_with_grad,
+]
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (3, 1000), (2, 4099), (2, 50_257)])

@@ -59,6 +59,14 @@ row_inverse = formula(formulas.row_inverse)
 log_sum = formula(formulas.log_sum, n_results=2)
 logsumexp = formula(formulas.logsumexp)
 logsumexp_of = formula(formulas.logsumexp_of)
+coordinate = formula(formulas.coordinate)
+place_of = formula(formulas.place_of)
+per_place_of = formula(formulas.per_place_of)
+leading = formula(formulas.leading, n_results=2)
+line_and_place = formula(formulas.line_and_place, n_results=2)
+moved_moment = formula(formulas.moved_moment, n_results=2)
+ratio_of_pairs = formula(formulas.ratio_of_pairs)
+first_leading = formula(formulas.first_leading, n_results=2)
 
 
 @intrinsic

@@ -1,0 +1,60 @@
+"""The column of the largest logit."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks, _replay
+
+
+def argmax(x: Any, axis: int | None = -1, *, keepdims: bool = False, out: Any = None) -> Any:
+    """The index of the largest element of `x` along `axis`: the next token of greedy decoding.
+
+    The default axis is the last one, -1; None means the flattened array, as in NumPy (whose default it is).
+
+    Parameters
+    ----------
+    x : array, shape (..., n_cols, ...)
+        As in `softmax`.
+    axis : int or None
+        Along which to look. None: the index counts elements in C order.
+    keepdims : bool
+        Keep the reduced axes with size 1.
+    out : array of int64, optional
+        Where to write the result, which is then what is returned.
+
+    Returns
+    -------
+    array of int64 or NumPy scalar, the shape of `x` without the reduced axis
+        Of equal elements the first counts, and the first NaN before all numbers, as in NumPy and torch. 0 for a row of
+        nothing but -inf.
+
+    Raises
+    ------
+    TypeError
+        As `softmax`; also for several axes, and for an `out` that is not int64.
+    ValueError
+        As `softmax`; also for rows without elements.
+
+    Notes
+    -----
+    One read of `x`, whatever its strides.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import argmax
+    >>> argmax(np.array([[0.0, 3.0, 3.0], [2.0, 1.0, np.nan]]))
+    array([1, 2])
+    """
+    return _replay.call(_argmax, (x, out), axis, keepdims)
+
+
+def _argmax(x, out, axis, keepdims):
+    logits = _arrays.logits(x, "x")
+    axes = _checks.axis_or_all(axis, logits.ndim)
+    _checks.some_columns(logits.shape, axes, "x")
+    indices = _arrays.output(out, logits, _arrays.without_axes(logits, axes, keepdims), "int64")
+    _checks.no_overlap(indices, logits, "x")
+    kernel = _arrays.kernels(logits.place, "argmax").argmax
+    per_row = _arrays.per_row(indices, axes, logits.ndim)
+    _arrays.for_rows(lambda *rows: kernel(*rows, logits.place), axes, [logits], [per_row])
+    return _arrays.result(indices, out)

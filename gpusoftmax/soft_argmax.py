@@ -1,0 +1,138 @@
+"""The expected index under the softmax, and its backward."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks, _replay
+
+
+def soft_argmax(
+    x: Any,
+    axis: int = -1,
+    *,
+    temperature: float = 1.0,
+    keepdims: bool = False,
+    dtype: Any = None,
+    out: Any = None,
+) -> Any:
+    """The expected index under the softmax of `x` along `axis`: sum over c of c softmax(x / temperature)_c.
+
+    It tends to the argmax as the temperature tends to 0, and has a gradient at any other one.
+
+    Parameters
+    ----------
+    x : array, shape (..., n_cols, ...)
+        As in `softmax`.
+    axis : int
+        One axis, by default the last one.
+    temperature : float
+        Divides `x`; finite and above 0.
+    keepdims : bool
+        Keep the reduced axis with size 1.
+    dtype : dtype, optional
+        Of the result; by default float32, float64 for float64.
+    out : array, optional
+        Where to write the result, which is then what is returned. It decides the dtype.
+
+    Returns
+    -------
+    array or NumPy scalar, the shape of `x` without the reduced axis
+        Between 0 and n_cols - 1. Exactly c (rounded to the dtype) where column c has all the probability. NaN for a row
+        without columns, and for one that holds NaN, +inf or nothing but -inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softmax`; also for several axes or None.
+
+    Notes
+    -----
+    One read of `x`. The relative error is (24 + 3 d) 2^-24 at most, d a mean of (max - x) / temperature over the
+    columns (2^-53 for float64); columns whose probability is below 2^-126 may count as 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import soft_argmax
+    >>> soft_argmax(np.array([[0.0, 0.0, -np.inf, 0.0, 0.0], [-np.inf, -np.inf, -np.inf, 1.0, -np.inf]]))
+    array([2., 3.])
+    """
+    return _replay.call(_soft_argmax, (x, out), axis, temperature, keepdims, dtype)
+
+
+def _soft_argmax(x, out, axis, temperature, keepdims, dtype):
+    logits = _arrays.logits(x, "x")
+    axes = _checks.one_axis(axis, logits.ndim)
+    temperature = _checks.temperature(temperature)
+    dtype = None if dtype is None else _checks.dtype_name(dtype)
+    row_dtype = "float64" if logits.dtype == "float64" else "float32"
+    expected = _arrays.output(out, logits, _arrays.without_axes(logits, axes, keepdims), row_dtype, dtype)
+    _checks.no_partial_overlap(expected, logits, "x")
+    kernel = _arrays.kernels(logits.place, "soft_argmax").soft_argmax
+    per_row = _arrays.per_row(expected, axes, logits.ndim)
+    _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [per_row])
+    return _arrays.result(expected, out)
+
+
+def soft_argmax_backward(
+    x: Any, expected: Any, dexpected: Any, axis: int = -1, *, temperature: float = 1.0, out: Any = None
+) -> Any:
+    """Gradient with respect to `x` of `soft_argmax`, from its result and the gradient with respect to that.
+
+    dx_c = dexpected p_c (c - expected) / temperature, where p = softmax(x / temperature) is computed anew.
+
+    Parameters
+    ----------
+    x : array, shape (..., n_cols, ...)
+        As given to `soft_argmax`.
+    expected, dexpected : array, the shape of `x` without `axis`
+        The result of `soft_argmax` and the gradient with respect to it: same dtype, library and device as each other,
+        library and device those of `x`; any strides.
+    axis, temperature
+        As given to `soft_argmax`.
+    out : array, optional
+        Where to write the result; may be `x` itself.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `x`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `soft_argmax`; also when the arrays differ in shape, dtype, library or device.
+
+    Notes
+    -----
+    One read of `x` where a row can be held, and one write.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import soft_argmax_backward
+    >>> soft_argmax_backward(np.zeros(3), np.array(1.0), np.array(3.0))
+    array([-1.,  0.,  1.])
+    """
+    return _replay.call(_soft_argmax_backward, (x, expected, dexpected, out), axis, temperature)
+
+
+def _soft_argmax_backward(x, expected, dexpected, out, axis, temperature):
+    logits, mean, gradient = (
+        _arrays.logits(array, name) for array, name in ((x, "x"), (expected, "expected"), (dexpected, "dexpected"))
+    )
+    axes = _checks.one_axis(axis, logits.ndim)
+    batch_shape = _arrays.without_axes(logits, axes)
+    for array, name in ((mean, "expected"), (gradient, "dexpected")):
+        _checks.same_home(logits, array, "x", name)
+        _checks.same_shape(array, batch_shape, name, f"to match x {logits.shape} without axis {axis}")
+    _checks.same_dtype(mean, gradient, "expected", "dexpected")
+    temperature = _checks.temperature(temperature)
+    result = _arrays.output(out, logits, logits.shape, logits.dtype)
+    _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, mean, result))
+    _checks.no_partial_overlap(result, logits, "x")
+    _checks.no_overlap(result, mean, "expected")
+    _checks.no_overlap(result, gradient, "dexpected")
+    kernel = _arrays.kernels(logits.place, "soft_argmax").soft_argmax_backward
+    per_row = [_arrays.per_row(array, axes, logits.ndim) for array in (mean, gradient)]
+    if logits.size:
+        _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits, *per_row], [result])
+    return _arrays.result(result, out)

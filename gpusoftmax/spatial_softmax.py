@@ -1,0 +1,132 @@
+"""Spatial softmax: the expected coordinates of a feature in an image, and their backward."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks, _replay
+
+
+def spatial_softmax(features: Any, *, temperature: float = 1.0, dtype: Any = None, out: Any = None) -> Any:
+    """The expected coordinates (x, y) of each feature map, under the softmax over all its pixels.
+
+    x runs along the last axis of `features`, to the right, and comes first; y runs along the axis before it, down. Both
+    are coordinates of pixels in linspace(-1, 1, size), or 0 where the size is 1.
+
+    Parameters
+    ----------
+    features : array, shape (..., height, width)
+        Typically (batch, channels, height, width). dtypes and kinds as in `softmax`. Any strides; where no single one
+        walks the pixels of a map, that costs one copy.
+    temperature : float
+        Divides the features; finite and above 0.
+    dtype : dtype, optional
+        Of the result; by default float32, float64 for float64.
+    out : array, shape (..., 2), optional
+        Where to write the result, which is then what is returned. It decides the dtype.
+
+    Returns
+    -------
+    array, shape (..., 2)
+        (x, y) of each map. NaN for one that holds NaN, +inf or nothing but -inf. Exactly a pixel's coordinates (rounded
+        to the dtype) where it has all the probability.
+
+    Raises
+    ------
+    TypeError
+        As `softmax`.
+    ValueError
+        As `softmax`; also for maps without pixels, and for ones of more than 2^24 pixels to a line.
+
+    Notes
+    -----
+    The spatial softmax of Levine et al., arXiv:1504.00702, section 5.2, and Finn et al., arXiv:1509.06113, section 4.
+    One read of `features`. Places in a line are accurate as the results of `soft_argmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import spatial_softmax
+    >>> spatial_softmax(np.array([[0.0, 50.0, 0.0], [0.0, 0.0, 0.0]])).round(6)
+    array([ 0., -1.])
+    """
+    return _replay.call(_spatial_softmax, (features, out), temperature, dtype)
+
+
+def _spatial_softmax(features, out, temperature, dtype):
+    pixels = _arrays.logits(features, "features")
+    width = _checks.image_width(pixels.shape, "features")
+    axes = pixels.ndim - 2, pixels.ndim - 1
+    temperature = _checks.temperature(temperature)
+    dtype = None if dtype is None else _checks.dtype_name(dtype)
+    row_dtype = "float64" if pixels.dtype == "float64" else "float32"
+    coordinates = _arrays.output(out, pixels, (*pixels.shape[:-2], 2), row_dtype, dtype)
+    _checks.no_overlap(coordinates, pixels, "features")
+    kernel = _arrays.kernels(pixels.place, "spatial_softmax").spatial_softmax
+    x_and_y = [_arrays.per_row(_arrays.part(coordinates, k), axes, pixels.ndim) for k in range(2)]
+    _arrays.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels], x_and_y)
+    return _arrays.result(coordinates, out)
+
+
+def spatial_softmax_backward(
+    features: Any, coordinates: Any, dcoordinates: Any, *, temperature: float = 1.0, out: Any = None
+) -> Any:
+    """Gradient with respect to the features of `spatial_softmax`, from its result and the gradient of that.
+
+    For the pixel c with coordinates (x_c, y_c) and probability p_c of a map with the result (x, y)
+
+        dfeatures_c = p_c (dx (x_c - x) + dy (y_c - y)) / temperature
+
+    Parameters
+    ----------
+    features : array, shape (..., height, width)
+        As given to `spatial_softmax`.
+    coordinates, dcoordinates : array, shape (..., 2)
+        The result of `spatial_softmax` and the gradient with respect to it: same dtype, library and device as each
+        other, library and device those of `features`; any strides.
+    temperature
+        As given to `spatial_softmax`.
+    out : array, optional
+        Where to write the result; may be `features` itself.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `features`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `spatial_softmax`; also when the arrays differ in shape, dtype, library or device.
+
+    Notes
+    -----
+    One read of `features` where a map can be held, and one write.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import spatial_softmax_backward
+    >>> spatial_softmax_backward(np.zeros((1, 2)), np.zeros(2), np.array([1.0, 5.0]))
+    array([[-0.5,  0.5]])
+    """
+    return _replay.call(_spatial_softmax_backward, (features, coordinates, dcoordinates, out), temperature)
+
+
+def _spatial_softmax_backward(features, coordinates, dcoordinates, out, temperature):
+    pixels = _arrays.logits(features, "features")
+    width = _checks.image_width(pixels.shape, "features")
+    axes = pixels.ndim - 2, pixels.ndim - 1
+    points, gradient = _arrays.logits(coordinates, "coordinates"), _arrays.logits(dcoordinates, "dcoordinates")
+    for array, name in ((points, "coordinates"), (gradient, "dcoordinates")):
+        _checks.same_home(pixels, array, "features", name)
+        _checks.same_shape(array, (*pixels.shape[:-2], 2), name, f"to match features {pixels.shape}")
+    _checks.same_dtype(points, gradient, "coordinates", "dcoordinates")
+    temperature = _checks.temperature(temperature)
+    result = _arrays.output(out, pixels, pixels.shape, pixels.dtype)
+    _checks.temperature_fits(temperature, _arrays.compute_dtype(pixels, points, result))
+    _checks.no_partial_overlap(result, pixels, "features")
+    _checks.no_overlap(result, points, "coordinates")
+    _checks.no_overlap(result, gradient, "dcoordinates")
+    kernel = _arrays.kernels(pixels.place, "spatial_softmax").spatial_softmax_backward
+    x_and_y = [_arrays.part(array, k) for array in (points, gradient) for k in range(2)]
+    per_row = [_arrays.per_row(array, axes, pixels.ndim) for array in x_and_y]
+    _arrays.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels, *per_row], [result])
+    return _arrays.result(result, out)
