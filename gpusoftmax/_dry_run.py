@@ -94,7 +94,8 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
     with imagined(arch) as found:
         if op in IMAGES:
             for shape, strides in _MAPS:
-                _call(op, shape, dtype, {}, strides)
+                out = {"out": _Imagined(shape, _arrays.numpy_dtype(dtype), strides)} if op.endswith("_backward") else {}
+                _call(op, shape, dtype, out, strides)
             yield from found
             return
         # Rows that one warp holds, longer ones, and rows that lie side by side.
@@ -150,18 +151,21 @@ def _call(
     op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any], strides: tuple[int, ...] | None = None
 ) -> None:
     arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype), strides)]
-    axis = options.get("axis", -1) % len(shape)
-    batch_shape = shape[:axis] + shape[axis + 1 :]
     row_dtype = np.dtype("float64" if dtype == "float64" else "float32")
     if op == "soft_argmax_backward":
-        arguments += (_Imagined(batch_shape, row_dtype) for _ in range(2))
+        arguments += (_Imagined(_batch_shape(shape, options), row_dtype) for _ in range(2))
     elif op == "spatial_softmax_backward":
         arguments += (_Imagined((*shape[:-2], 2), row_dtype) for _ in range(2))
     elif op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
     if op.startswith("cross_entropy"):
-        arguments.append(_Imagined(batch_shape, np.int64))
+        arguments.append(_Imagined(_batch_shape(shape, options), np.int64))
     getattr(gpusoftmax, op)(*arguments, **options)
+
+
+def _batch_shape(shape: tuple[int, ...], options: dict[str, Any]) -> tuple[int, ...]:
+    axis = options.get("axis", -1) % len(shape)
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def images(arch: Any, ops: Any, dtypes: Any) -> "list[Image]":
