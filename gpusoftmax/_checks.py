@@ -11,8 +11,8 @@ from gpusoftmax.kernels.operands import TOO_LARGE
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 MAX_COLS = 2**31 - 1
-MAX_WIDTH = 2**24
-"""Of images: the places along a line are counted in float32."""
+MAX_WIDTH = 2**22
+"""Of images: places and half places along a line are counted in float32 (kernels.formulas.line_and_place)."""
 
 
 def axes(axis, ndim: int) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def image_width(shape: tuple[int, ...], name: str) -> int:
     if 0 in shape[-2:]:
         raise ValueError(f"{name} has shape {shape}, expected at least one pixel: a height and a width above 0")
     if shape[-1] > MAX_WIDTH:
-        raise ValueError(f"{name} has a width of {shape[-1]}, expected at most {MAX_WIDTH} (2^24)")
+        raise ValueError(f"{name} has a width of {shape[-1]}, expected at most {MAX_WIDTH} (2^22)")
     return shape[-1]
 
 

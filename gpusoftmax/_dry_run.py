@@ -99,7 +99,8 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
     with imagined(arch) as found:
         if op in IMAGES:
             for shape, strides in _MAPS:
-                _call(op, shape, dtype, {}, strides)
+                out = {"out": _Imagined(shape, _arrays.numpy_dtype(dtype), strides)} if op.endswith("_backward") else {}
+                _call(op, shape, dtype, out, strides)
             yield from found
             return
         # Rows that one warp holds, longer ones, and rows that lie side by side.

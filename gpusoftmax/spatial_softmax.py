@@ -34,7 +34,7 @@ def spatial_softmax(features: Any, *, temperature: float = 1.0, dtype: Any = Non
     TypeError
         As `softmax`.
     ValueError
-        As `softmax`; also for maps without pixels, and for ones of more than 2^24 pixels to a line.
+        As `softmax`; also for maps without pixels, and for ones of more than 2^22 pixels to a line.
 
     Notes
     -----

@@ -572,8 +572,8 @@ def line_and_place(a: Arithmetic, column, before, width, inverse):
     """(line, place) of a column of an image whose lines have `width` columns and lie one behind the other.
 
     Columns and lines are counted from the first column of a part, whose own line has `before` columns from there on;
-    the place is that in its line. inverse: 1 / width. All others are integers below 2^24, and there are so few columns
-    (2048) that none is rounded to a wrong line: (column + 1/2) / width - 1/2 is 1 / (2 width) away from any tie.
+    the place is that in its line. inverse: 1 / width. All others are integers, up to 2^22 for a width and 2^21 for a
+    column, so that none is rounded to a wrong line: (column + 1/2) / width - 1/2 is 1 / (2 width) away from any tie.
     """
     beyond = a.sub(column, before)
     middle = a.fma(a.add(beyond, a.number(0.5)), inverse, a.number(-0.5))

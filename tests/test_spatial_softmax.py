@@ -95,6 +95,13 @@ def test_dtype_of_the_result(dtype, out_dtype):
     assert np.array_equal(out, found)
 
 
+def test_the_widest_image():
+    features = np.full((2, 2**22), -INF, F32)
+    features[0, [0, -1]], features[1, 5000] = 3, 3
+    x = (0 + 5000 + 2**22 - 1) / 3 * 2 / (2**22 - 1) - 1
+    np.testing.assert_allclose(gpusoftmax.spatial_softmax(features), [x, -1 / 3], rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------- layouts and bits
 
 
