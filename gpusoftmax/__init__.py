@@ -5,6 +5,7 @@ from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
+from gpusoftmax.sample import sample
 from gpusoftmax.softmax import softmax, softmax_backward
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
+    "sample",
     "softmax",
     "softmax_backward",
 ]

@@ -23,7 +23,10 @@ OPS = (
     "logsumexp",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "sample",
 )
+_ONE_AXIS = ("cross_entropy", "cross_entropy_with_grad", "sample")
+"""Those whose axis is the one of the classes, not any axes."""
 
 
 class Device(NamedTuple):
@@ -89,7 +92,7 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             if op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
-            elif axis == -1:
+            elif axis == -1 and op not in _ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
 
@@ -125,9 +128,13 @@ def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) 
     arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype))]
     if op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
-    if op.startswith("cross_entropy"):
+    if op in _ONE_AXIS:
         axis = options.get("axis", -1) % len(shape)
-        arguments.append(_Imagined(shape[:axis] + shape[axis + 1 :], np.int64))
+        one_per_row = _Imagined(shape[:axis] + shape[axis + 1 :], np.int64)
+        if op == "sample":
+            options = {**options, "rng": one_per_row}
+        else:
+            arguments.append(one_per_row)
     getattr(gpusoftmax, op)(*arguments, **options)
 
 

@@ -69,8 +69,9 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     row = n_cols * _arrays.numpy_dtype(dtype).itemsize
     number = 8 if dtype == "float64" else 4
     sources = 2 if op.endswith("_backward") else 1
-    label, loss = (8, number) if op.startswith("cross_entropy") else (0, 0)
+    loss = number if op.startswith("cross_entropy") else 0
+    label = 8 if loss or op == "sample" else 0  # or the seed
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
-    written = {"logsumexp": number, "cross_entropy": 0}.get(op, row)
+    written = {"logsumexp": number, "cross_entropy": 0, "sample": 8}.get(op, row)
     return {"read": sources * row + again + label, "written": written + loss, "once": again == 0}

@@ -8,8 +8,8 @@ turns a counter into four words of 32 bits, one for each of four neighbouring co
 
 A word k becomes v = (k + 1/2) 2^-32, strictly between 0 and 1, and Gumbel noise g = -log(-log1p(-v)): the column with
 the largest x / T + g is a sample of softmax(x / T). Large noise comes from small k, which float32 holds exactly, so
-that the winner among a million columns is told from its neighbours. 1 - v is taken from ~k, the number of words above k:
-(k + 1/2) 2^-32 itself rounds to 1 for 129 words, and their noise to -inf.
+that the winner among a million columns is told from its neighbours. 1 - v is taken from ~k, the number of words above
+k: (k + 1/2) 2^-32 itself rounds to 1 for 129 words, and their noise to -inf.
 
 The noise is computed in float32 for logits of every format: its 32 bits of randomness have nothing to give to float64.
 """

@@ -24,6 +24,10 @@ class Call(NamedTuple):
         return (*self.rows, *self.others)
 
 
+def sample_with_seeds(logits, seeds, axis=-1):
+    return gpusoftmax.sample(logits, axis, rng=(seeds, 3))
+
+
 CALLS = {
     "softmax": Call(gpusoftmax.softmax, ("x",)),
     "softmax_backward": Call(gpusoftmax.softmax_backward, ("probs", "dprobs")),
@@ -34,6 +38,7 @@ CALLS = {
         partial(gpusoftmax.cross_entropy, reduction="none"), ("logits",), ("target",), takes_out=False, per_row=True
     ),
     "cross_entropy_with_grad": Call(gpusoftmax.cross_entropy_with_grad, ("logits",), ("target",)),
+    "sample": Call(sample_with_seeds, ("logits",), ("seeds",), takes_out=False, per_row=True),
 }
 # Those whose `out` has the shape of the logits: it may be an argument itself.
 IN_PLACE = [
@@ -53,6 +58,7 @@ def arguments(name, shape, dtype, seed=0):
         "log_probs": np.asarray(gpusoftmax.log_softmax(x)),
         "dlog_probs": gradient,
         "target": inputs.targets(int(np.prod(shape[:-1])), shape[-1], share_ignored=0.2, seed=seed).reshape(shape[:-1]),
+        "seeds": np.random.default_rng(seed).integers(-(2**63), 2**63, shape[:-1]),
     }
     return {argument: made[argument] for argument in CALLS[name].arguments}
 

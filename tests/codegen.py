@@ -57,7 +57,7 @@ class Specialisation(NamedTuple):
     @property
     def writes_rows(self):
         """Whether it writes whole rows too."""
-        return self.reads_rows and self.name != "logsumexp_rows"
+        return self.reads_rows and self.name not in ("logsumexp_rows", "sample_rows")
 
     @property
     def is_double(self):
@@ -110,6 +110,8 @@ def _calls(dtype, out_dtype, shape, axis):
         options = {"label_smoothing": label_smoothing}
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
+    if dtype == out_dtype:
+        yield "sample", (x,), {"axis": axis, "rng": (_Array(batch, np.int64), 0)}
     if axis == -1:
         yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies
 

@@ -29,6 +29,7 @@ OPERATIONS = {
     "cross_entropy": lambda x, g, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
+    "sample": lambda x, g, y: (gpusoftmax.sample(x, rng=y),),
 }
 # dtype, n_cols, n_rows: every dtype; a few lanes, half a warp, and five chunks of the GPU, which are three of the CPU.
 KINDS = [("float32", 31, 64), ("float16", 300, 7), ("float64", 33, 7), ("bfloat16", 4097, 4)]

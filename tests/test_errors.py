@@ -49,6 +49,7 @@ def host_arrays():
 softmax, log_softmax, logsumexp = gpusoftmax.softmax, gpusoftmax.log_softmax, gpusoftmax.logsumexp
 softmax_backward, log_softmax_backward = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
 cross_entropy, with_grad = gpusoftmax.cross_entropy, gpusoftmax.cross_entropy_with_grad
+sample = gpusoftmax.sample
 
 # name -> (type of the error, its text or the beginning of it, the call)
 CASES = {
@@ -318,11 +319,57 @@ CASES = {
         "target[2] (counted in C order) is 4, expected a class from 0 to 3 or ignore_index (-1)",
         lambda a: with_grad(a.x, a.bad_labels, ignore_index=-1, validate=True, out=a.out),
     ),
+    # sampling
+    "sampling at a negative temperature": (
+        ValueError,
+        "temperature is -1.0, expected a finite number above 0",
+        lambda a: sample(a.x, temperature=-1, rng=0),
+    ),
+    "sampling at a temperature too small for float32": (
+        ValueError,
+        "temperature is 1e-39, expected at least 5.88e-39 for arithmetic in float32",
+        lambda a: sample(a.x, temperature=1e-39, rng=0),
+    ),
+    "no rng": (
+        TypeError,
+        "rng is None, expected a seed or (seed, step): ints or arrays of integers",
+        lambda a: sample(a.x, rng=None),
+    ),
+    "an rng of three": (
+        TypeError,
+        "rng is (1, 2, 3), expected a seed or (seed, step): ints or arrays of integers",
+        lambda a: sample(a.x, rng=(1, 2, 3)),
+    ),
+    "a seed of True": (
+        TypeError,
+        "rng is (True, 0), expected a seed or (seed, step): ints or arrays of integers",
+        lambda a: sample(a.x, rng=(True, 0)),
+    ),
+    "a seed beyond 64 bits": (
+        ValueError,
+        "rng is 18446744073709551616, expected 64-bit integers",
+        lambda a: sample(a.x, rng=2**64),
+    ),
+    "seeds of floats": (
+        TypeError,
+        "seed has dtype float64, expected an integer dtype",
+        lambda a: sample(a.x, rng=a.float_labels),
+    ),
+    "steps of another shape": (
+        ValueError,
+        "step has shape (3,), expected (2, 3), one for each row, or a single one",
+        lambda a: sample(a.cube, rng=(0, a.labels)),
+    ),
+    "sampling from no classes": (
+        ValueError,
+        "logits has 0 classes, expected at least 1",
+        lambda a: sample(a.no_classes, rng=0),
+    ),
     # names
     "an op that there is not": (
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
-        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad",
+        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, sample",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for
@@ -341,6 +388,8 @@ CASES = {
 
 # Text -> a call with NumPy arrays `a` and arrays `d` on an emulated device, which are the same otherwise.
 MIXED = {
+    "logits is a CUDA array on GPU 0 and seed is a NumPy array on the CPU; expected both from one library on one "
+    "device: move one of them first": lambda a, d: sample(d.x, rng=a.labels),
     "probs is a NumPy array on the CPU and dprobs is a CUDA array on GPU 0; expected both from one library on one "
     "device: move one of them first": lambda a, d: softmax_backward(a.x, d.x, out=a.out),
     "logits is a CUDA array on GPU 0 and target is a NumPy array on the CPU; expected both from one library on one "

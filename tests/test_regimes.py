@@ -24,6 +24,7 @@ OPERATIONS = {
     "smoothed_cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
+    "sample": lambda x, y: (gpusoftmax.sample(x, rng=y),),
 }
 
 

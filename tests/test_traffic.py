@@ -17,7 +17,7 @@ OPERATIONS = {
         partial(gpusoftmax.cross_entropy_with_grad, label_smoothing=0.1, reduction="none"), ("logits",), ("target",)
     ),
 }
-ONE_PASS = ("logsumexp", "cross_entropy")  # they need not keep what they have read
+ONE_PASS = ("logsumexp", "cross_entropy", "sample")  # they need not keep what they have read
 # Columns, and (blocks of a row, warps of a block, slots of a warp): how those rows are launched instead.
 REGIMES = {
     "short": (1024, None),

@@ -2,12 +2,12 @@
 
 import math
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from gpusoftmax.kernels import formulas, noise
-from gpusoftmax.kernels.cpu.vector import Vector
 
 
 class Words(types.Type):
@@ -89,15 +89,22 @@ def _mask(builder, condition):
 
 
 @intrinsic
-def any_not_below(typingctx, x, number):
-    """Whether a lane of x is larger than the number, or NaN."""
+def any_reaches(typingctx, x, number):
+    """Whether a lane of x is at least the number, or NaN."""
 
     def codegen(context, builder, signature, args):
         limit = formulas.Arithmetic(builder, context.get_value_type(x)).splat(args[1])
-        mask = _mask(builder, builder.fcmp_unordered(">", args[0], limit))
+        mask = _mask(builder, builder.fcmp_unordered(">=", args[0], limit))
         return builder.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
 
     return types.boolean(x, number), codegen
+
+
+@intrinsic
+def lowest(typingctx, like):
+    """The lowest finite number."""
+    value = float(np.finfo(like.name).min)
+    return like(like), lambda context, builder, signature, args: context.get_constant(like, value)
 
 
 @intrinsic

@@ -16,7 +16,7 @@ from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
-from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Rows
+from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Rows
 
 # Up to here, copying rows into columns costs less than what is lost on vectors that a row does not fill.
 TINY_ROW = 32
@@ -79,12 +79,14 @@ def run(
     target: Operand | None,
     *numbers,
     keeps_exponentials: bool = False,
+    only_along: bool = False,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
 
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
+    only_along: the kernel knows vectors along rows and no others.
     """
-    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials)
+    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials, only_along)
     if hasattr(_recorder, "starts"):
         _recorder.starts.append(laid_out)
     start(laid_out, laid_out.addresses)
@@ -107,10 +109,11 @@ def plan(
     target: Operand | None,
     numbers: tuple,
     keeps_exponentials: bool,
+    only_along: bool,
 ) -> Start:
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
-    way = _way(rows, lines)
+    way = ALONG if only_along else _way(rows, lines)
     lanes = VECTOR_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
@@ -180,12 +183,12 @@ def plan(
     )
     lines = (first if line is None else line for line in (first, second, target))
     arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
-    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided)]
+    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided | Labels)]
     return Start(
         entry=call.entry(kernel, way, arguments),
         block=call.pack(job, arguments, n_threads, n_split),
         positions=tuple(call.first_word(arguments, position) for position in arrays),
-        addresses=tuple(arguments[position].address for position in arrays),
+        addresses=tuple(arguments[position][0] for position in arrays),
         n_threads=n_threads,
         workspace_bytes=n_slots * slot_bytes,
     )
