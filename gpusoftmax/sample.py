@@ -29,7 +29,7 @@ def sample(logits: Any, axis: int = -1, *, temperature: float = 1.0, rng: Any) -
 
     Returns
     -------
-    array of int64 or NumPy scalar, the shape of `logits` without `axis`
+    array of int64 (of int32 where JAX has no int64) or NumPy scalar, the shape of `logits` without `axis`
         The column drawn, whose logit is never -inf. -1 for a row that has no softmax: it holds NaN or +inf, or nothing
         but -inf.
 

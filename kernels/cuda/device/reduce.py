@@ -99,7 +99,7 @@ def first_of_block(row, scratch):
 
 @device
 def beats(one, two):
-    """Whether one (high, low, column) comes before another: its sum high + low is larger, or as large and further left."""
+    """Whether one (high, low, column) comes before another: it has the larger sum high + low, or stands first."""
     if one[0] != two[0]:
         return one[0] > two[0]
     if one[1] != two[1]:
