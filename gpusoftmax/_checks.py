@@ -251,6 +251,39 @@ def seeds(array, name: str, batch_shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {array.shape}, expected {batch_shape}, one for each row, or a single one")
 
 
+def top_k(value) -> int:
+    """How many logits are kept; 0: all of them."""
+    if value is None:
+        return 0
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"top_k is {_short(value)}, expected an int")
+    if not 1 <= number < 2**63:
+        raise ValueError(f"top_k is {number}, expected at least 1; None keeps all")
+    return number
+
+
+def top_p(value) -> float:
+    if value is None:
+        return 1.0
+    number = scalar(value, "top_p")
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"top_p is {number}, expected a number above 0, at most 1")
+    return number
+
+
+def min_p(value) -> float:
+    if value is None:
+        return 0.0
+    number = scalar(value, "min_p")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"min_p is {number}, expected a number from 0 to 1")
+    return number
+
+
 def shape(value) -> tuple[int, ...]:
     try:
         sizes = tuple(operator.index(size) for size in value)

@@ -92,7 +92,9 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             if op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
-            elif axis == -1 and op not in _ONE_AXIS:
+            elif op == "sample":
+                _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
+            elif axis == -1:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
 

@@ -5,13 +5,23 @@ from typing import Any
 import numpy as np
 
 from gpusoftmax import _arrays, _checks, _replay
-from gpusoftmax.kernels.operands import one_value
+from gpusoftmax.kernels.operands import Limits, one_value
 
 
-def sample(logits: Any, axis: int = -1, *, temperature: float = 1.0, rng: Any) -> Any:
+def sample(
+    logits: Any,
+    axis: int = -1,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    rng: Any,
+) -> Any:
     """An index for each row of `logits`, drawn with the probabilities of softmax(logits / temperature).
 
-    Rows run along `axis`; the default is the last one, -1.
+    Rows run along `axis`; the default is the last one, -1. Columns may be left out, in this order, as in vLLM: by
+    `top_k`, by `top_p` of what is left, by `min_p`.
 
     Parameters
     ----------
@@ -21,6 +31,13 @@ def sample(logits: Any, axis: int = -1, *, temperature: float = 1.0, rng: Any) -
         The axis of the classes.
     temperature : float
         Divides the logits; finite. 0 takes the largest logit, the first of equal ones.
+    top_k : int, optional
+        Only the so many largest logits are drawn. All that equal the last of these are among them.
+    top_p : float above 0, at most 1, optional
+        Only the fewest largest logits whose probabilities add up to this or more are drawn (nucleus sampling: Holtzman
+        et al., arXiv:1904.09751), with all that equal the last of these.
+    min_p : float, 0 to 1, optional
+        Only columns are drawn whose probability is at least this times the largest (Nguyen et al., arXiv:2407.01082).
     rng : seed or (seed, step)
         Each an int or an array of integers, which has one for each row (the shape of `logits` without `axis`) or a
         single element, and lives where `logits` does. A step is what tells the draws of one seed apart, 0 where none is
@@ -39,14 +56,15 @@ def sample(logits: Any, axis: int = -1, *, temperature: float = 1.0, rng: Any) -
         Unsupported dtypes; arrays of different libraries or devices; an `rng` of another kind; a torch tensor that
         requires grad.
     ValueError
-        Bad axis, temperature or shape of `rng`; no columns.
+        Bad axis, temperature, top_k, top_p, min_p or shape of `rng`; no columns.
 
     Notes
     -----
     The Gumbel-max trick (Yellott, 1977) reads each logit once and needs no softmax. The noise of a column follows from
     the row's seed and step and the column's number alone, by Philox4x32-10 (Salmon et al., 2011): a row has the same
     sample whatever the batch, its place in it, strides, threads or device, and nearly always in another dtype too.
-    kernels/noise.py has the formulas.
+    kernels/noise.py has the formulas. With top_p, a CPU and a GPU may differ where the probabilities add up to top_p
+    within 1e-6.
 
     Examples
     --------
@@ -63,19 +81,20 @@ def sample(logits: Any, axis: int = -1, *, temperature: float = 1.0, rng: Any) -
     if type(logits) is np.ndarray:  # an array is no option: what differs by it alone is replayed
         seed, step = (np.asarray(_signed(one)) if type(one) is int else one for one in (seed, step))
     if int in (type(seed), type(step)):
-        return _sample(logits, seed, step, axis, temperature)
-    return _replay.call(_sample, (logits, seed, step), axis, temperature)
+        return _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p)
+    return _replay.call(_sample, (logits, seed, step), axis, temperature, top_k, top_p, min_p)
 
 
 def _signed(value: int) -> int:
     return one_value(value).pointer
 
 
-def _sample(logits, seed, step, axis, temperature):
+def _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p):
     x = _arrays.logits(logits, "logits")
     axes = _checks.class_axis(axis, x.ndim)
     _checks.class_count(x.shape[axes[0]])
     temperature = _checks.temperature_or_zero(temperature, _arrays.compute_dtype(x))
+    limits = Limits(_checks.top_k(top_k), _checks.top_p(top_p), _checks.min_p(min_p))
     words = [_words(one, name, x, axes) for one, name in ((seed, "seed"), (step, "step"))]
     arrays = [one for one in words if isinstance(one, _arrays.Array)]
     ids = _arrays.empty(x, _arrays.without_axes(x, axes), "int64")
@@ -84,7 +103,7 @@ def _sample(logits, seed, step, axis, temperature):
     def rows_of_batch(rows, x_rows, *others):
         others = iter(others)
         seeds, steps = (next(others) if isinstance(one, _arrays.Array) else one for one in words)
-        kernel(rows, x_rows, seeds, steps, next(others), temperature, x.place)
+        kernel(rows, x_rows, seeds, steps, next(others), temperature, limits, x.place)
 
     _arrays.for_rows(rows_of_batch, axes, [x, *arrays], [_arrays.per_row(ids, axes, x.ndim)])
     return _arrays.result(ids)

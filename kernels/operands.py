@@ -86,6 +86,26 @@ def noise_scales(temperature: float, dtype: str):
     return limits.dtype.type(unit), limits.dtype.type(min(temperature, 2.0**100 / least) * unit)
 
 
+class Limits(NamedTuple):
+    """Which logits of a row are kept, in this order: the top_k largest (0: all); of these the largest that have the
+    part top_p of the probability; those whose probability is min_p times the largest one's, or more.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+NO_LIMITS = Limits()
+
+
+def limits_in(limits: Limits, temperature: float, dtype: str):
+    """(top_k, top_p, from_max) for a kernel: logits are kept from the maximum plus from_max on."""
+    number = np.dtype(dtype).type
+    from_max = temperature * math.log(limits.min_p) if limits.min_p else -math.inf
+    return limits.top_k, number(limits.top_p), number(from_max)
+
+
 def label_code(dtype: str) -> int:
     """The number by which `load_label` knows an integer dtype: 2 log2(itemsize) + is_unsigned."""
     return LABELS.index(dtype)

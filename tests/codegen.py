@@ -57,7 +57,7 @@ class Specialisation(NamedTuple):
     @property
     def writes_rows(self):
         """Whether it writes whole rows too."""
-        return self.reads_rows and self.name not in ("logsumexp_rows", "sample_rows")
+        return self.reads_rows and self.name not in ("logsumexp_rows", "sample_rows", "sample_kept_rows")
 
     @property
     def is_double(self):
@@ -111,7 +111,8 @@ def _calls(dtype, out_dtype, shape, axis):
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
     if dtype == out_dtype:
-        yield "sample", (x,), {"axis": axis, "rng": (_Array(batch, np.int64), 0)}
+        for limits in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}):
+            yield "sample", (x,), {"axis": axis, "rng": (_Array(batch, np.int64), 0), **limits}
     if axis == -1:
         yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies
 

@@ -30,6 +30,7 @@ OPERATIONS = {
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
     "sample": lambda x, g, y: (gpusoftmax.sample(x, rng=y),),
+    "limited_sample": lambda x, g, y: (gpusoftmax.sample(x, rng=y, top_k=40, top_p=0.9, min_p=1e-3),),
 }
 # dtype, n_cols, n_rows: every dtype; a few lanes, half a warp, and five chunks of the GPU, which are three of the CPU.
 KINDS = [("float32", 31, 64), ("float16", 300, 7), ("float64", 33, 7), ("bfloat16", 4097, 4)]

@@ -330,6 +330,27 @@ CASES = {
         "temperature is 1e-39, expected at least 5.88e-39 for arithmetic in float32",
         lambda a: sample(a.x, temperature=1e-39, rng=0),
     ),
+    "top_k 0": (
+        ValueError,
+        "top_k is 0, expected at least 1; None keeps all",
+        lambda a: sample(a.x, top_k=0, rng=0),
+    ),
+    "top_k of a float": (TypeError, "top_k is 5.0, expected an int", lambda a: sample(a.x, top_k=5.0, rng=0)),
+    "top_p 0": (
+        ValueError,
+        "top_p is 0.0, expected a number above 0, at most 1",
+        lambda a: sample(a.x, top_p=0, rng=0),
+    ),
+    "top_p NaN": (
+        ValueError,
+        "top_p is nan, expected a number above 0, at most 1",
+        lambda a: sample(a.x, top_p=np.nan, rng=0),
+    ),
+    "min_p above 1": (
+        ValueError,
+        "min_p is 1.5, expected a number from 0 to 1",
+        lambda a: sample(a.x, min_p=1.5, rng=0),
+    ),
     "no rng": (
         TypeError,
         "rng is None, expected a seed or (seed, step): ints or arrays of integers",

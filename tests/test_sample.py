@@ -1,6 +1,6 @@
 """sample: the column that the noise says, the same on every target; never one without a probability; fair draws.
 
-The long runs (`pytest -m fuzz tests/test_sample.py`) take two minutes: fifty distributions up to 2^20 columns.
+The long runs (`pytest -m fuzz tests/test_sample.py`) take minutes: fifty distributions up to 2^20 columns.
 """
 
 import ml_dtypes
@@ -155,6 +155,100 @@ def test_an_array_that_changes_changes_a_replayed_call():
     for step, ids in enumerate(found):
         assert np.array_equal(ids, gpusoftmax.sample(logits, rng=(seeds_of(5), step)))
     assert not np.array_equal(found[0], found[1])
+
+
+# ---------------------------------------------------------------- limits
+
+
+def is_kept(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """(kept, doubtful): the columns that limits leave, and those that an error of 1e-6 in a sum would leave or not."""
+    x = row.astype(np.longdouble)
+    kept, doubtful = np.ones((2, len(x)), bool)
+    doubtful[:] = False
+    order = np.argsort(-x, kind="stable")
+    if top_k is not None:
+        kept = x >= x[order[min(top_k, len(x)) - 1]]
+    if top_p is not None:
+        e = np.where(kept, np.exp((x - x.max()) / temperature), 0)
+        before = np.array([e[x > each].sum() for each in x]) / e.sum() if len(x) < 500 else _mass_before(x, e, order)
+        doubtful = np.abs(before - top_p) < 1e-6
+        kept = kept & (before < top_p)
+    if min_p:
+        edge = x.max() + np.longdouble(temperature) * np.log(np.longdouble(min_p))
+        doubtful |= np.abs(x - edge) <= 1e-6 * max(1, abs(edge))
+        kept = kept & (x >= edge)
+    return kept, doubtful
+
+
+def _mass_before(x, e, order):
+    """The part of the mass that logits above each one have."""
+    values, inverse = np.unique(-x, return_inverse=True)
+    masses = np.bincount(inverse, e.astype(float), len(values))
+    return ((masses.cumsum() - masses) / masses.sum())[inverse]
+
+
+LIMITS = {
+    "top_k": {"top_k": 5},
+    "top_k 1": {"top_k": 1},
+    "all of top_k": {"top_k": 10**9},
+    "top_p": {"top_p": 0.7},
+    "a tiny top_p": {"top_p": 1e-30},
+    "top_p 1": {"top_p": 1.0},
+    "min_p": {"min_p": 0.05},
+    "min_p 1": {"min_p": 1.0},
+    "all three": {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize(("n_cols", "dtype"), [(40, "bfloat16"), (1500, "float32")])
+def test_only_what_is_kept_is_drawn(target, limits, n_cols, dtype):
+    """And of that the column that the noise says. No temperature of 1: half of the rows have ties at every limit."""
+    logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
+    seeds, temperature = seeds_of(len(logits), n_cols), 1.7
+    x, rng = target.array(logits), (target.array(seeds), 0)
+    ids = target.get(gpusoftmax.sample(x, temperature=temperature, rng=rng, **limits))
+    for row, seed, found in zip(logits, seeds, ids, strict=True):
+        kept, doubtful = is_kept(row, temperature, **limits)
+        assert kept[found] or doubtful[found]
+        scores = oracle.gumbel_scores(row, seed, 0, temperature)
+        assert np.where(kept & ~doubtful, scores, -np.inf).max() - scores[found] <= temperature * 2.0**-17
+    if "top_p" not in limits:
+        assert np.array_equal(ids, gpusoftmax.sample(logits, temperature=temperature, rng=(seeds, 0), **limits))
+
+
+@pytest.mark.parametrize("limits", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}])
+def test_limits_of_rows_without_a_softmax(target, limits):
+    logits = np.zeros((6, 700), F32)
+    logits[0] = -np.inf
+    logits[1, -1], logits[2, 0], logits[3, 350], logits[4] = np.nan, np.inf, np.nan, np.nan
+    logits[5, :-1], logits[5, -1] = -np.inf, np.finfo(F32).min
+    ids = target.get(gpusoftmax.sample(target.array(logits), rng=1, **limits))
+    assert ids.tolist() == [-1, -1, -1, -1, -1, 699]
+
+
+def test_held_rows_are_read_once_whatever_the_limits():
+    logits = inputs.make("spread", (3, 5000), F32)
+    with emulated_gpu("sm_90") as gpu:
+        x = gpu.array(logits)
+        gpusoftmax.sample(x, top_k=9, top_p=0.9, min_p=0.01, rng=0)
+        assert gpu.stats[-1].plan.held and (gpu.reads(x) == 1).all()
+
+
+def test_limits_leave_fair_draws():
+    row = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05])).astype(F32)
+    rows, seeds = np.broadcast_to(row, (20_000, 5)), np.arange(20_000)
+    for limits, kept in (({"top_k": 3}, 3), ({"top_p": 0.8}, 3), ({"min_p": 0.5}, 2), ({"top_k": 4, "top_p": 0.7}, 2)):
+        counts = np.bincount(gpusoftmax.sample(rows, rng=seeds, **limits), minlength=5)
+        probs = np.where(np.arange(5) < kept, np.exp(row.astype(float)), 0)
+        assert counts[kept:].sum() == 0
+        assert p_value(counts, probs / probs.sum()) > 1e-4
+
+
+def test_limits_do_not_count_at_temperature_0():
+    logits = inputs.make("spread", (5, 300), F32)
+    ids = gpusoftmax.sample(logits, temperature=0, top_k=2, top_p=0.1, min_p=0.9, rng=0)
+    assert np.array_equal(ids, logits.argmax(-1))
 
 
 # ---------------------------------------------------------------- fair draws

@@ -38,6 +38,11 @@ def _sums(gpu):
     )
 
 
+def _limited_sample(gpu):
+    x = gpu.array(inputs.make("spread", SHORT, F32))
+    return gpusoftmax.sample(x, top_k=9, top_p=0.9, min_p=0.01, rng=gpu.array(np.arange(SHORT[0])))
+
+
 def _copies(n_cols):
     """No single stride walks such rows: they are copied first, and their results back."""
 
@@ -50,6 +55,7 @@ def _copies(n_cols):
 CASES = {
     **{name: _op(name) for name in CALLS},
     "sums over rows": _sums,
+    "samples of what is kept": _limited_sample,
     "copies of short rows": _copies(40),
     "copies of long rows": _copies(1500),
 }

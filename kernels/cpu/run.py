@@ -80,13 +80,16 @@ def run(
     *numbers,
     keeps_exponentials: bool = False,
     only_along: bool = False,
+    whole_rows: bool = False,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
 
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
-    only_along: the kernel knows vectors along rows and no others.
+    only_along: the kernel knows vectors along rows and no others. whole_rows: these alone, and a row is one thread's,
+    who may go over it again: its exponentials are not kept where the result goes.
     """
-    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials, only_along)
+    only_along = only_along or whole_rows
+    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows)
     if hasattr(_recorder, "starts"):
         _recorder.starts.append(laid_out)
     start(laid_out, laid_out.addresses)
@@ -110,6 +113,7 @@ def plan(
     numbers: tuple,
     keeps_exponentials: bool,
     only_along: bool,
+    whole_rows: bool,
 ) -> Start:
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
@@ -119,7 +123,8 @@ def plan(
     n_threads = threads_for(rows.n_rows * rows.n_cols)
     # A result along rows may be written past the caches; exponentials may need another place than the result's.
     streamed = way is not ACROSS and target is not None and _is_streamed(rows, target, like, keeps_exponentials)
-    keeps = way is not ACROSS and keeps_exponentials and (streamed or target.dtype != like.dtype.name)
+    keeps = keeps_exponentials and way is not ACROSS
+    keeps = keeps and (whole_rows or streamed or target.dtype != like.dtype.name)
     height = min(lanes, max(1, BLOCK_BYTES // max(1, rows.n_cols * like.itemsize))) if way is IN_BLOCKS else 1
     is_staged = way is ALONG and any(line.col_stride != 1 for line in lines)
 
@@ -159,7 +164,7 @@ def plan(
     else:
         n_units = rows.n_rows
         per_item = max(1, LOGITS_PER_ITEM // max(rows.n_cols, 1) // height) * height
-        if way is ALONG and not is_staged and rows.n_rows < 2 * n_threads:
+        if way is ALONG and not whole_rows and not is_staged and rows.n_rows < 2 * n_threads:
             parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
     n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
     if n_threads <= 1:

@@ -8,6 +8,8 @@ judgment, and the double exponential distribution", 1977). Scores are compared a
 One pass, no exponential, and hardly a logarithm: a column whose noise, bounded from above for a tenth of what it costs,
 does not reach the best score so far is passed by. A maximum is the same in any order, so that threads, chunks and
 vectors change no bit; of equal scores the first column wins.
+
+With limits (threshold.py) the same is done to what is left of a row, after passes over it that find out what that is.
 """
 
 import math
@@ -15,34 +17,50 @@ import math
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.noise import any_reaches, first_equal, lowest, score, score_bound, where_equal, words_of
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, row_offset
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import save, saved
+from gpusoftmax.kernels.cpu.states import MAX, save, saved
+from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of
 from gpusoftmax.kernels.cpu.vector import cols_of, load_cols, load_label, max_per_row, maximum, number, pointer_to
 from gpusoftmax.kernels.cpu.walk import walk
-from gpusoftmax.kernels.operands import ONE_VALUE, Labels, Operand, Place, Rows, noise_scales
+from gpusoftmax.kernels.operands import (
+    NO_LIMITS,
+    ONE_VALUE,
+    Labels,
+    Limits,
+    Operand,
+    Place,
+    Rows,
+    compute_dtype,
+    limits_in,
+    noise_scales,
+    scale_of,
+    unless_one,
+)
 
 # The best column of a chunk: its score, and its number from the chunk's first column on.
-SCORE, SCORE_LOW, COLUMN = range(3)
+SCORE, SCORE_LOW, COLUMN = range(MAX + 1, MAX + 4)
 
 
 def sample(
-    rows: Rows, logits: Operand, seeds: Labels, steps: Labels, ids: Labels, temperature: float, place: Place
+    rows: Rows,
+    logits: Operand,
+    seeds: Labels,
+    steps: Labels,
+    ids: Labels,
+    temperature: float,
+    limits: Limits,
+    place: Place,
 ) -> None:
     """temperature 0: the largest logit. ids are int64; -1 for a row that holds NaN or +inf, or nothing but -inf."""
-    compute = "float64" if logits.dtype == "float64" else "float32"
-    run(
-        sample_rows,
-        rows,
-        logits,
-        None,
-        None,
-        seeds,
-        steps,
-        ids,
-        *noise_scales(temperature, compute),
-        only_along=True,
-    )
+    compute = compute_dtype(logits.dtype)
+    numbers = seeds, steps, ids, *noise_scales(temperature, compute)
+    if limits == NO_LIMITS or temperature == 0:
+        run(sample_rows, rows, logits, None, None, *numbers, only_along=True)
+        return
+    numbers = *numbers, *limits_in(limits, temperature, compute), *unless_one(scale_of(1.0, temperature, compute))
+    keeps = limits.top_p < 1
+    run(sample_kept_rows, rows, logits, None, None, *numbers, whole_rows=True, keeps_exponentials=keeps)
 
 
 @kernel
@@ -50,6 +68,15 @@ def sample_rows(call):
     way, job, rows, logits, same, none, seeds, steps, ids, unit, noise = arguments(call)
     numbers = rows, seeds, steps, ids, unit, noise
     walk(way, job, rows, logits, same, none, nothing_first, measure, fold, write, numbers, unit)
+
+
+@kernel
+def sample_kept_rows(call):
+    way, job, rows, logits, same, none, seeds, steps, ids, unit, noise, top_k, top_p, from_max, scale, low = arguments(
+        call
+    )
+    numbers = rows, seeds, steps, ids, unit, noise, top_k, top_p, from_max, scale, low
+    walk(way, job, rows, logits, same, none, save_maxima, nothing_measured, draw_kept, write, numbers, unit)
 
 
 @device
@@ -62,33 +89,54 @@ def word_of(labels, row, rows):
 
 @device
 def measure(here, first, last, numbers):
-    rows, seeds, steps, _, unit, noise = numbers
-    seed, step = word_of(seeds, here.row, rows), word_of(steps, here.row, rows)
+    measure_kept(here, first, last, numbers, None)
+
+
+@device
+def nothing_measured(here, first, last, numbers):
+    """What a row keeps is known when all of its maxima are."""
+
+
+@device
+def draw_kept(here, numbers):
+    _, _, _, _, _, _, top_k, top_p, from_max, scale, low = numbers
+    limit = limit_of(here, top_k, top_p, from_max, scale, low)
+    measure_kept(here, 0, count_of_chunks(here.n_cols), numbers, limit)
+    return fold(here, numbers)
+
+
+@device
+def measure_kept(here, first, last, numbers, limit):
+    """The best column of each chunk, among those whose logits are at least the limit."""
+    rows, seeds, steps, unit, noise = numbers[0], numbers[1], numbers[2], numbers[4], numbers[5]
+    draw = word_of(seeds, here.row, rows), word_of(steps, here.row, rows), unit, noise
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        high, low, at = best_column(here, col, count, seed, step, unit, noise)
+        high, low, at = best_column(here, col, count, draw, limit)
         save(here.states, chunk, SCORE, high)
         save(here.states, chunk, SCORE_LOW, low)
         save(here.states, chunk, COLUMN, number(unit, at - col))
 
 
 @device
-def best_column(here, first, count, seed, step, unit, noise):
+def best_column(here, first, count, draw, limit):
     """(score, low, column) of the best of some columns."""
+    unit = draw[2]
     cols = cols_of(here.zeros)
     full = count - count % cols
     best = number(unit, -math.inf), number(unit, 0.0), first
     for col in range(first, first + full, cols):
-        best = better_of(best, here, col, None, seed, step, unit, noise)
+        best = better_of(best, here, col, None, draw, limit)
     if full < count:
-        best = better_of(best, here, first + full, count - full, seed, step, unit, noise)
+        best = better_of(best, here, first + full, count - full, draw, limit)
     return best
 
 
 @device
-def better_of(best, here, col, left, seed, step, unit, noise):
+def better_of(best, here, col, left, draw, limit):
     """The best column so far, or a better one of the vector at `col`."""
-    x = load_cols(here.first, col, left, here.nothing)
+    seed, step, unit, noise = draw
+    x = kept_from(load_cols(here.first, col, left, here.nothing), limit)
     words = words_of(col, seed, step, here.zeros)
     if any_reaches(score_bound(x, words, unit, noise), maximum(lowest(unit), best[0])):  # a score of -inf is none
         highs, lows = score(x, words, unit, noise)
@@ -114,6 +162,6 @@ def fold(here, numbers):
 
 @device
 def write(here, first, last, column, numbers):
-    rows, _, _, ids, _, _ = numbers
     if first == 0:
+        rows, ids = numbers[0], numbers[3]
         pointer_to(ids.pointer, ids.pointer)[row_offset(ids, here.row, rows)] = column

@@ -12,7 +12,8 @@ from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
-from gpusoftmax.kernels.cuda.device.memory import VECTOR_BYTES, element_size, granule_numbers, load_label, vector_bits
+from gpusoftmax.kernels.cuda.device.granules import granules_with
+from gpusoftmax.kernels.cuda.device.memory import load_label
 from gpusoftmax.kernels.cuda.device.noise import (
     column_as_number,
     column_of_number,
@@ -24,16 +25,14 @@ from gpusoftmax.kernels.cuda.device.noise import (
     store_long,
 )
 from gpusoftmax.kernels.cuda.device.reduce import beats, publish, warp_best
-from gpusoftmax.kernels.cuda.device.row_state import state_place
+from gpusoftmax.kernels.cuda.device.row_state import gap_params, state_place
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     exchange_states,
-    is_granule,
     meet,
     open_row,
     own_row,
     piece_of,
-    read_columns,
     row_of,
     row_offset,
     slot_of,
@@ -43,6 +42,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 )
 from gpusoftmax.kernels.cuda.device.split import is_long, split_chunks, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import get
+from gpusoftmax.kernels.cuda.device.threshold import BEST_PLACE, kept_from, limit_of, open_again
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 from gpusoftmax.kernels.operands import ONE_VALUE
 
@@ -50,13 +50,39 @@ from gpusoftmax.kernels.operands import ONE_VALUE
 def sample_rows(rows, split, start, logits, seeds, steps, ids, unit, noise):
     team = team_of(split, 1)
     row = own_row(start, split)
-    n_cols, seed, step = int64(0), int64(0), int64(0)
+    n_cols, draw = draw_of(row, rows, seeds, steps, unit, noise)
+    source, least = row_of(logits, row, rows), number(unit, -math.inf)
+    announce(split)
+    open_row((source,), n_cols, team, split, least)
+    meet(split)
+    store_column(best_of_row(source, n_cols, team, split, draw, None), ids, row, rows, team)
+
+
+def sample_kept_rows(
+    rows, split, start, logits, seeds, steps, ids, unit, noise, top_k, top_p, from_max, scale, scale_low
+):
+    team = team_of(split, 1)
+    row = own_row(start, split)
+    n_cols, draw = draw_of(row, rows, seeds, steps, unit, noise)
+    source, limits = row_of(logits, row, rows), (top_k, top_p, from_max)
+    limit = limit_of(source, n_cols, rows.n_cols, limits, team, split, gap_params(scale, scale_low))
+    open_again(source, n_cols, team, split, number(unit, -math.inf))
+    store_column(best_of_row(source, n_cols, team, split, draw, limit), ids, row, rows, team)
+
+
+@device
+def draw_of(row, rows, seeds, steps, unit, noise):
+    """(n_cols, what decides the scores of a row); no columns and no seed past the last row."""
     if row < rows.n_rows:
-        n_cols, seed, step = rows.n_cols, word_of(seeds, row, rows), word_of(steps, row, rows)
-    best = best_of_row(row_of(logits, row, rows), n_cols, team, split, (seed, step, unit, noise))
+        return rows.n_cols, (word_of(seeds, row, rows), word_of(steps, row, rows), unit, noise)
+    return int64(0), (int64(0), int64(0), unit, noise)
+
+
+@device
+def store_column(best, ids, row, rows, team):
     if row < rows.n_rows and team.lane == 0 and team.rank == 0:
         # A score of +inf: the row holds NaN or +inf.
-        column = best[2] if best[0] < number(unit, math.inf) else int32(-1)
+        column = best[2] if best[0] < number(best[0], math.inf) else int32(-1)
         store_long(ids.pointer, row_offset(ids, row, rows), int64(column))
 
 
@@ -69,67 +95,57 @@ def word_of(labels, row, rows):
 
 
 @device
-def nothing(like):
-    """What every column beats, but for those of logits -inf."""
-    return number(like, -math.inf), number(like, 0.0), int32(-1)
+def better_of(best, values, col, width, source, numbers):
+    """The best column so far, or a better one of a granule."""
+    (seed, step, unit, noise), limit = numbers
+    words = granule_words()
+    draw_words(words, col, seed, step, source.pointer)
+    least, promising = maximum(lowest(unit), best[0]), False  # a score of -inf is none
+    for k in range(width):
+        values[k] = kept_from(values[k], limit)
+        promising = promising or not score_bound(values[k], words[k], unit, noise) < least
+    if promising:
+        for k in range(width):
+            high, low = score(values[k], words[k], unit, noise)
+            if high > best[0] or (high == best[0] and low > best[1]):
+                best = high, low, int32(col + k)
+    return best
+
+
+best_of_granules = granules_with(better_of)
 
 
 @device
-def best_of_row(source, n_cols, team, split, draw):
-    least = number(draw[2], -math.inf)
-    best = nothing(draw[2])
-    announce(split)
-    open_row((source,), n_cols, team, split, least)
-    meet(split)
+def best_of_row(source, n_cols, team, split, draw, limit):
+    """The best column of a row that has been opened, of those whose logits are at least the limit (None: of all)."""
+    unit = draw[2]
+    least = number(unit, -math.inf)
+    best = least, number(unit, 0.0), int32(-1)
     k = int32(0)
     while k < team.n_pieces:
         wait_for_piece(k, team, split)
-        piece = piece_of(k, n_cols, team, split, least)
-        best = warp_best(best_of_piece(best, source, k, piece, team, split, draw), split_lanes(split))
+        piece = piece_of(k, n_cols, team, split, unit)
+        at = slot_of(k, team, split, 1)
+        best = best_of_granules(best, source, at, piece, team, split, (draw, limit), unit)
+        best = warp_best(best, split_lanes(split))
         stage_next(k, (source,), n_cols, team, split, least)
         k = int32(k + 1)
     return best_of_parts(best, team, split) if is_long(split) else best
 
 
 @device
-def best_of_piece(best, source, k, piece, team, split, draw):
-    """The best column so far, or a better one among this lane's of a piece."""
-    seed, step, unit, noise = draw
-    values, words = granule_numbers(unit), granule_words()
-    bits, lanes = vector_bits(source.pointer), split_lanes(split)
-    width = 1 << bits
-    size = element_size(source.pointer)
-    place = int32(slot_of(k, team, split, 1) + source.shift * size + team.lane * VECTOR_BYTES)
-    as_granule = is_granule(source, place, width)
-    col = int32(team.lane << bits)
-    while col < piece.count:
-        read_columns(values, source, place, width, as_granule)
-        draw_words(words, piece.first + col, seed, step, source.pointer)
-        limit, promising = maximum(lowest(unit), best[0]), False  # a score of -inf is none
-        for i in range(width):
-            promising = promising or not score_bound(values[i], words[i], unit, noise) < limit
-        if promising:
-            for i in range(width):
-                high, low = score(values[i], words[i], unit, noise)
-                if high > best[0] or (high == best[0] and low > best[1]):
-                    best = high, low, int32(piece.first + col + i)
-        col, place = int32(col + (lanes << bits)), int32(place + lanes * VECTOR_BYTES)
-    return best
-
-
-@device
 def best_of_parts(best, team, split):
     """The best column of a row from those of its warps; the same for all threads."""
     if team.n_pieces > 0:
-        publish(state_place(0, team.rank, split, best[0]), best[0], team, split)
-        publish(state_place(1, team.rank, split, best[0]), best[1], team, split)
-        publish(state_place(2, team.rank, split, best[0]), column_as_number(best[2], best[0]), team, split)
+        publish(state_place(BEST_PLACE, team.rank, split, best[0]), best[0], team, split)
+        publish(state_place(BEST_PLACE + 1, team.rank, split, best[0]), best[1], team, split)
+        publish(state_place(BEST_PLACE + 2, team.rank, split, best[0]), column_as_number(best[2], best[0]), team, split)
     exchange_states(split)
     part, n_parts = team.lane, min(team.size, split_chunks(split))
     while part < n_parts:
-        high = get(state_place(0, part, split, best[0]), best[0])
-        low = get(state_place(1, part, split, best[0]), best[0])
-        other = high, low, column_of_number(get(state_place(2, part, split, best[0]), best[0]))
+        high = get(state_place(BEST_PLACE, part, split, best[0]), best[0])
+        low = get(state_place(BEST_PLACE + 1, part, split, best[0]), best[0])
+        other = high, low, column_of_number(get(state_place(BEST_PLACE + 2, part, split, best[0]), best[0]))
         if beats(other, best):
             best = other
         part = int32(part + WARP_SIZE)
