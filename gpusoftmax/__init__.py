@@ -5,6 +5,7 @@ from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
+from gpusoftmax.mask_logits import top_k_mask_logits, top_p_mask_logits
 from gpusoftmax.sample import sample
 from gpusoftmax.softmax import softmax, softmax_backward
 
@@ -21,4 +22,6 @@ __all__ = [
     "sample",
     "softmax",
     "softmax_backward",
+    "top_k_mask_logits",
+    "top_p_mask_logits",
 ]

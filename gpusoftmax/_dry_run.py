@@ -24,7 +24,11 @@ OPS = (
     "cross_entropy",
     "cross_entropy_with_grad",
     "sample",
+    "top_k_mask_logits",
+    "top_p_mask_logits",
 )
+_LIMITS = {"top_k_mask_logits": 50, "top_p_mask_logits": 0.9}
+"""What these are called with; no launch depends on it."""
 _ONE_AXIS = ("cross_entropy", "cross_entropy_with_grad", "sample")
 """Those whose axis is the one of the classes, not any axes."""
 
@@ -130,6 +134,8 @@ def _call(op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) 
     arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype))]
     if op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
+    if op in _LIMITS:
+        arguments.append(_LIMITS[op])
     if op in _ONE_AXIS:
         axis = options.get("axis", -1) % len(shape)
         one_per_row = _Imagined(shape[:axis] + shape[axis + 1 :], np.int64)

@@ -39,6 +39,8 @@ CALLS = {
     ),
     "cross_entropy_with_grad": Call(gpusoftmax.cross_entropy_with_grad, ("logits",), ("target",)),
     "sample": Call(sample_with_seeds, ("logits",), ("seeds",), takes_out=False, per_row=True),
+    "top_k_mask_logits": Call(partial(gpusoftmax.top_k_mask_logits, top_k=5), ("logits",)),
+    "top_p_mask_logits": Call(partial(gpusoftmax.top_p_mask_logits, top_p=0.9), ("logits",)),
 }
 # Those whose `out` has the shape of the logits: it may be an argument itself.
 IN_PLACE = [

@@ -110,6 +110,8 @@ def _calls(dtype, out_dtype, shape, axis):
         options = {"label_smoothing": label_smoothing}
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
+    yield "top_k_mask_logits", (x, 5), like
+    yield "top_p_mask_logits", (x, 0.9), like
     if dtype == out_dtype:
         for limits in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}):
             yield "sample", (x,), {"axis": axis, "rng": (_Array(batch, np.int64), 0), **limits}

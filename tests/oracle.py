@@ -279,3 +279,28 @@ def gumbel_scores(row, seed, step, temperature):
     """What each column's logit and noise come to, longdouble: the largest is the sample."""
     x = np.asarray(row).astype(np.float64).astype(np.longdouble)
     return x + np.longdouble(temperature) * gumbel(words(len(x), seed, step))
+
+
+def kept_columns(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """(kept, doubtful): the columns that limits leave, and those that an error of 1e-6 in a sum would leave or not."""
+    x = np.asarray(row).astype(np.longdouble)
+    kept, doubtful = np.ones(len(x), bool), np.zeros(len(x), bool)
+    if top_k is not None:
+        kept = x >= np.sort(x)[-min(top_k, len(x))]
+    if top_p is not None:
+        e = np.where(kept, np.exp((x - x.max()) / np.longdouble(temperature)), 0)
+        before = _mass_of_larger(x, e) / e.sum()
+        doubtful = np.abs(before - top_p) < 1e-6
+        kept = kept & (before < top_p)
+    if min_p:
+        edge = x.max() + np.longdouble(temperature) * np.log(np.longdouble(min_p))
+        doubtful = doubtful | (np.abs(x - edge) <= 1e-6 * max(1, abs(edge)))
+        kept = kept & (x >= edge)
+    return kept, doubtful
+
+
+def _mass_of_larger(x, e):
+    """For each column the sum of e over those with a larger logit."""
+    order = np.argsort(-x, kind="stable")
+    before = np.concatenate([[0], e[order].cumsum()])
+    return before[np.searchsorted(-x[order], -x)]  # the first of equal ones

@@ -33,6 +33,7 @@ OPERATIONS = {
         x, y, axis=axis, reduction="none", label_smoothing=0.1, validate=False
     ),
     "sample": lambda x, g, y, axis: (gpusoftmax.sample(x, axis, rng=y),),
+    "top_p_mask_logits": lambda x, g, y, axis: (gpusoftmax.top_p_mask_logits(x, 0.9, axis),),
     "limited_sample": lambda x, g, y, axis: (gpusoftmax.sample(x, axis, rng=y, top_k=40, top_p=0.9),),
 }
 CHECKS = {
@@ -45,6 +46,9 @@ CHECKS = {
     "cross_entropy_with_grad": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "smoothed_cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.1),
     "sample": lambda got, x, g, y, axis: np.testing.assert_array_equal(got[0], gpusoftmax.sample(x, axis, rng=y)),
+    "top_p_mask_logits": lambda got, x, g, y, axis: np.testing.assert_array_equal(
+        got[0], gpusoftmax.top_p_mask_logits(x, 0.9, axis)
+    ),
     "limited_sample": lambda got, x, g, y, axis: np.testing.assert_array_equal(
         got[0], gpusoftmax.sample(x, axis, rng=y, top_k=40, top_p=0.9)
     ),

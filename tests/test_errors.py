@@ -351,6 +351,16 @@ CASES = {
         "min_p is 1.5, expected a number from 0 to 1",
         lambda a: sample(a.x, min_p=1.5, rng=0),
     ),
+    "a mask of top_k 0": (
+        ValueError,
+        "top_k is 0, expected at least 1; None keeps all",
+        lambda a: gpusoftmax.top_k_mask_logits(a.x, 0, out=a.out),
+    ),
+    "a mask of top_p above 1": (
+        ValueError,
+        "top_p is 1.5, expected a number above 0, at most 1",
+        lambda a: gpusoftmax.top_p_mask_logits(a.x, 1.5, out=a.out),
+    ),
     "no rng": (
         TypeError,
         "rng is None, expected a seed or (seed, step): ints or arrays of integers",
@@ -390,7 +400,8 @@ CASES = {
     "an op that there is not": (
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
-        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, sample",
+        "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, sample, "
+        "top_k_mask_logits, top_p_mask_logits",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

@@ -160,33 +160,6 @@ def test_an_array_that_changes_changes_a_replayed_call():
 # ---------------------------------------------------------------- limits
 
 
-def is_kept(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """(kept, doubtful): the columns that limits leave, and those that an error of 1e-6 in a sum would leave or not."""
-    x = row.astype(np.longdouble)
-    kept, doubtful = np.ones((2, len(x)), bool)
-    doubtful[:] = False
-    order = np.argsort(-x, kind="stable")
-    if top_k is not None:
-        kept = x >= x[order[min(top_k, len(x)) - 1]]
-    if top_p is not None:
-        e = np.where(kept, np.exp((x - x.max()) / temperature), 0)
-        before = np.array([e[x > each].sum() for each in x]) / e.sum() if len(x) < 500 else _mass_before(x, e, order)
-        doubtful = np.abs(before - top_p) < 1e-6
-        kept = kept & (before < top_p)
-    if min_p:
-        edge = x.max() + np.longdouble(temperature) * np.log(np.longdouble(min_p))
-        doubtful |= np.abs(x - edge) <= 1e-6 * max(1, abs(edge))
-        kept = kept & (x >= edge)
-    return kept, doubtful
-
-
-def _mass_before(x, e, order):
-    """The part of the mass that logits above each one have."""
-    values, inverse = np.unique(-x, return_inverse=True)
-    masses = np.bincount(inverse, e.astype(float), len(values))
-    return ((masses.cumsum() - masses) / masses.sum())[inverse]
-
-
 LIMITS = {
     "top_k": {"top_k": 5},
     "top_k 1": {"top_k": 1},
@@ -209,7 +182,7 @@ def test_only_what_is_kept_is_drawn(target, limits, n_cols, dtype):
     x, rng = target.array(logits), (target.array(seeds), 0)
     ids = target.get(gpusoftmax.sample(x, temperature=temperature, rng=rng, **limits))
     for row, seed, found in zip(logits, seeds, ids, strict=True):
-        kept, doubtful = is_kept(row, temperature, **limits)
+        kept, doubtful = oracle.kept_columns(row, temperature, **limits)
         assert kept[found] or doubtful[found]
         scores = oracle.gumbel_scores(row, seed, 0, temperature)
         assert np.where(kept & ~doubtful, scores, -np.inf).max() - scores[found] <= temperature * 2.0**-17

@@ -20,7 +20,7 @@ from gpusoftmax.kernels.cpu.noise import any_reaches, first_equal, lowest, score
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import MAX, save, saved
-from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of
+from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of, nothing_measured
 from gpusoftmax.kernels.cpu.vector import cols_of, load_cols, load_label, max_per_row, maximum, number, pointer_to
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import (
@@ -90,11 +90,6 @@ def word_of(labels, row, rows):
 @device
 def measure(here, first, last, numbers):
     measure_kept(here, first, last, numbers, None)
-
-
-@device
-def nothing_measured(here, first, last, numbers):
-    """What a row keeps is known when all of its maxima are."""
 
 
 @device

@@ -34,6 +34,11 @@ kept_from = formula(ordering.kept_from)
 
 
 @device
+def nothing_measured(here, first, last, numbers):
+    """Step 1 of an op for which a row has to be whole."""
+
+
+@device
 def limit_of(here, top_k, top_p, from_max, scale, scale_low):
     """The limit of a row whose chunks' maxima are saved. top_k 0, top_p 1 and from_max -inf keep everything.
 
