@@ -39,7 +39,7 @@ _LOG_TERMS = (
     -0.07622108608484268,
 )
 _SLACK = 1 + 2.0**-16
-"""By how much `gumbel_bound` is raised: far more than all rounding errors of `gumbel` together."""
+"""By how much noise is raised in `score_bound`: far more than all rounding errors of `gumbel` together."""
 
 
 def constant(type: ir.Type, value: int):
@@ -131,23 +131,21 @@ def gumbel(a: Arithmetic, word):
     return _as_wide(a, single.negative(_log_of_parts(single, *_parts(single, exponential))))
 
 
-def gumbel_bound(a: Arithmetic, word):
-    """At least `gumbel` and, for the large noise that matters, at most 0.06 more: -log v, with a logarithm to base 2
-    that runs straight from one power of two to the next.
-    """
-    single = _as_single(a)
-    b = single.builder
-    bits = b.bitcast(_centred(single, word), single.integers)
-    steps = b.sitofp(b.sub(single.integer((127 + 32) << SINGLE.mantissa_bits), bits), single.type)
-    return _as_wide(a, single.mul(steps, single.number(2.0**-SINGLE.mantissa_bits * math.log(2) * _SLACK)))
-
-
 # ---------------------------------------------------------------- scores
 
 
 def score_bound(a: Arithmetic, x, word, unit, noise):
-    """At least the first number of `score`; NaN for NaN."""
-    return a.fma(noise, gumbel_bound(a, word), a.mul(x, unit))
+    """At least the first number of `score`, and NaN for NaN. Where it matters, at most 0.06 noise more.
+
+    -log v instead of the noise, by a logarithm to base 2 that runs straight from one power of two to the next; k
+    instead of k + 1/2.
+    """
+    single = _as_single(a)
+    b = single.builder
+    bits = b.bitcast(b.uitofp(word, single.type), single.integers)
+    steps = b.sitofp(b.sub(single.integer((127 + 32) << SINGLE.mantissa_bits), bits), single.type)
+    per_step = a.mul(noise, a.number(2.0**-SINGLE.mantissa_bits * math.log(2) * _SLACK))
+    return a.fma(per_step, _as_wide(a, steps), a.mul(x, unit))
 
 
 def score(a: Arithmetic, x, word, unit, noise):

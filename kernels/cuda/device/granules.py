@@ -13,7 +13,8 @@ from gpusoftmax.kernels.cuda.device.split import split_lanes
 
 def granules_with(act):
     """A device function that gives a result from one granule to the next: result = act(result, values, col, width,
-    source, numbers), where values[:width] are the columns col, col + 1, ... of the row.
+    source, split, numbers), where values[:width] are the columns col, col + 1, ... of the row. The lanes of a part take
+    as many granules each: what lies beyond the row is padding.
     """
 
     @device
@@ -22,11 +23,12 @@ def granules_with(act):
         bits, lanes = vector_bits(source.pointer), split_lanes(split)
         place = int32(at + source.shift * element_size(source.pointer) + team.lane * VECTOR_BYTES)
         as_granule = is_granule(source, place, 1 << bits)
-        col = int32(team.lane << bits)
-        while col < piece.count:  # what a granule has beyond the row is padding
+        first = int32(0)
+        while first < piece.count:
             read_columns(values, source, place, 1 << bits, as_granule)
-            result = act(result, values, piece.first + col, 1 << bits, source, numbers)
-            col, place = int32(col + (lanes << bits)), int32(place + lanes * VECTOR_BYTES)
+            col = piece.first + first + (team.lane << bits)
+            result = act(result, values, col, 1 << bits, source, split, numbers)
+            first, place = int32(first + (lanes << bits)), int32(place + lanes * VECTOR_BYTES)
         return result
 
     return over_granules

@@ -1,9 +1,11 @@
 """Sampling from rows of logits. The mathematics stands in kernels/cpu/sample.py.
 
-lane     the best column so far, as (high, low, column): its score and its number. Granule by granule, straight from
-         the slots; a granule whose columns cannot be better is passed by
-warp     after each piece, the best of all lanes: what the next piece is measured by
-row      the best of all warps, exchanged through the shared memory of the blocks that share the row
+    lane     the best column so far, as (high, low, column): its score and its number. Granule by granule, straight from
+             the slots; a granule whose columns cannot be better is passed by
+    warp     the best of all lanes, after each granule that was not passed by: what the next ones are measured by
+    row      the best of all warps, exchanged through the shared memory of the blocks that share the row
+
+Where several rows share a warp, lanes tell each other of their best after a piece: their loops are not alike.
 """
 
 import math
@@ -24,7 +26,7 @@ from gpusoftmax.kernels.cuda.device.noise import (
     score_bound,
     store_long,
 )
-from gpusoftmax.kernels.cuda.device.reduce import beats, publish, warp_best
+from gpusoftmax.kernels.cuda.device.reduce import any_lane, beats, publish, warp_best
 from gpusoftmax.kernels.cuda.device.row_state import gap_params, state_place
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
@@ -95,7 +97,7 @@ def word_of(labels, row, rows):
 
 
 @device
-def better_of(best, values, col, width, source, numbers):
+def better_of(best, values, col, width, source, split, numbers):
     """The best column so far, or a better one of a granule."""
     (seed, step, unit, noise), limit = numbers
     words = granule_words()
@@ -103,12 +105,16 @@ def better_of(best, values, col, width, source, numbers):
     least, promising = maximum(lowest(unit), best[0]), False  # a score of -inf is none
     for k in range(width):
         values[k] = kept_from(values[k], limit)
-        promising = promising or not score_bound(values[k], words[k], unit, noise) < least
+        promising = promising | (not score_bound(values[k], words[k], unit, noise) < least)  # without a branch for each
+    if is_long(split):  # all lanes of the warp have the best of all
+        promising = any_lane(promising)
     if promising:
         for k in range(width):
             high, low = score(values[k], words[k], unit, noise)
             if high > best[0] or (high == best[0] and low > best[1]):
                 best = high, low, int32(col + k)
+        if is_long(split):
+            best = warp_best(best, split_lanes(split))
     return best
 
 
@@ -127,7 +133,8 @@ def best_of_row(source, n_cols, team, split, draw, limit):
         piece = piece_of(k, n_cols, team, split, unit)
         at = slot_of(k, team, split, 1)
         best = best_of_granules(best, source, at, piece, team, split, (draw, limit), unit)
-        best = warp_best(best, split_lanes(split))
+        if not is_long(split):
+            best = warp_best(best, split_lanes(split))
         stage_next(k, (source,), n_cols, team, split, least)
         k = int32(k + 1)
     return best_of_parts(best, team, split) if is_long(split) else best

@@ -76,7 +76,7 @@ def open_again(source, n_cols, team, split, padding):
 
 
 @device
-def larger(largest, values, col, width, source, numbers):
+def larger(largest, values, col, width, source, split, numbers):
     for k in range(width):
         largest = maximum(largest, values[k])
     return largest
@@ -151,7 +151,7 @@ def sum_reaching_with(add_granule):
 
 
 @device
-def add_count(total, values, col, width, source, numbers):
+def add_count(total, values, col, width, source, split, numbers):
     limit, _ = numbers
     for k in range(width):
         total = add(total, where_reaching(values[k], limit, number(limit, 1.0)))
@@ -159,7 +159,7 @@ def add_count(total, values, col, width, source, numbers):
 
 
 @device
-def add_mass(total, values, col, width, source, numbers):
+def add_mass(total, values, col, width, source, split, numbers):
     limit, (half, exponent, lowest, scale, scale_low, c, c_low) = numbers
     if is_near(exponent):
         for k in range(width):
