@@ -39,7 +39,9 @@ _LOG_TERMS = (
     -0.07622108608484268,
 )
 _SLACK = 1 + 2.0**-16
-"""By how much noise is raised in `score_bound`: far more than all rounding errors of `gumbel` together."""
+"""By how much noise is raised in `score_bound`: far more than all rounding errors of `gumbel` together. All 2^32 words
+have been tried: their noise is finite and below its bound.
+"""
 
 
 def constant(type: ir.Type, value: int):
