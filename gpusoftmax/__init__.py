@@ -6,6 +6,8 @@ from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
+from gpusoftmax.mask_logits import top_k_mask_logits, top_p_mask_logits
+from gpusoftmax.sample import sample
 from gpusoftmax.soft_argmax import soft_argmax, soft_argmax_backward
 from gpusoftmax.softmax import softmax, softmax_backward
 from gpusoftmax.spatial_softmax import spatial_softmax, spatial_softmax_backward
@@ -25,6 +27,7 @@ __all__ = [
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
+    "sample",
     "soft_argmax",
     "soft_argmax_backward",
     "softmax",
@@ -33,5 +36,7 @@ __all__ = [
     "spatial_softmax_backward",
     "token_logprobs",
     "token_logprobs_backward",
+    "top_k_mask_logits",
     "top_logprobs",
+    "top_p_mask_logits",
 ]

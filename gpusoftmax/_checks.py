@@ -92,6 +92,15 @@ def _lowest_temperature(dtype: str) -> float:
     return 2.0 / float(np.finfo(dtype).max)
 
 
+def temperature_or_zero(value, dtype: str) -> float:
+    """A temperature at which may be sampled: 0 takes the largest logit."""
+    if not isinstance(value, bool | str | bytes) and not getattr(value, "ndim", 0) and value == 0:
+        return 0.0
+    number = temperature(value)
+    temperature_fits(number, dtype)
+    return number
+
+
 def scalar(value, name: str) -> float:
     if type(value) is float:
         return value
@@ -276,6 +285,63 @@ def bad_label(row: int, label: int, n_cols: int, ignore_index: int) -> IndexErro
         f"target[{row}] (counted in C order) is {found}, expected a class from 0 to {n_cols - 1} "
         f"or ignore_index ({ignore_index})"
     )
+
+
+def rng(value) -> tuple:
+    """(seed, step), each a Python int or something else that should be an array."""
+    seed, step = value if isinstance(value, tuple) and len(value) == 2 else (value, 0)
+    return _seed(seed, value), _seed(step, value)
+
+
+def _seed(part, value):
+    if isinstance(part, int | np.integer) and not isinstance(part, bool):
+        if not -(2**63) <= part < 2**64:
+            raise ValueError(f"rng is {_short(value)}, expected 64-bit integers")
+        return int(part)
+    if not hasattr(part, "dtype") or not hasattr(part, "shape"):
+        raise TypeError(f"rng is {_short(value)}, expected a seed or (seed, step): ints or arrays of integers")
+    return part
+
+
+def seeds(array, name: str, batch_shape: tuple[int, ...]) -> None:
+    """An array of seeds or steps: one for each row, or one for all."""
+    if array.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {array.dtype}, expected an integer dtype")
+    if array.shape != batch_shape and array.size != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected {batch_shape}, one for each row, or a single one")
+
+
+def top_k(value) -> int:
+    """How many logits are kept; 0: all of them."""
+    if value is None:
+        return 0
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"top_k is {_short(value)}, expected an int")
+    if not 1 <= number < 2**63:
+        raise ValueError(f"top_k is {number}, expected at least 1; None keeps all")
+    return number
+
+
+def top_p(value) -> float:
+    if value is None:
+        return 1.0
+    number = scalar(value, "top_p")
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"top_p is {number}, expected a number above 0, at most 1")
+    return number
+
+
+def min_p(value) -> float:
+    if value is None:
+        return 0.0
+    number = scalar(value, "min_p")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"min_p is {number}, expected a number from 0 to 1")
+    return number
 
 
 def shape(value) -> tuple[int, ...]:

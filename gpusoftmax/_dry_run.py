@@ -31,6 +31,9 @@ OPS = (
     "soft_argmax_backward",
     "spatial_softmax",
     "spatial_softmax_backward",
+    "sample",
+    "top_k_mask_logits",
+    "top_p_mask_logits",
 )
 TOP = 8
 """Tokens that a dry run asks of top_logprobs, or all there are."""
@@ -38,6 +41,8 @@ ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", "top_logprobs")
 """Those that take no tuple of axes, which might cost a copy."""
 IMAGES = ("spatial_softmax", "spatial_softmax_backward")
 """Those whose rows run along the last two axes."""
+_LIMITS = {"top_k_mask_logits": 50, "top_p_mask_logits": 0.9}
+"""What these are called with; no launch depends on it."""
 
 
 class Device(NamedTuple):
@@ -115,6 +120,8 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             elif op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
+            elif op == "sample":
+                _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
             elif axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
     yield from found
@@ -174,6 +181,10 @@ def _call(
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
     elif op == "top_logprobs":
         arguments.append(min(TOP, shape[options.get("axis", -1)]))
+    elif op in _LIMITS:
+        arguments.append(_LIMITS[op])
+    elif op == "sample":
+        options = {**options, "rng": _Imagined(batch, np.int64)}
     getattr(gpusoftmax, op)(*arguments, **options)
 
 

@@ -70,12 +70,12 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     row = n_cols * _arrays.numpy_dtype(dtype).itemsize
     number = 8 if dtype == "float64" else 4
     read, written = _PER_ROW.get(op, (0, 0))
-    label = 8 if op.startswith(("cross_entropy", "token_logprobs")) else 0
+    label = 8 if op.startswith(("cross_entropy", "token_logprobs", "sample")) else 0  # or the seed
     top = min(_dry_run.TOP, n_cols) if op == "top_logprobs" else 0
     sources = 2 if op in ("softmax_backward", "log_softmax_backward") else 1
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
-    results = 8 if op == "argmax" else 0 if op in _NO_ROWS else row
+    results = 8 if op in ("argmax", "sample") else 0 if op in _NO_ROWS else row
     return {
         "read": sources * row + again + label + read * number,
         "written": results + written * number + top * (number + 8),

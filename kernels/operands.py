@@ -1,6 +1,7 @@
 """What the public functions hand to the kernels: geometry, arrays and the place of execution."""
 
 import functools
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ STORAGE = {
 LABELS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 TOO_LARGE = -(2**63)
 """What stands for an unsigned label of 2^63 or more: no class, and no ignore_index that anybody uses."""
+ONE_VALUE = len(LABELS)
+"""The code of Labels that are one integer, the same for all rows: instead of an address, it stands in `pointer`."""
 NO_BAD_LABEL = 2**63 - 1
 """What find_bad_label reports when every label is a class or ignore_index."""
 
@@ -63,6 +66,44 @@ class Place(NamedTuple):
 
 
 NO_OPERAND = Operand(0, 0, 0, 0, "float32")
+
+
+def one_value(value: int) -> Labels:
+    """An integer, modulo 2^64, as Labels that every row has."""
+    return Labels((value + 2**63) % 2**64 - 2**63, 0, 0, ONE_VALUE)
+
+
+@functools.lru_cache(maxsize=256)
+def noise_scales(temperature: float, dtype: str):
+    """(unit, noise) with noise / unit = temperature, for the score x unit + g noise of a logit x with Gumbel noise g.
+
+    The unit is a power of two that keeps noise near 1: no score overflows. Temperature 0: no noise. Far beyond the
+    largest logit of the format, temperatures are all the same.
+    """
+    limits = np.finfo(dtype)
+    least = float(limits.smallest_normal)
+    unit = max(2.0 ** -max(0, math.ceil(math.log2(temperature or 1))), least)
+    return limits.dtype.type(unit), limits.dtype.type(min(temperature, 2.0**100 / least) * unit)
+
+
+class Limits(NamedTuple):
+    """Which logits of a row are kept, in this order: the top_k largest (0: all); of these the largest that have the
+    part top_p of the probability; those whose probability is min_p times the largest one's, or more.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+NO_LIMITS = Limits()
+
+
+def limits_in(limits: Limits, temperature: float, dtype: str):
+    """(top_k, top_p, from_max) for a kernel: logits are kept from the maximum plus from_max on."""
+    number = np.dtype(dtype).type
+    from_max = temperature * math.log(limits.min_p) if limits.min_p else -math.inf
+    return limits.top_k, number(limits.top_p), number(from_max)
 
 
 def label_code(dtype: str) -> int:

@@ -29,6 +29,12 @@ def _top_logprobs(logits, axis=-1, **options):
 
 
 EVERY_FIELD = {"return_lse": True, "return_entropy": True, "return_rank": True, "return_argmax": True}
+
+
+def sample_with_seeds(logits, seeds, axis=-1):
+    return gpusoftmax.sample(logits, axis, rng=(seeds, 3))
+
+
 CALLS = {
     "softmax": Call(gpusoftmax.softmax, ("x",)),
     "softmax_backward": Call(gpusoftmax.softmax_backward, ("probs", "dprobs")),
@@ -49,6 +55,9 @@ CALLS = {
     "token_logprobs_backward": Call(
         gpusoftmax.token_logprobs_backward, ("logits",), ("target", "dlogprob", "dentropy")
     ),
+    "sample": Call(sample_with_seeds, ("logits",), ("seeds",), takes_out=False, per_row=True),
+    "top_k_mask_logits": Call(partial(gpusoftmax.top_k_mask_logits, top_k=5), ("logits",)),
+    "top_p_mask_logits": Call(partial(gpusoftmax.top_p_mask_logits, top_p=0.9), ("logits",)),
 }
 # Those whose `out` has the shape of the logits: it may be an argument itself.
 IN_PLACE = [
@@ -74,6 +83,7 @@ def arguments(name, shape, dtype, seed=0):
         "dlogprob": gradient[..., 0].astype(row_dtype),
         "dentropy": gradient[..., -1].astype(row_dtype),
         "target": inputs.targets(int(np.prod(shape[:-1])), shape[-1], share_ignored=0.2, seed=seed).reshape(shape[:-1]),
+        "seeds": np.random.default_rng(seed).integers(-(2**63), 2**63, shape[:-1]),
     }
     return {argument: made[argument] for argument in CALLS[name].arguments}
 

@@ -60,6 +60,8 @@ KINDS = {
     "batch invariance": "thinking-machines-lab/batch_invariant_ops#13",
     "fast math": "numba/numba#2919",
     "label smoothing": "eps over another number of classes",
+    "seeds of rows": "flashinfer-ai/flashinfer@fb28d72: kernels read the first seed of an array alone",
+    "zero probability drawn": "pytorch/pytorch#48841",
     "machine code": "registers that spill, float64 in float32 kernels",
 }
 
@@ -191,6 +193,27 @@ def _lse_of(family, n_cols, **options):
         tolerances.check_logsumexp(library.logsumexp(logits), logits)
 
     return check
+
+
+def samples_of_rows_alone(library):
+    logits, seeds = inputs.make("flat", (6, 300), np.float32), np.arange(6)
+    together = library.sample(logits, rng=seeds).tolist()
+    alone = [int(library.sample(row, rng=seed)) for row, seed in zip(logits, seeds.tolist(), strict=True)]
+    assert together == alone, "samples differ from those of rows alone"
+
+
+def samples_beside_an_offset(library):
+    logits = np.zeros((100, 1000), np.float32)
+    found = [library.sample(logits + offset, rng=np.arange(100)) for offset in (0, 2.0**24)]
+    assert np.array_equal(*found), "an offset changes the samples"
+
+
+def samples_of_masked_rows(library):
+    """One column that is not masked, behind more of them than a vector has."""
+    logits = np.full((3, 3000), -np.inf, np.float32)
+    logits[:, -1] = -5
+    logits[2] = -np.inf
+    assert library.sample(logits, rng=0).tolist() == [2999, 2999, -1], "a column without a probability is drawn"
 
 
 def _log_softmax_of(family, n_cols):
@@ -705,6 +728,42 @@ MUTANTS = [
             "    return a.number(0), a.select(near, exponent, a.number(0))",
         ),
         (SOFTMAX,),
+    ),
+    # ---- sampling
+    Mutant(
+        "one seed for all rows",
+        "seeds of rows",
+        samples_of_rows_alone,
+        AssertionError,
+        "samples differ",
+        _edit(f"{CPU}.sample", "row_offset(labels, row, rows), labels.code)", "0, labels.code)"),
+        ("sample_rows",),
+    ),
+    Mutant(
+        "noise rounded to the steps of large logits",
+        "cancellation",
+        samples_beside_an_offset,
+        AssertionError,
+        "an offset changes",
+        _edit(
+            f"{CPU}.sample",
+            "if high > best[0] or (high == best[0] and low > best[1]):",
+            "if high > best[0]:",
+        ),
+        ("sample_rows",),
+    ),
+    Mutant(
+        "a column for the row that has none",
+        "zero probability drawn",
+        samples_of_masked_rows,
+        AssertionError,
+        "without a probability",
+        _edit(
+            f"{CPU}.sample",
+            "best, best_low, at = number(zero, -math.inf), zero, -1",
+            "best, best_low, at = number(zero, -math.inf), zero, 0",
+        ),
+        ("sample_rows",),
     ),
     # ---- precision
     Mutant(

@@ -351,3 +351,63 @@ def row_factor(labels, weight, n_cols, ignore_index, reduction, grad_scale):
         return factor
     total = mean_denominator(labels, weight, n_cols, ignore_index)
     return factor / total if total != 0 else np.full(labels.shape, NAN)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def philox(counter, key):
+    """Philox4x32-10 on arrays of integers below 2^32, as uint64. Salmon et al., 2011, section 3.3."""
+    low = np.uint64(0xFFFFFFFF)
+    a, b, c, d = (np.asarray(word, np.uint64) for word in counter)
+    first, second = (np.asarray(word, np.uint64) for word in key)
+    for _ in range(10):
+        one, two = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
+        a, b, c, d = (two >> np.uint64(32)) ^ b ^ first, two & low, (one >> np.uint64(32)) ^ d ^ second, one & low
+        first, second = (first + np.uint64(0x9E3779B9)) & low, (second + np.uint64(0xBB67AE85)) & low
+    return a, b, c, d
+
+
+def words(n_cols, seed, step):
+    """The random word of each column of a row."""
+    halves = [(int(number) & 0xFFFFFFFF, int(number) >> 32 & 0xFFFFFFFF) for number in (seed, step)]
+    blocks = np.arange(-(-n_cols // 4))
+    found = np.broadcast_arrays(*philox((blocks, *halves[1], 0), halves[0]))
+    return np.stack(found, axis=-1).reshape(-1)[:n_cols]
+
+
+def gumbel(words):
+    """Gumbel noise, longdouble."""
+    v = (np.asarray(words).astype(np.longdouble) + np.longdouble(0.5)) * np.longdouble(2) ** -32
+    return -np.log(-np.log1p(-v))
+
+
+def gumbel_scores(row, seed, step, temperature):
+    """What each column's logit and noise come to, longdouble: the largest is the sample."""
+    x = np.asarray(row).astype(np.float64).astype(np.longdouble)
+    return x + np.longdouble(temperature) * gumbel(words(len(x), seed, step))
+
+
+def kept_columns(row, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """(kept, doubtful): the columns that limits leave, and those that an error of 1e-6 in a sum would leave or not."""
+    x = np.asarray(row).astype(np.longdouble)
+    kept, doubtful = np.ones(len(x), bool), np.zeros(len(x), bool)
+    if top_k is not None:
+        kept = x >= np.sort(x)[-min(top_k, len(x))]
+    if top_p is not None:
+        e = np.where(kept, np.exp((x - x.max()) / np.longdouble(temperature)), 0)
+        before = _mass_of_larger(x, e) / e.sum()
+        doubtful = np.abs(before - top_p) < 1e-6
+        kept = kept & (before < top_p)
+    if min_p:
+        edge = x.max() + np.longdouble(temperature) * np.log(np.longdouble(min_p))
+        doubtful = doubtful | (np.abs(x - edge) <= 1e-6 * max(1, abs(edge)))
+        kept = kept & (x >= edge)
+    return kept, doubtful
+
+
+def _mass_of_larger(x, e):
+    """For each column the sum of e over those with a larger logit."""
+    order = np.argsort(-x, kind="stable")
+    before = np.concatenate([[0], e[order].cumsum()])
+    return before[np.searchsorted(-x[order], -x)]  # the first of equal ones

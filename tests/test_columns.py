@@ -35,6 +35,9 @@ OPERATIONS = {
     "smoothed_cross_entropy": lambda x, g, y, axis: gpusoftmax.cross_entropy_with_grad(
         x, y, axis=axis, reduction="none", label_smoothing=0.1, validate=False
     ),
+    "sample": lambda x, g, y, axis: (gpusoftmax.sample(x, axis, rng=y),),
+    "top_p_mask_logits": lambda x, g, y, axis: (gpusoftmax.top_p_mask_logits(x, 0.9, axis),),
+    "limited_sample": lambda x, g, y, axis: (gpusoftmax.sample(x, axis, rng=y, top_k=40, top_p=0.9),),
 }
 CHECKS = {
     "softmax": lambda got, x, g, y, axis: tolerances.check_softmax(got[0], x, axis),
@@ -48,6 +51,13 @@ CHECKS = {
     "cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "cross_entropy_with_grad": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "smoothed_cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.1),
+    "sample": lambda got, x, g, y, axis: np.testing.assert_array_equal(got[0], gpusoftmax.sample(x, axis, rng=y)),
+    "top_p_mask_logits": lambda got, x, g, y, axis: np.testing.assert_array_equal(
+        got[0], gpusoftmax.top_p_mask_logits(x, 0.9, axis)
+    ),
+    "limited_sample": lambda got, x, g, y, axis: np.testing.assert_array_equal(
+        got[0], gpusoftmax.sample(x, axis, rng=y, top_k=40, top_p=0.9)
+    ),
 }
 
 

@@ -50,6 +50,7 @@ def host_arrays():
 softmax, log_softmax, logsumexp = gpusoftmax.softmax, gpusoftmax.log_softmax, gpusoftmax.logsumexp
 softmax_backward, log_softmax_backward = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
 cross_entropy, with_grad = gpusoftmax.cross_entropy, gpusoftmax.cross_entropy_with_grad
+sample = gpusoftmax.sample
 
 # name -> (type of the error, its text or the beginning of it, the call)
 CASES = {
@@ -389,13 +390,91 @@ CASES = {
         "target[2] (counted in C order) is 4, expected a class from 0 to 3 or ignore_index (-1)",
         lambda a: with_grad(a.x, a.bad_labels, ignore_index=-1, validate=True, out=a.out),
     ),
+    # sampling
+    "sampling at a negative temperature": (
+        ValueError,
+        "temperature is -1.0, expected a finite number above 0",
+        lambda a: sample(a.x, temperature=-1, rng=0),
+    ),
+    "sampling at a temperature too small for float32": (
+        ValueError,
+        "temperature is 1e-39, expected at least 5.88e-39 for arithmetic in float32",
+        lambda a: sample(a.x, temperature=1e-39, rng=0),
+    ),
+    "top_k 0": (
+        ValueError,
+        "top_k is 0, expected at least 1; None keeps all",
+        lambda a: sample(a.x, top_k=0, rng=0),
+    ),
+    "top_k of a float": (TypeError, "top_k is 5.0, expected an int", lambda a: sample(a.x, top_k=5.0, rng=0)),
+    "top_p 0": (
+        ValueError,
+        "top_p is 0.0, expected a number above 0, at most 1",
+        lambda a: sample(a.x, top_p=0, rng=0),
+    ),
+    "top_p NaN": (
+        ValueError,
+        "top_p is nan, expected a number above 0, at most 1",
+        lambda a: sample(a.x, top_p=np.nan, rng=0),
+    ),
+    "min_p above 1": (
+        ValueError,
+        "min_p is 1.5, expected a number from 0 to 1",
+        lambda a: sample(a.x, min_p=1.5, rng=0),
+    ),
+    "a mask of top_k 0": (
+        ValueError,
+        "top_k is 0, expected at least 1; None keeps all",
+        lambda a: gpusoftmax.top_k_mask_logits(a.x, 0, out=a.out),
+    ),
+    "a mask of top_p above 1": (
+        ValueError,
+        "top_p is 1.5, expected a number above 0, at most 1",
+        lambda a: gpusoftmax.top_p_mask_logits(a.x, 1.5, out=a.out),
+    ),
+    "no rng": (
+        TypeError,
+        "rng is None, expected a seed or (seed, step): ints or arrays of integers",
+        lambda a: sample(a.x, rng=None),
+    ),
+    "an rng of three": (
+        TypeError,
+        "rng is (1, 2, 3), expected a seed or (seed, step): ints or arrays of integers",
+        lambda a: sample(a.x, rng=(1, 2, 3)),
+    ),
+    "a seed of True": (
+        TypeError,
+        "rng is (True, 0), expected a seed or (seed, step): ints or arrays of integers",
+        lambda a: sample(a.x, rng=(True, 0)),
+    ),
+    "a seed beyond 64 bits": (
+        ValueError,
+        "rng is 18446744073709551616, expected 64-bit integers",
+        lambda a: sample(a.x, rng=2**64),
+    ),
+    "seeds of floats": (
+        TypeError,
+        "seed has dtype float64, expected an integer dtype",
+        lambda a: sample(a.x, rng=a.float_labels),
+    ),
+    "steps of another shape": (
+        ValueError,
+        "step has shape (3,), expected (2, 3), one for each row, or a single one",
+        lambda a: sample(a.cube, rng=(0, a.labels)),
+    ),
+    "sampling from no classes": (
+        ValueError,
+        "logits has 0 classes, expected at least 1",
+        lambda a: sample(a.no_classes, rng=0),
+    ),
     # names
     "an op that there is not": (
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, "
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
         "token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
-        "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward",
+        "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward, sample, "
+        "top_k_mask_logits, top_p_mask_logits",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for
@@ -414,6 +493,8 @@ CASES = {
 
 # Text -> a call with NumPy arrays `a` and arrays `d` on an emulated device, which are the same otherwise.
 MIXED = {
+    "logits is a CUDA array on GPU 0 and seed is a NumPy array on the CPU; expected both from one library on one "
+    "device: move one of them first": lambda a, d: sample(d.x, rng=a.labels),
     "probs is a NumPy array on the CPU and dprobs is a CUDA array on GPU 0; expected both from one library on one "
     "device: move one of them first": lambda a, d: softmax_backward(a.x, d.x, out=a.out),
     "logits is a CUDA array on GPU 0 and target is a NumPy array on the CPU; expected both from one library on one "

@@ -45,6 +45,11 @@ def _logprobs_alone(gpu):
     return scores.logprob, scores.rank, gpusoftmax.token_logprobs_backward(x, target, scores.logprob)
 
 
+def _limited_sample(gpu):
+    x = gpu.array(inputs.make("spread", SHORT, F32))
+    return gpusoftmax.sample(x, top_k=9, top_p=0.9, min_p=0.01, rng=gpu.array(np.arange(SHORT[0])))
+
+
 def _copies(n_cols):
     """No single stride walks such rows: they are copied first, and their results back."""
 
@@ -65,6 +70,7 @@ CASES = {
     "spatial_softmax": _maps,
     "sums over rows": _sums,
     "log-probabilities alone": _logprobs_alone,
+    "samples of what is kept": _limited_sample,
     "copies of short rows": _copies(40),
     "copies of long rows": _copies(1500),
 }

@@ -19,7 +19,7 @@ OPERATIONS = {
     ),
 }
 # They need not keep what they have read.
-ONE_PASS = ("logsumexp", "cross_entropy", "token_logprobs", "argmax", "soft_argmax")
+ONE_PASS = ("logsumexp", "cross_entropy", "token_logprobs", "argmax", "soft_argmax", "sample")
 # Columns, and (blocks of a row, warps of a block, slots of a warp): how those rows are launched instead.
 REGIMES = {
     "short": (1024, None),
@@ -54,8 +54,13 @@ def _arguments(operation, shape):
     return made
 
 
-# top_logprobs looks at what is not in its slots as often as one of its tokens is chosen.
-CASES = [pair for pair in itertools.product(OPERATIONS, REGIMES) if pair != ("top_logprobs", "online")]
+# What is not in slots these read as often as they need.
+MANY_PASSES = ("top_logprobs", "top_k_mask_logits", "top_p_mask_logits")
+CASES = [
+    (name, regime)
+    for name, regime in itertools.product(OPERATIONS, REGIMES)
+    if regime != "online" or name not in MANY_PASSES
+]
 
 
 @pytest.mark.parametrize(("name", "regime"), CASES)

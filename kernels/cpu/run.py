@@ -78,15 +78,21 @@ def run(
     target: Operand | None,
     *numbers,
     keeps_exponentials: bool = False,
-    one_by_one: bool = False,
+    only_along: bool = False,
+    whole_rows: bool = False,
     in_blocks: bool = True,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
 
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
-    one_by_one: along rows, and each of them by one thread. in_blocks: whether the steps can take a block of rows.
+    only_along: the kernel knows vectors along rows and no others. whole_rows: these alone, and a row is one thread's,
+    who may go over it again: its exponentials are not kept where the result goes. in_blocks: whether the steps can
+    take a block of rows.
     """
-    laid_out = plan(kernel, rows, first, second, target, numbers, keeps_exponentials, one_by_one, in_blocks)
+    only_along = only_along or whole_rows
+    laid_out = plan(
+        kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks
+    )  # fmt: skip
     if hasattr(_recorder, "starts"):
         _recorder.starts.append(laid_out)
     start(laid_out, laid_out.addresses)
@@ -109,7 +115,8 @@ def plan(
     target: Operand | None,
     numbers: tuple,
     keeps_exponentials: bool,
-    one_by_one: bool,
+    only_along: bool,
+    whole_rows: bool,
     in_blocks: bool,
 ) -> Start:
     # Neighbours are rows that follow each other along the inner batch axis: they should be many.
@@ -118,13 +125,14 @@ def plan(
         first, second, target, *numbers = map(_with_axes_swapped, (first, second, target, *numbers))
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
-    way = ALONG if one_by_one else _way(rows, lines, in_blocks)
+    way = ALONG if only_along else _way(rows, lines, in_blocks)
     lanes = VECTOR_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
     # A result along rows may be written past the caches; exponentials may need another place than the result's.
     streamed = way is not ACROSS and target is not None and _is_streamed(rows, target, like, keeps_exponentials)
-    keeps = way is not ACROSS and keeps_exponentials and (streamed or target.dtype != like.dtype.name)
+    keeps = keeps_exponentials and way is not ACROSS
+    keeps = keeps and (whole_rows or streamed or target.dtype != like.dtype.name)
     if way is IN_BLOCKS and rows.n_cols * like.itemsize % VECTOR_BYTES:
         # Whatever is loaded where part of a vector was stored waits for the store.
         keeps = keeps_exponentials
@@ -167,7 +175,7 @@ def plan(
         neighbours = rows.n_inner if way is IN_BLOCKS or rows.n_inner >= lanes else rows.n_rows
         n_units = rows.n_rows // neighbours * -(-neighbours // height)
     per_item = max(1, LOGITS_PER_ITEM // (height * max(rows.n_cols, 1)))
-    if way is ALONG and not is_staged and not one_by_one and rows.n_rows < 2 * n_threads:
+    if way is ALONG and not is_staged and not whole_rows and rows.n_rows < 2 * n_threads:
         parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
     n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
     if n_threads <= 1:

@@ -48,7 +48,7 @@ def top_logprobs(
     """
     scale = unless_one(scale_of(1.0, temperature, logprobs.dtype))
     run(
-        top_logprobs_rows, rows, logits, None, None, labels, logprobs, tokens, k, ignore_index, *scale, one_by_one=True
+        top_logprobs_rows, rows, logits, None, None, labels, logprobs, tokens, k, ignore_index, *scale, whole_rows=True
     )  # fmt: skip
 
 

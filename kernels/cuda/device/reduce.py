@@ -116,3 +116,26 @@ def warp_min(value, lanes):
 def first_of_block(row, scratch):
     """The smallest of the block's row numbers (int64)."""
     return warp_min(exchange(warp_min(row, WARP_SIZE), scratch, row), WARP_SIZE)
+
+
+@device
+def beats(one, two):
+    """Whether one (high, low, column) comes before another: it has the larger sum high + low, or stands first."""
+    if one[0] != two[0]:
+        return one[0] > two[0]
+    if one[1] != two[1]:
+        return one[1] > two[1]
+    return one[2] < two[2]
+
+
+@device
+def warp_best(best, lanes):
+    """The first (high, low, column) of `lanes` neighbouring lanes in the order of `beats`."""
+    for offset in (16, 8, 4, 2, 1):
+        if offset < lanes:
+            high = cuda.shfl_xor_sync(FULL_WARP, best[0], offset)
+            low = cuda.shfl_xor_sync(FULL_WARP, best[1], offset)
+            other = high, low, cuda.shfl_xor_sync(FULL_WARP, best[2], offset)
+            if beats(other, best):
+                best = other
+    return best

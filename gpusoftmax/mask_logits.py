@@ -1,0 +1,102 @@
+"""Logits outside of top-k or top-p become -inf."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax.kernels.operands import Limits
+
+
+def top_k_mask_logits(logits: Any, top_k: int, axis: int | tuple[int, ...] | None = -1, *, out: Any = None) -> Any:
+    """`logits` with -inf for all but the `top_k` largest along `axis`.
+
+    The default axis is the last one, -1; None means all axes. All logits that equal the last of the largest stay, so
+    that the result does not depend on their order.
+
+    Parameters
+    ----------
+    logits : array, shape (..., n_cols, ...)
+        float16, bfloat16, float32 or float64, of NumPy, CuPy, torch or JAX, with any strides. Never modified unless it
+        is also `out`.
+    top_k : int
+        How many stay; all do if there are no more.
+    axis : int, tuple of int or None
+        Along which they are counted. A tuple of axes that no single stride walks costs one copy.
+    out : array, optional
+        Where to write the result, which is then what is returned. It decides the dtype. It may be `logits` itself.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `logits`
+        NaN stays NaN and is not counted.
+
+    Raises
+    ------
+    TypeError
+        Unsupported dtype; `top_k` no int; `out` of another library or device; a torch tensor that requires grad.
+    ValueError
+        Bad axis; `top_k` below 1; `out` of the wrong shape, read-only, or overlapping `logits` in part.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import top_k_mask_logits
+    >>> top_k_mask_logits(np.array([3.0, 1.0, 2.0]), 2)
+    array([  3., -inf,   2.])
+    """
+    return _replay.call(_mask, (logits, out), axis, 1.0, top_k, None)
+
+
+def top_p_mask_logits(
+    logits: Any,
+    top_p: float,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    temperature: float = 1.0,
+    out: Any = None,
+) -> Any:
+    """`logits` with -inf for all but the fewest largest whose probabilities add up to `top_p` or more.
+
+    Nucleus sampling: Holtzman et al., arXiv:1904.09751. The default axis is the last one, -1; None means all axes. All
+    logits that equal the last of the largest stay.
+
+    Parameters
+    ----------
+    logits, axis, out
+        As in `top_k_mask_logits`.
+    top_p : float above 0, at most 1
+        The part of the probability that stays, within 1e-6.
+    temperature : float
+        Divides the logits for the probabilities; the result is not divided.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `logits`
+        NaN stays NaN and is not counted. A row that holds +inf, and so has no probabilities, stays as it is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `top_k_mask_logits`; bad temperature or `top_p`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import top_p_mask_logits
+    >>> top_p_mask_logits(np.log([0.6, 0.1, 0.3]), 0.8).round(1)
+    array([-0.5, -inf, -1.2])
+    """
+    return _replay.call(_mask, (logits, out), axis, temperature, None, _checks.top_p(top_p))
+
+
+def _mask(logits, out, axis, temperature, top_k, top_p):
+    x = _arrays.logits(logits, "logits")
+    axes = _checks.axes(axis, x.ndim)
+    limits = Limits(_checks.top_k(top_k), _checks.top_p(top_p))
+    temperature = _checks.temperature(temperature)
+    masked = _arrays.output(out, x, x.shape, x.dtype)
+    _checks.temperature_fits(temperature, _arrays.compute_dtype(x, masked))
+    _checks.no_partial_overlap(masked, x, "logits")
+    kernel = _arrays.kernels(x.place, "mask_logits").mask_logits
+    if x.size:
+        _arrays.for_rows(lambda *rows: kernel(*rows, temperature, limits, x.place), axes, [x], [masked])
+    return _arrays.result(masked, out)

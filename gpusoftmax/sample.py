@@ -1,0 +1,123 @@
+"""Sampling from rows of logits."""
+
+from typing import Any
+
+import numpy as np
+
+from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax.kernels.operands import Limits, one_value
+
+
+def sample(
+    logits: Any,
+    axis: int = -1,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    rng: Any,
+) -> Any:
+    """An index for each row of `logits`, drawn with the probabilities of softmax(logits / temperature).
+
+    Rows run along `axis`; the default is the last one, -1. Columns may be left out, in this order, as in vLLM: by
+    `top_k`, by `top_p` of what is left, by `min_p`.
+
+    Parameters
+    ----------
+    logits : array, shape (..., n_cols, ...)
+        float16, bfloat16, float32 or float64, of NumPy, CuPy, torch or JAX, with any strides. Not modified.
+    axis : int
+        The axis of the classes.
+    temperature : float
+        Divides the logits; finite. 0 takes the largest logit, the first of equal ones.
+    top_k : int, optional
+        Only the so many largest logits are drawn. All that equal the last of these are among them.
+    top_p : float above 0, at most 1, optional
+        Only the fewest largest logits whose probabilities add up to this or more are drawn (nucleus sampling: Holtzman
+        et al., arXiv:1904.09751), with all that equal the last of these.
+    min_p : float, 0 to 1, optional
+        Only columns are drawn whose probability is at least this times the largest (Nguyen et al., arXiv:2407.01082).
+    rng : seed or (seed, step)
+        Each an int or an array of integers, which has one for each row (the shape of `logits` without `axis`) or a
+        single element, and lives where `logits` does. A step is what tells the draws of one seed apart, 0 where none is
+        given: the position of a token in its sequence, for instance. In arrays, both may change between the replays of
+        a CUDA graph. **Rows of one seed and step get the same noise: for independent draws give each row its own.**
+
+    Returns
+    -------
+    array of int64 (of int32 where JAX has no int64) or NumPy scalar, the shape of `logits` without `axis`
+        The column drawn, whose logit is never -inf. -1 for a row that has no softmax: it holds NaN or +inf, or nothing
+        but -inf.
+
+    Raises
+    ------
+    TypeError
+        Unsupported dtypes; arrays of different libraries or devices; an `rng` of another kind; a torch tensor that
+        requires grad.
+    ValueError
+        Bad axis, temperature, top_k, top_p, min_p or shape of `rng`; no columns.
+
+    Notes
+    -----
+    The Gumbel-max trick (Yellott, 1977) reads each logit once and needs no softmax. The noise of a column follows from
+    the row's seed and step and the column's number alone, by Philox4x32-10 (Salmon et al., 2011): a row has the same
+    sample whatever the batch, its place in it, strides, threads or device, and nearly always in another dtype too.
+    kernels/noise.py has the formulas. With top_p, a CPU and a GPU may differ where the probabilities add up to top_p
+    within 1e-6.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import sample
+    >>> logits = np.array([[0.0, -np.inf, 1.0], [np.nan, 0.0, 0.0]])
+    >>> seeds = np.array([7, 8])
+    >>> sample(logits, rng=(seeds, 0))
+    array([ 2, -1])
+    >>> sample(logits, temperature=0, rng=0)
+    array([ 2, -1])
+    """
+    seed, step = _checks.rng(rng)
+    if type(logits) is np.ndarray:  # an array is no option: what differs by it alone is replayed
+        seed, step = (np.asarray(_signed(one)) if type(one) is int else one for one in (seed, step))
+    if int in (type(seed), type(step)):
+        return _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p)
+    return _replay.call(_sample, (logits, seed, step), axis, temperature, top_k, top_p, min_p)
+
+
+def _signed(value: int) -> int:
+    return one_value(value).pointer
+
+
+def _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p):
+    x = _arrays.logits(logits, "logits")
+    axes = _checks.class_axis(axis, x.ndim)
+    _checks.class_count(x.shape[axes[0]])
+    temperature = _checks.temperature_or_zero(temperature, _arrays.compute_dtype(x))
+    limits = Limits(_checks.top_k(top_k), _checks.top_p(top_p), _checks.min_p(min_p))
+    words = [_words(one, name, x, axes) for one, name in ((seed, "seed"), (step, "step"))]
+    arrays = [one for one in words if isinstance(one, _arrays.Array)]
+    ids = _arrays.empty(x, _arrays.without_axes(x, axes), "int64")
+    kernel = _arrays.kernels(x.place, "sample").sample
+
+    def rows_of_batch(rows, x_rows, *others):
+        others = iter(others)
+        seeds, steps = (next(others) if isinstance(one, _arrays.Array) else one for one in words)
+        kernel(rows, x_rows, seeds, steps, next(others), temperature, limits, x.place)
+
+    _arrays.for_rows(rows_of_batch, axes, [x, *arrays], [_arrays.per_row(ids, axes, x.ndim)])
+    return _arrays.result(ids)
+
+
+def _words(given, name, logits, axes):
+    """Seeds or steps as the kernels take them, or as an array to be walked beside the logits."""
+    if type(given) is int:
+        return one_value(given)
+    array = _arrays.wrap(given, name)
+    _checks.same_home(logits, array, "logits", name)
+    _checks.seeds(array, name, _arrays.without_axes(logits, axes))
+    if array.dtype == "uint64":
+        array = array._replace(dtype="int64")  # the same bits
+    if array.size == 1:
+        return array._replace(strides=(0,) * logits.ndim)
+    return _arrays.per_row(array, axes, logits.ndim)

@@ -1,0 +1,179 @@
+"""From which logit on a row is kept, for top-k, top-p and min-p, on the CPU. A row is walked by one thread.
+
+    top-k   the k-th largest logit: at least so many reach it
+    top-p   the largest logit for which those that reach it have the part p of the probability, or more
+    min-p   max + T log(min_p): exp((x - max) / T) >= min_p
+
+All logits that equal the limit are kept. kernels/ordering.py tells how the first two are found.
+"""
+
+import math
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from gpusoftmax.kernels import formulas, ordering
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
+from gpusoftmax.kernels.cpu.states import row_max
+from gpusoftmax.kernels.cpu.vector import (
+    STORED_DTYPE,
+    add,
+    add_pair,
+    cols_of,
+    formula,
+    load_cols,
+    maximum,
+    mul,
+    number,
+)
+
+kept_from = formula(ordering.kept_from)
+
+
+@device
+def nothing_measured(here, first, last, numbers):
+    """Step 1 of an op for which a row has to be whole."""
+
+
+@device
+def limit_of(here, top_k, top_p, from_max, scale, scale_low):
+    """The limit of a row whose chunks' maxima are saved. top_k 0, top_p 1 and from_max -inf keep everything.
+
+    top_p counts the probability of what top_k leaves.
+    """
+    largest = row_max(here.states, count_of_chunks(here.n_cols), here.zero)
+    limit = number(largest, -math.inf)
+    if top_k > 0 and top_k < here.n_cols:
+        limit = limit_of_count(here, top_k, largest)
+    if top_p < number(largest, 1.0):
+        limit = limit_of_mass(here, top_p, limit, largest, scale, scale_low)
+    return maximum(limit, add(largest, from_max))
+
+
+@device
+def limit_of_count(here, top_k, largest):
+    """The k-th largest logit, or a number between it and the next one."""
+    step = order_step(here.first.pointer, largest)
+    low, high = order_of(number(largest, -math.inf)), order_of(largest) + step
+    middle = halfway(low, high, step)
+    while middle != low:
+        limit = of_order(middle, largest)
+        n_reaching = count_reaching(here, limit)
+        if n_reaching == top_k:
+            return limit
+        if n_reaching > top_k:
+            low = middle
+        else:
+            high = middle
+        middle = halfway(low, high, step)
+    return of_order(low, largest)
+
+
+@device
+def limit_of_mass(here, top_p, limit, largest, scale, scale_low):
+    for chunk in range(count_of_chunks(here.n_cols)):
+        col, count = chunk_range(here, chunk)
+        sum_of_exponentials(here, True, largest, None, col, count, scale, scale_low, False)
+    wanted = mul(top_p, mass_reaching(here, limit))
+    step = order_step(here.first.pointer, largest)
+    low, high = order_of(limit), order_of(largest) + step
+    middle = halfway(low, high, step)
+    while middle != low:
+        if mass_reaching(here, of_order(middle, largest)) >= wanted:
+            low = middle
+        else:
+            high = middle
+        middle = halfway(low, high, step)
+    return of_order(low, largest)
+
+
+@device
+def halfway(low, high, step):
+    """Between two orders, down to a multiple of the step; low if there is nothing between them."""
+    return ((low & high) + ((low ^ high) >> 1)) & -step  # their sum may take a bit too many
+
+
+@device
+def count_reaching(here, limit):
+    """How many logits are at least the limit, which is not -inf."""
+    cols = cols_of(here.zeros)
+    full = here.n_cols - here.n_cols % cols
+    found = 0
+    for col in range(0, full, cols):
+        found += lanes_reaching(load_cols(here.first, col, None, here.nothing), limit)
+    if full < here.n_cols:
+        found += lanes_reaching(load_cols(here.first, full, here.n_cols - full, here.nothing), limit)
+    return found
+
+
+@device
+def mass_reaching(here, limit):
+    """The sum of the exponentials in `home` whose logits are at least the limit."""
+    total, low = here.zero, here.zero
+    for chunk in range(count_of_chunks(here.n_cols)):
+        col, count = chunk_range(here, chunk)
+        part, part_low, _, _ = sum_chunk(exponential_reaching, here, (limit,), col, count)
+        total, low = add_pair(total, low, part, part_low)
+    return add(total, low)
+
+
+@device
+def exponential_reaching(col, left, ties, here, arguments):
+    x = load_cols(here.first, col, left, here.nothing)
+    return where_reaching(x, arguments[0], load_cols(here.home, col, left, here.zeros)), ties, None
+
+
+# ---------------------------------------------------------------- instructions
+
+
+@intrinsic
+def order_of(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return ordering.order_of(formulas.Arithmetic(builder, args[0].type), args[0])
+
+    return types.int64(x), codegen
+
+
+@intrinsic
+def of_order(typingctx, order, like):
+    def codegen(context, builder, signature, args):
+        return ordering.of_order(formulas.Arithmetic(builder, args[1].type), args[0])
+
+    return like(types.int64, like), codegen
+
+
+@intrinsic
+def order_step(typingctx, pointer, like):
+    """By how much the orders of two numbers differ at least that are stored as the pointer's and widened to `like`."""
+    step = 1 if like == types.float64 else ordering.STEPS[STORED_DTYPE[pointer.dtype]]
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.int64, step)
+
+    return types.int64(pointer, like), codegen
+
+
+@intrinsic
+def lanes_reaching(typingctx, x, limit):
+    """How many lanes of x are at least the limit."""
+
+    def codegen(context, builder, signature, args):
+        reaching = builder.fcmp_ordered(">=", args[0], formulas.Arithmetic(builder, args[0].type).splat(args[1]))
+        count = builder.ctpop(builder.bitcast(reaching, ir.IntType(x.lanes)))
+        return count if count.type == ordering.LONG else builder.zext(count, ordering.LONG)
+
+    return types.int64(x, limit), codegen
+
+
+@intrinsic
+def where_reaching(typingctx, x, limit, y):
+    """y in the lanes in which x is at least the limit, 0 in the others."""
+
+    def codegen(context, builder, signature, args):
+        a = formulas.Arithmetic(builder, args[0].type)
+        return a.select(builder.fcmp_ordered(">=", args[0], a.splat(args[1])), args[2], a.number(0))
+
+    return x(x, limit, x), codegen

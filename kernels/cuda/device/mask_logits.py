@@ -1,0 +1,26 @@
+"""Logits below a limit of their row become -inf. threshold.py finds the limit."""
+
+from numpy import int64
+
+from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.threshold import kept_from, limit_of
+
+
+@device
+def kept(values, others, col, width, numbers):
+    for k in range(width):
+        values[k] = kept_from(values[k], numbers[0])
+
+
+write_kept = row_writer(kept)
+
+
+def mask_logits_rows(rows, split, start, logits, masked, top_k, top_p, from_max, scale, scale_low):
+    team = team_of(split, 1)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else int64(0)
+    source, limits = row_of(logits, row, rows), (top_k, top_p, from_max)
+    limit = limit_of(source, n_cols, rows.n_cols, limits, team, split, gap_params(scale, scale_low))
+    write_kept(row_of(masked, row, rows), (source,), n_cols, team, split, (limit,), scale)

@@ -1,0 +1,78 @@
+"""The random numbers of `gpusoftmax.kernels.noise` for the columns of one thread."""
+
+import numpy as np
+from llvmlite import ir
+
+from gpusoftmax.kernels import noise
+from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
+from gpusoftmax.kernels.cuda.device.arithmetic import Rounded
+from gpusoftmax.kernels.cuda.device.memory import VECTOR_BYTES
+
+
+@intrinsic
+def granule_words(typingctx):
+    """A word for each number of `memory.granule_numbers`; in registers, as those."""
+
+    def codegen(context, builder, signature, args):
+        with builder.goto_entry_block():
+            array = builder.alloca(ir.ArrayType(noise.WORD, VECTOR_BYTES // 2))
+        return builder.bitcast(array, noise.WORD.as_pointer())
+
+    return types.CPointer(types.int32)(), codegen
+
+
+@intrinsic
+def draw_words(typingctx, words, col, seed, step, pointer):
+    """words[:] = those of the columns from `col` on that a granule of the pointer's format holds. `col` is a multiple
+    of their number.
+    """
+    width = VECTOR_BYTES * 8 // pointer.dtype.bitwidth
+
+    def codegen(context, builder, signature, args):
+        into, col, seed, step, _ = args
+        halves = [
+            builder.trunc(builder.lshr(value, ir.Constant(noise.LONG, shift)), noise.WORD)
+            for value in (seed, step)
+            for shift in (0, 32)
+        ]
+        bits = noise.COLS_OF_BLOCK.bit_length() - 1
+        block = builder.trunc(builder.lshr(col, ir.Constant(noise.LONG, bits)), noise.WORD)
+        found = []
+        for k in range(max(width // noise.COLS_OF_BLOCK, 1)):
+            counter = builder.add(block, ir.Constant(noise.WORD, k)), *halves[2:], ir.Constant(noise.WORD, 0)
+            found += noise.philox(builder, noise.product_of_words, counter, halves[:2])
+        if width < noise.COLS_OF_BLOCK:
+            second = builder.trunc(builder.lshr(col, ir.Constant(noise.LONG, 1)), ir.IntType(1))
+            found = [builder.select(second, found[width + k], found[k]) for k in range(width)]
+        for k, word in enumerate(found):
+            builder.store(word, builder.gep(into, [ir.Constant(noise.WORD, k)]))
+        return context.get_dummy_value()
+
+    return types.void(words, types.int64, types.int64, types.int64, pointer), codegen
+
+
+def _of_word(emit, n_results=1):
+    """An intrinsic that emits a formula of a logit, its word, and what they are scaled with."""
+
+    @intrinsic
+    def formula(typingctx, x, word, unit, scale):
+        result = types.UniTuple(x, n_results) if n_results > 1 else x
+
+        def codegen(context, builder, signature, args):
+            found = emit(Rounded(builder, context.get_value_type(x)), *args)
+            return context.make_tuple(builder, result, found) if n_results > 1 else found
+
+        return result(x, types.int32, unit, scale), codegen
+
+    return formula
+
+
+score_bound = _of_word(noise.score_bound)
+score = _of_word(noise.score, n_results=2)
+
+
+@intrinsic
+def lowest(typingctx, like):
+    """The lowest finite number."""
+    value = float(np.finfo(like.name).min)
+    return like(like), lambda context, builder, signature, args: context.get_constant(like, value)

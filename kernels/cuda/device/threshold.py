@@ -1,0 +1,281 @@
+"""From which logit on a row is kept, for top-k, top-p and min-p. What is meant stands in kernels/cpu/threshold.py.
+
+After a first pass for the maximum, a row is gone over once for each halving of kernels/ordering.py: in shared memory,
+where it lies, or from global memory again if it does not fit. Counts and sums of a pass go the way of row_sum.py, chunk
+by chunk in a fixed tree, through two places in turn: whoever writes to one of them knows that all have read what was
+there two passes ago, since a barrier lies between.
+"""
+
+import math
+
+from numpy import int32, int64
+
+from gpusoftmax.kernels import ordering
+from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
+from gpusoftmax.kernels.cuda.device.arithmetic import Rounded, add, add_pair, formula, maximum, mul, number
+from gpusoftmax.kernels.cuda.device.exponential import anchor, cheap_exp_from, cheap_exp_gap, lowest_of
+from gpusoftmax.kernels.cuda.device.granules import granule_sum, granules_with
+from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE
+from gpusoftmax.kernels.cuda.device.piece_state import halved, is_near, of_cheap
+from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish, warp_max, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.row_state import state_place
+from gpusoftmax.kernels.cuda.device.rows import (
+    announce,
+    chunk_of,
+    exchange_states,
+    meet,
+    open_row,
+    piece_of,
+    slot_of,
+    stage_next,
+    sync_slots,
+    wait_for_piece,
+)
+from gpusoftmax.kernels.cuda.device.shared_numbers import get
+from gpusoftmax.kernels.cuda.device.split import (
+    is_columns,
+    is_long,
+    is_one_chunk,
+    is_short,
+    split_chunks,
+    split_lanes,
+    split_piece_bits,
+    split_slots,
+)
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE
+
+kept_from = formula(ordering.kept_from)
+BEST_PLACE = 2
+"""The first of a chunk's numbers in shared memory that nothing here touches."""
+
+
+@device
+def limit_of(source, n_cols, all_cols, limits, team, split, params):
+    """The limit of a row, the same for all threads that share it. all_cols: of the rows that there are."""
+    top_k, top_p, from_max = limits
+    largest = row_max(source, n_cols, team, split, from_max)
+    limit, turn = number(largest, -math.inf), int32(1)
+    if top_k > 0 and top_k < all_cols:
+        limit, turn = limit_of_count(source, n_cols, limit, largest, top_k, turn, team, split, None)
+    if top_p < number(largest, 1.0):
+        mass = mass_params(largest, params)
+        total, low = mass_reaching(source, n_cols, limit, turn, team, split, mass)
+        wanted, turn = mul(top_p, add(total, low)), int32(turn + 1)
+        limit, turn = limit_of_mass(source, n_cols, limit, largest, wanted, turn, team, split, mass)
+    return maximum(limit, add(largest, from_max))
+
+
+# ---------------------------------------------------------------- passes
+
+
+@device
+def open_again(source, n_cols, team, split, padding):
+    """Begins another pass: what did not stay in the slots is fetched again."""
+    if not is_short(split) and split_slots(split) < team.n_pieces:
+        sync_slots(split)  # every lane has read what the last pass left there
+        open_row((source,), n_cols, team, split, padding)
+
+
+@device
+def larger(largest, values, col, width, source, split, numbers):
+    for k in range(width):
+        largest = maximum(largest, values[k])
+    return largest
+
+
+largest_of_granules = granules_with(larger)
+
+
+@device
+def row_max(source, n_cols, team, split, like):
+    """The first pass."""
+    least = number(like, -math.inf)
+    largest = least
+    announce(split)
+    open_row((source,), n_cols, team, split, least)
+    meet(split)
+    k = int32(0)
+    while k < team.n_pieces:
+        wait_for_piece(k, team, split)
+        piece = piece_of(k, n_cols, team, split, like)
+        at = slot_of(k, team, split, 1)
+        largest = largest_of_granules(largest, source, at, piece, team, split, (), like)
+        stage_next(k, (source,), n_cols, team, split, least)
+        k = int32(k + 1)
+    largest = warp_max(largest, split_lanes(split))
+    if not is_long(split):
+        return largest
+    if team.n_pieces > 0:
+        publish(state_place(0, team.rank, split, like), largest, team, split)
+    exchange_states(split)
+    part, n_parts = team.lane, min(team.size, split_chunks(split))
+    while part < n_parts:
+        largest = maximum(largest, get(state_place(0, part, split, like), like))
+        part = int32(part + WARP_SIZE)
+    return warp_max(largest, WARP_SIZE)
+
+
+def sum_reaching_with(add_granule):
+    """A device function for a pass: (total, low) of what the logits that are at least a limit add up to."""
+
+    sum_of_granules = granules_with(add_granule)
+
+    @device
+    def sum_reaching(source, n_cols, limit, turn, team, split, mass):
+        zero = number(limit, 0.0)
+        last_piece = int32((1 << split_piece_bits(split)) - 1)
+        least, place = number(zero, -math.inf), int32(turn & 1)
+        total, low = zero, zero
+        open_again(source, n_cols, team, split, least)
+        k = int32(0)
+        while k < team.n_pieces:
+            wait_for_piece(k, team, split)
+            piece = piece_of(k, n_cols, team, split, zero)
+            at = slot_of(k, team, split, 1)
+            part = sum_of_granules(zero, source, at, piece, team, split, (limit, mass), zero)
+            stage_next(k, (source,), n_cols, team, split, least)
+            if k & last_piece == 0:
+                total, low = zero, zero
+            total, low = add_pair(total, low, warp_sum(part, split_lanes(split)), zero)
+            if not is_one_chunk(split) and k & last_piece == last_piece:
+                publish(state_place(place, chunk_of(k, team, split), split, zero), add(total, low), team, split)
+            k = int32(k + 1)
+        if is_one_chunk(split):
+            return total, low
+        exchange_states(split)
+        total, low = zero, zero
+        for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
+            total, low = add_pair(total, low, get(state_place(place, chunk, split, zero), zero), zero)
+        return warp_sum_pair(total, low)
+
+    return sum_reaching
+
+
+@device
+def add_count(total, values, col, width, source, split, numbers):
+    limit, _ = numbers
+    for k in range(width):
+        total = add(total, where_reaching(values[k], limit, number(limit, 1.0)))
+    return total
+
+
+@device
+def add_mass(total, values, col, width, source, split, numbers):
+    limit, (half, exponent, lowest, scale, scale_low, c, c_low) = numbers
+    if is_near(exponent):
+        for k in range(width):
+            values[k] = where_reaching(values[k], limit, cheap_exp_from(values[k], exponent, lowest, c, c_low))
+    else:
+        for k in range(width):
+            e = cheap_exp_gap(values[k], half, scale, scale_low, c, c_low)
+            values[k] = where_reaching(values[k], limit, e)
+    return add(total, granule_sum(values, width))
+
+
+count_reaching = sum_reaching_with(add_count)
+mass_reaching = sum_reaching_with(add_mass)
+
+
+@device
+def mass_params(largest, params):
+    """What the exponentials of a row refer to."""
+    scale, scale_low, c, c_low = of_cheap(params)
+    exponent = anchor(largest, c)
+    return halved(largest), exponent, lowest_of(exponent, c), scale, scale_low, c, c_low
+
+
+# ---------------------------------------------------------------- halvings
+
+
+def limit_with(sum_reaching, surplus):
+    """A device function that finds the largest number whose sum is wanted or more; any, where it is exactly that."""
+
+    @device
+    def limit_with_sum(source, n_cols, limit, largest, wanted, turn, team, split, mass):
+        step = order_step(source.pointer, largest)
+        low, high = order_of(limit), order_of(largest) + step
+        left = n_halvings(source.pointer, largest)
+        # Rows that share a warp, or a block that fills its slots together, are gone over until the last one is done.
+        while left > 0 and (is_columns(split) or any_lane(halfway(low, high, step) != low)):
+            middle = halfway(low, high, step)
+            total, total_low = sum_reaching(source, n_cols, of_order(middle, largest), turn, team, split, mass)
+            if middle != low:
+                more = surplus(total, total_low, wanted)
+                if more >= 0:
+                    low = middle
+                if more <= 0:
+                    high = middle + step if more == 0 else middle
+            left, turn = int32(left - 1), int32(turn + 1)
+        return of_order(low, largest), turn
+
+    return limit_with_sum
+
+
+@device
+def count_surplus(total, low, wanted):
+    return int64(total) + int64(low) - wanted
+
+
+@device
+def mass_surplus(total, low, wanted):
+    return int64(1) if add(total, low) >= wanted else int64(-1)
+
+
+limit_of_count = limit_with(count_reaching, count_surplus)
+limit_of_mass = limit_with(mass_reaching, mass_surplus)
+
+
+@device
+def halfway(low, high, step):
+    """Between two orders, down to a multiple of the step; low if there is nothing between them."""
+    return ((low & high) + ((low ^ high) >> 1)) & -step  # their sum may take a bit too many
+
+
+# ---------------------------------------------------------------- instructions
+
+
+def _order_step(pointer, like):
+    return 1 if like == types.float64 else ordering.STEPS[STORED_DTYPE[pointer.dtype]]
+
+
+@intrinsic
+def order_step(typingctx, pointer, like):
+    """By how much the orders of two numbers differ at least that are stored as the pointer's and widened to `like`."""
+    step = _order_step(pointer, like)
+    return types.int64(pointer, like), lambda context, builder, signature, args: context.get_constant(types.int64, step)
+
+
+@intrinsic
+def n_halvings(typingctx, pointer, like):
+    """How often the interval of all such orders can be halved."""
+    count = like.bitwidth - (_order_step(pointer, like).bit_length() - 1)
+    return types.int32(pointer, like), lambda context, builder, signature, args: context.get_constant(
+        types.int32, count
+    )
+
+
+@intrinsic
+def order_of(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return ordering.order_of(Rounded(builder, args[0].type), args[0])
+
+    return types.int64(x), codegen
+
+
+@intrinsic
+def of_order(typingctx, order, like):
+    def codegen(context, builder, signature, args):
+        return ordering.of_order(Rounded(builder, args[1].type), args[0])
+
+    return like(types.int64, like), codegen
+
+
+@intrinsic
+def where_reaching(typingctx, x, limit, y):
+    """y where x is at least the limit, else 0."""
+
+    def codegen(context, builder, signature, args):
+        a = Rounded(builder, args[0].type)
+        return a.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], a.number(0))
+
+    return x(x, limit, x), codegen

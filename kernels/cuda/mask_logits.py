@@ -1,0 +1,10 @@
+"""Logits below a limit of their row become -inf, on the GPU. kernels/cuda/device/mask_logits.py holds the kernel."""
+
+from gpusoftmax.kernels.cuda.launch import launch_rows
+from gpusoftmax.kernels.operands import Limits, Operand, Place, Rows, compute_dtype, limits_in, scale_of
+
+
+def mask_logits(rows: Rows, logits: Operand, masked: Operand, temperature: float, limits: Limits, place: Place) -> None:
+    compute = compute_dtype(logits.dtype, masked.dtype)
+    numbers = *limits_in(limits, temperature, compute), *scale_of(2.0, temperature, compute)
+    launch_rows("mask_logits.mask_logits_rows", place, rows, logits, masked, *numbers)

@@ -1,0 +1,91 @@
+"""top_k_mask_logits and top_p_mask_logits: which logits stay, on every target, dtype and awkward row."""
+
+import numpy as np
+import pytest
+
+import gpusoftmax
+from tests import inputs, oracle
+
+F32 = np.dtype(np.float32)
+top_k, top_p = gpusoftmax.top_k_mask_logits, gpusoftmax.top_p_mask_logits
+N_COLS = [1, 31, 513, 4099]
+
+
+def check(masked, logits, **limits):
+    assert masked.dtype == logits.dtype and masked.shape == logits.shape
+    for row, found in zip(logits, masked, strict=True):
+        kept, doubtful = oracle.kept_columns(row, **limits)
+        expected = np.where(kept, row, np.array(-np.inf, row.dtype))
+        sure = ~doubtful
+        assert found[sure].tobytes() == expected[sure].tobytes()
+        # Of the others all that are equal stay or go together.
+        assert ((found == row) | (found == -np.inf))[doubtful].all()
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("n_cols", N_COLS)
+def test_top_k(target, dtype, n_cols):
+    logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
+    x = target.array(logits)
+    for k in (1, 7, n_cols):
+        check(target.get(top_k(x, k)), logits, top_k=k)
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("n_cols", N_COLS)
+def test_top_p(target, dtype, n_cols):
+    logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
+    x = target.array(logits)
+    for p, temperature in ((0.9, 1.0), (0.3, 2.5)):
+        masked = target.get(top_p(x, p, temperature=temperature))
+        check(masked, logits, top_p=p, temperature=temperature)
+
+
+def test_what_stays_is_not_changed(target):
+    """Not even the sign of a zero or the digits of a half type."""
+    logits = np.array([[-0.0, 0.0, -1.0, 1e-45, -np.inf]], F32)
+    masked = target.get(top_k(target.array(logits), 3))
+    assert masked.tobytes() == np.array([[-0.0, 0.0, -np.inf, 1e-45, -np.inf]], F32).tobytes()
+    assert target.get(top_k(target.array(logits), 9)).tobytes() == logits.tobytes()
+    assert target.get(top_p(target.array(logits), 1.0)).tobytes() == logits.tobytes()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_ties_at_the_limit_stay(target, k):
+    logits = np.full((3, 3000), -4, F32)
+    logits[:, 100::700] = 2.5  # five of them
+    masked = target.get(top_k(target.array(logits), k))
+    assert ((masked == 2.5) == (logits == 2.5)).all() and np.isneginf(masked[logits != 2.5]).all()
+    nearly_all = target.get(top_p(target.array(logits), 0.2))  # the five have 0.53 of the probability
+    assert nearly_all.tobytes() == masked.tobytes()
+
+
+@pytest.mark.parametrize("function, limit", [(top_k, 2), (top_p, 0.5)], ids=["top_k", "top_p"])
+def test_special_rows(target, function, limit):
+    logits = inputs.make("spread", (5, 700), F32)
+    logits[0] = -np.inf
+    logits[1, 3], logits[2, 5], logits[3] = np.nan, np.inf, np.nan
+    masked = target.get(function(target.array(logits), limit))
+    assert np.isneginf(masked[0]).all() and np.isnan(masked[3]).all()
+    assert np.isnan(masked[1, 3]) and masked[2, 5] == np.inf
+    alone = target.get(function(target.array(logits[4:]), limit))
+    assert masked[4].tobytes() == alone[0].tobytes()
+    without = np.where(np.isnan(logits[1]), -np.inf, logits[1])
+    masked_without = target.get(function(target.array(without[None]), limit))[0]
+    assert np.array_equal(np.where(np.isnan(masked[1]), -np.inf, masked[1]), masked_without)
+    if function is top_p:
+        assert masked[2].tobytes() == logits[2].tobytes()
+
+
+def test_axes_and_out():
+    logits = inputs.make("spread", (3, 40, 5), F32)
+    expected = top_k(np.ascontiguousarray(logits.transpose(0, 2, 1)), 4).transpose(0, 2, 1)
+    assert np.array_equal(top_k(logits, 4, axis=1), expected)
+    assert np.array_equal(
+        top_k(logits, 4, axis=(0, 2)), top_k(logits.transpose(1, 0, 2), 4, axis=(1, 2)).transpose(1, 0, 2)
+    )
+    out = np.empty(logits.shape, np.float64)
+    assert top_k(logits, 4, axis=1, out=out) is out and np.array_equal(out, expected)
+    place = logits.copy()
+    assert top_p(place, 0.5, out=place) is place and np.array_equal(place, top_p(logits, 0.5))
+    assert top_k(np.zeros((0, 4), F32), 2).shape == (0, 4)
