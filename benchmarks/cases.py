@@ -25,6 +25,9 @@ OPS = (
     "token_logprobs",  # with entropies: what a scorer or a reinforcement learner needs
     "token_logprobs_and_rank",
     "top_logprobs",
+    "argmax",
+    "soft_argmax",
+    "sample",
 )
 TOP = 20
 """Tokens of top_logprobs: the most that serving APIs give."""
@@ -71,6 +74,9 @@ class Case(NamedTuple):
             "token_logprobs": logits + labels + 2 * per_row,
             "token_logprobs_and_rank": logits + 2 * labels + 2 * per_row,
             "top_logprobs": logits + TOP * (per_row + labels),
+            "argmax": logits + labels,
+            "soft_argmax": logits + per_row,
+            "sample": logits + labels,
         }[self.op]
 
     def __str__(self) -> str:
@@ -112,8 +118,11 @@ def _share(case: Case) -> float:
 def worst_error(case: Case, result: object, to_numpy: Callable[[object], np.ndarray]) -> float:
     """The largest error in the first and the last block of a result, as a part of the largest number in it.
 
-    Raises ValueError for an error so large that the result is another one.
+    Raises ValueError for an error so large that the result is another one. Samples have no error: they are columns
+    that can be drawn, or not.
     """
+    if case.op == "sample":
+        return _check_samples(case, _blocks(case, result, to_numpy))
     worst = 0.0
     for got, want in zip(_blocks(case, result, to_numpy), 2 * _answer(case), strict=True):
         error = np.abs(got.astype(np.longdouble) - want).max(initial=0)
@@ -137,6 +146,8 @@ def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.
         "token_logprobs": (_check_logprob, _check_entropy),
         "token_logprobs_and_rank": (_check_logprob, _check_entropy, _check_rank),
         "top_logprobs": (_check_top,),
+        "argmax": (_check_argmax,),
+        "sample": (lambda got, logits: 0.0,),  # worst_error has said all
     }.get(case.op, (getattr(tolerances, f"check_{case.op}", None),))
     blocks = _blocks(case, result, to_numpy)
     return max(check(got, *arguments) for check, got in zip(2 * checks, blocks, strict=True))
@@ -153,6 +164,25 @@ def _check_entropy(got: np.ndarray, logits: np.ndarray, target: np.ndarray) -> f
 def _check_rank(got: np.ndarray, logits: np.ndarray, target: np.ndarray) -> float:
     if not np.array_equal(got, oracle.token_logprobs(logits, target)[3][:, 0]):
         raise AssertionError("rank: some are wrong")
+    return 0.0
+
+
+def _check_argmax(got: np.ndarray, logits: np.ndarray) -> float:
+    if not np.array_equal(got, oracle.argmax(logits)):
+        raise AssertionError("argmax: some are wrong")
+    return 0.0
+
+
+def _check_samples(case: Case, blocks: list[np.ndarray]) -> float:
+    """Of spread logits all columns together are likely, and a thousand draws that are all one column are none."""
+    logits = case.inputs["logits"].astype(np.float64)
+    for columns in blocks:
+        in_range = ((columns >= 0) & (columns < case.n_cols)).all()
+        if not in_range or not np.isfinite(logits[np.arange(len(logits)), columns]).all():
+            raise ValueError("its answer is wrong: a column that cannot be drawn")
+        behind = logits.max(axis=1) - logits[np.arange(len(logits)), columns]
+        if behind.max() > 40 + np.log(case.n_cols):
+            raise ValueError("its answer is wrong: a column that is never drawn")
     return 0.0
 
 

@@ -51,6 +51,9 @@ def _ours() -> Calls:
         "token_logprobs": lambda a: partial(_our_scores, a.logits, a.target),
         "token_logprobs_and_rank": lambda a: partial(_our_scores, a.logits, a.target, return_rank=True),
         "top_logprobs": lambda a: lambda: gpusoftmax.top_logprobs(a.logits, TOP).logprob,
+        "argmax": lambda a: partial(gpusoftmax.argmax, a.logits, out=a.per_row("int64")),
+        "soft_argmax": lambda a: partial(gpusoftmax.soft_argmax, a.logits, out=a.per_row(row_dtype(a))),
+        "sample": lambda a: partial(gpusoftmax.sample, a.logits, rng=0),
     }
 
 
@@ -97,11 +100,21 @@ def _torch_tokens(torch, compiled=lambda function: function) -> Calls:
     def top(logits):
         return torch.log_softmax(logits.float(), -1).topk(TOP)[0]
 
+    def soft_argmax(logits):
+        return torch.softmax(logits.float(), -1) @ torch.arange(logits.shape[-1], device=logits.device).float()
+
+    def sample(logits):
+        return torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0]
+
+    soft_argmax = compiled(soft_argmax)
     scores, scores_and_rank, top = compiled(scores), compiled(scores_and_rank), compiled(top)
     return {
         "token_logprobs": lambda a: partial(scores, a.logits, a.target),
         "token_logprobs_and_rank": lambda a: partial(scores_and_rank, a.logits, a.target),
         "top_logprobs": lambda a: partial(top, a.logits),
+        "argmax": lambda a: partial(torch.argmax, a.logits, -1),
+        "soft_argmax": lambda a: partial(soft_argmax, a.logits),
+        "sample": lambda a: partial(sample, a.logits),
     }
 
 
@@ -199,6 +212,11 @@ def _numpy() -> Calls:
         "token_logprobs": lambda a: partial(token_logprobs, a.logits, a.target, a.result()),
         "token_logprobs_and_rank": lambda a: partial(token_logprobs_and_rank, a.logits, a.target, a.result()),
         "top_logprobs": lambda a: partial(top_logprobs, a.logits, a.result()),
+        "argmax": lambda a: partial(np.argmax, a.logits, -1),
+        "soft_argmax": lambda a: (
+            lambda: softmax(a.logits, a.result()) @ np.arange(a.logits.shape[1], dtype=a.logits.dtype)
+        ),
+        "sample": lambda a: lambda: np.argmax(a.logits + np.random.default_rng(0).gumbel(size=a.logits.shape), axis=-1),
         "softmax": lambda a: partial(softmax, a.logits, a.result()),
         "log_softmax": lambda a: partial(log_softmax, a.logits, a.result()),
         "logsumexp": lambda a: partial(logsumexp, a.logits),

@@ -16,7 +16,7 @@ _FLOAT32_SOFTMAX = (
 _SOME = ((4096, 1024), (256, 32768), (16, 262144), (1, 262144), (100_000, 10), (65536, 64))
 _LONG = ((1024, 8192), (256, 32768), (16, 262144))
 _SCORED = ((1024, 32768), (64, 151936))
-_TOKENS = ("token_logprobs", "token_logprobs_and_rank", "top_logprobs")
+_TOKENS = ("token_logprobs", "token_logprobs_and_rank", "top_logprobs", "argmax", "soft_argmax", "sample")
 
 VOCABULARIES = (1000, 4096, 8192, 32000, 50257, 128256, 151936, 262144, 1048576)
 DECODE_VOCABULARIES = (32000, 128256, 151936, 262144)

@@ -62,7 +62,8 @@ def test_every_kernel_is_listed():
 
 
 def test_every_public_function_is_called():
-    assert codegen.public_functions() == set(gpusoftmax.__all__) - {"compile", "explain"}
+    operations = {name for name in gpusoftmax.__all__ if name.islower()} - {"compile", "explain"}
+    assert codegen.public_functions() == operations
 
 
 def test_the_default_run_covers_every_pair():

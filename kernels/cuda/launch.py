@@ -91,15 +91,18 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
         _recorder.launches.append(Launch(image, plan, words, addresses))
 
 
-def launch_rows(kernel: str, place: Place, rows: Rows, *arguments, reads: int = 1, passes: int = 2) -> None:
+def launch_rows(
+    kernel: str, place: Place, rows: Rows, *arguments, reads: int = 1, passes: int = 2, side_by_side: bool = True
+) -> None:
     """Starts a kernel that goes over rows: those of the first `reads` arguments, once or (passes) twice.
 
-    With two passes, it writes rows of the last argument that is an array.
+    With two passes, it writes rows of the last argument that is an array. side_by_side: whether it can take rows that
+    lie so together.
     """
     device = device_of(place)
     formats = tuple(argument.dtype for argument in arguments[:reads])
     compute = "float64" if any(isinstance(argument, np.float64) for argument in arguments) else "float32"
-    neighbours = _neighbours(rows, arguments, reads, passes)
+    neighbours = _neighbours(rows, arguments, reads, passes) if side_by_side else 1
     shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes, neighbours
     plan = row_plan(rows.n_rows, *shape)
     for start in range(0, rows.n_rows, plan.rows):  # once, unless there are more rows than blocks

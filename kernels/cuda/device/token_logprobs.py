@@ -32,12 +32,12 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     lowest_of,
     negative_log_probability,
 )
+from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import (
     granule_numbers,
     is_null,
     load,
     load_label,
-    n_values,
     piece_numbers,
     store,
     store_integer,
@@ -51,7 +51,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     read_logits,
     second_look,
 )
-from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish_pair, warp_min, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.reduce import publish_pair, warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import (
     above_anchor,
     as_part,
@@ -66,14 +66,13 @@ from gpusoftmax.kernels.cuda.device.row_state import (
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
-    col_of,
-    has_columns,
     meet,
     open_row,
     own_row,
     row_of,
     row_offset,
     row_writer,
+    slot_of,
     stage_next,
     team_of,
     wait_for_piece,
@@ -88,9 +87,9 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_piece_bits,
 )
 from gpusoftmax.kernels.cuda.device.transform import transform
-from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
-NO_COLUMN = 2**30
+NO_COLUMN = 2**31 - 1
 
 
 class Asked(NamedTuple):
@@ -131,42 +130,48 @@ def distance_to(half, x, scale):
     return mul(-half_gap(x, half), scale)
 
 
-@device
-def piece_distances(held, largest, piece, split, params):
-    """The sum of the exponentials of a piece times the distances to its maximum, relative to its anchor."""
-    scale, scale_low, c, c_low = params
-    exponent, half = anchor(largest, c), halved(largest)
-    lowest = lowest_of(exponent, c)
-    total = number(scale, 0.0)
-    for group in range(0, n_values(scale), GROUP):
-        if has_columns(group, piece, split):
-            for k in range(group, group + GROUP):
+def beside_with(with_entropy):
+    """A device function for what is summed, counted and found beside the state of a piece: (distances, above, column)
+    of a lane's columns, relative to the piece's maximum and anchor. They come from the slot again, one granule after
+    the other: beside a whole piece, registers run out.
+    """
+
+    @device
+    def beside(result, values, col, width, source, split, numbers):
+        largest, exponent, half, lowest, asked, row, params = numbers
+        scale, scale_low, c, c_low = params
+        distances, above, column = result
+        for k in range(width):
+            x = transform(values[k], col + k, row, params)
+            if with_entropy:
                 if is_near(exponent):
-                    e = cheap_exp_from(held[k], exponent, lowest, c, c_low)
+                    e = cheap_exp_from(x, exponent, lowest, c, c_low)
                 else:
-                    e = cheap_exp_gap(held[k], half, scale, scale_low, c, c_low)
-                total = add(total, weighted(e, distance_to(half, held[k], scale)))
-    return warp_sum(total, split_lanes(split))
+                    e = cheap_exp_gap(x, half, scale, scale_low, c, c_low)
+                distances = add(distances, weighted(e, distance_to(half, x, scale)))
+            if asked.is_counted:
+                above = add(above, is_above(x, asked.threshold))
+            if asked.is_found and x == largest:
+                column = min(column, int32(col + k))
+        return distances, above, column
 
+    of_granules = granules_with(beside)
 
-@device
-def piece_above(held, threshold, piece, split):
-    total = number(threshold, 0.0)
-    for group in range(0, n_values(threshold), GROUP):
-        if has_columns(group, piece, split):
-            for k in range(group, group + GROUP):
-                total = add(total, is_above(held[k], threshold))
-    return warp_sum(total, split_lanes(split))
+    @device
+    def beside_piece(source, at, piece, largest, asked, row, team, split, params):
+        zero, exponent = number(largest, 0.0), anchor(largest, params[2])
+        numbers = largest, exponent, halved(largest), lowest_of(exponent, params[2]), asked, row, params
+        result = zero, zero, int32(NO_COLUMN)
+        distances, above, column = of_granules(result, source, at, piece, team, split, numbers, zero)
+        if with_entropy:
+            distances = warp_sum(distances, split_lanes(split))
+        if asked.is_counted:
+            above = warp_sum(above, split_lanes(split))
+        if asked.is_found:
+            column = warp_min(column, split_lanes(split))
+        return distances, above, column
 
-
-@device
-def first_of_piece(held, largest, source, team, split):
-    """The first column of a piece that holds its maximum, counted from the piece's own first."""
-    first = int32(NO_COLUMN)
-    for k in range(n_values(largest)):
-        if held[k] == largest:
-            first = min(first, int32(col_of(k, team, split, source)))
-    return warp_min(first, split_lanes(split))
+    return beside_piece
 
 
 @device
@@ -230,6 +235,7 @@ _, finished_row = loss_numbers_with(finish)
 
 def token_numbers_with(with_entropy):
     """A device function for the first pass; `with_entropy` is a constant, since the other has half the work."""
+    beside_piece = beside_with(with_entropy)
 
     @device
     def token_numbers(source, asked, n_cols, row, team, split, params):
@@ -243,7 +249,7 @@ def token_numbers_with(with_entropy):
         held, sums = piece_numbers(scale), granule_numbers(scale)
         state = (least, zero, zero, zero)
         distances, above = zero, zero
-        best, column = least, int64(0)
+        best, column = least, int32(0)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
         announce(split)
         open_row((source,), n_cols, team, split, least)
@@ -252,21 +258,18 @@ def token_numbers_with(with_entropy):
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, row, team, split, params)
-            stage_next(k, (source,), n_cols, team, split, least)
             largest, total = piece_state(held, sums, piece, split, params)
             ties, rest = zero, zero
             if not is_long(split):
                 ties, rest = second_look(held, sums, largest, total, piece, split, params)
             current = largest, total, ties, rest
-            current_distances, current_above = zero, zero
-            if with_entropy:
-                current_distances = piece_distances(held, largest, piece, split, params)
-            if asked.is_counted:
-                current_above = piece_above(held, asked.threshold, piece, split)
-            if asked.is_found and any_lane(largest > best):  # rows that share a warp go together
-                first = piece.first + first_of_piece(held, largest, source, team, split)
-                if largest > best:
-                    best, column = largest, first
+            at = slot_of(k, team, split, 1)
+            current_distances, current_above, first = beside_piece(
+                source, at, piece, largest, asked, row, team, split, params
+            )
+            stage_next(k, (source,), n_cols, team, split, least)
+            if largest > best:
+                best, column = largest, first
             if k & last_piece == 0:
                 state, distances, above = current, current_distances, current_above
             else:
@@ -291,7 +294,7 @@ def token_numbers_with(with_entropy):
                 above, above_low = merged_above(team, split, scale)
             if asked.is_found:
                 owner = remainder(first_chunk_with(row_max, team, split), team.size)
-                column = column if owner == team.rank else int64(-1)
+                column = column if owner == team.rank else int32(-1)
         return numbers, mul(distances, numbers[3]), (above, above_low), column
 
     return token_numbers
@@ -328,7 +331,7 @@ def token_logprobs_of(token_numbers):
         if asked.is_found and team.lane == 0:
             has_nan = half != half
             if column >= 0 and not has_nan:
-                store_integer(argmax.pointer, row_offset(argmax, row, rows), column)
+                store_integer(argmax.pointer, row_offset(argmax, row, rows), int64(column))
             elif has_nan and team.rank == 0:
                 store_integer(argmax.pointer, row_offset(argmax, row, rows), -1)
         if team.rank == 0:

@@ -16,14 +16,14 @@ from numpy import int32, int64
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import log_sum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import negative_log_probability
+from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import (
+    granule_numbers,
     integer_of,
     load,
     load_label,
-    n_values,
     number_of,
     number_size,
-    piece_numbers,
     store,
     store_integer,
 )
@@ -31,12 +31,9 @@ from gpusoftmax.kernels.cuda.device.piece_state import gap_params
 from gpusoftmax.kernels.cuda.device.reduce import FULL_WARP, publish_pair
 from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
 from gpusoftmax.kernels.cuda.device.rows import (
-    col_of,
     exchange_states,
-    has_columns,
     own_row,
     piece_of,
-    read_piece,
     row_of,
     row_offset,
     slot_of,
@@ -45,7 +42,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes, split_slots
 from gpusoftmax.kernels.cuda.device.transform import transform
-from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 NO_COLUMN = 2**31 - 1
 
@@ -67,39 +64,38 @@ def best_of_lanes(value, col, lanes):
 
 
 @device
-def read_again(held, source, k, n_cols, team, split, like):
-    """held = piece k, from its slot if it is still there."""
-    piece = piece_of(k, n_cols, team, split, like)
-    if int32(k + split_slots(split)) >= team.n_pieces:
-        read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
-    else:
-        for j in range(n_values(like)):
-            col = col_of(j, team, split, source)
-            held[j] = number(like, -math.inf)
-            if col < piece.count:
-                held[j] = load(source.pointer, (piece.first + col) * source.stride, like)
-    return piece
+def next_of_granule(best, values, col, width, source, split, numbers):
+    """The best column so far that comes after a chosen one, or a better one of a granule."""
+    after, after_col, n_cols, row, params = numbers
+    value, at = best
+    for k in range(width):
+        x, own_col = transform(values[k], col + k, row, params), int32(col + k)
+        is_left = col + k < n_cols and is_better(after, after_col, x, own_col)
+        if is_left and is_better(x, own_col, value, at):
+            value, at = x, own_col
+    return value, at
+
+
+next_of_granules = granules_with(next_of_granule)
 
 
 @device
 def next_of_part(source, after, after_col, n_cols, row, team, split, params):
     """The best of this part's columns that come after a chosen one, as (logit, column); NO_COLUMN if there is none."""
-    held = piece_numbers(params[0])
-    value, col = number(params[0], -math.inf), int32(NO_COLUMN)
+    values, like = granule_numbers(params[0]), params[0]
+    numbers = after, after_col, n_cols, row, params
+    best = number(like, -math.inf), int32(NO_COLUMN)
     k = int32(0)
     while k < team.n_pieces:
-        piece = read_again(held, source, k, n_cols, team, split, params[0])
-        for group in range(0, n_values(params[0]), GROUP):
-            if has_columns(group, piece, split):
-                for j in range(group, group + GROUP):
-                    within = col_of(j, team, split, source)
-                    own_col = int32(piece.first + within)
-                    x = transform(held[j], piece.first + within, row, params)
-                    is_left = within < piece.count and is_better(after, after_col, x, own_col)
-                    if is_left and is_better(x, own_col, value, col):
-                        value, col = x, own_col
+        piece = piece_of(k, n_cols, team, split, like)
+        if int32(k + split_slots(split)) >= team.n_pieces:  # it is still in its slot
+            best = next_of_granules(best, source, slot_of(k, team, split, 1), piece, team, split, numbers, like)
+        else:
+            for within in range(team.lane, piece.count, split_lanes(split)):
+                values[0] = load(source.pointer, (piece.first + within) * source.stride, like)
+                best = next_of_granule(best, values, piece.first + within, 1, source, split, numbers)
         k = int32(k + 1)
-    return best_of_lanes(value, col, split_lanes(split))
+    return best_of_lanes(best[0], best[1], split_lanes(split))
 
 
 @device
