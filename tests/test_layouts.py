@@ -21,8 +21,10 @@ F32 = np.dtype(np.float32)
 
 
 def dtypes_of(target):
-    """Every further dtype is a kernel to compile, and the layouts of the GPU kernels do not depend on it."""
-    return inputs.DTYPES if target.name == "cpu" else (F32,)
+    """Every further dtype is a kernel to compile: float16 and float64 take the ways of bfloat16 and float32, and the
+    layouts of the GPU kernels do not depend on it.
+    """
+    return (F32, inputs.BFLOAT16) if target.name == "cpu" else (F32,)
 
 
 def run(target, name, arrays, **options):
