@@ -1,10 +1,10 @@
 """Every kernel keeps the codegen contract (tests/codegen.py): what it compiles to, and what that is linked to.
 
-By default each kernel is compiled and linked in float32 and bfloat16 for sm_90, and in float16 and float64 for sm_75 and
-sm_80, for which kernel by turns: each kernel meets every dtype and each of these architectures. The dtypes of a kernel get short rows, long
-ones and rows side by side in turn, and the next kernel begins with another of these. Under the marker codegen_full each
-kernel goes through in each dtype, mixed dtypes too, with all three, for each of the seven architectures that a PTX is
-linked for.
+By default each kernel is compiled and linked in float32 and bfloat16 for sm_90, and in float16 and float64 for sm_75
+and sm_80, for which kernel by turns: each kernel meets every dtype and each of these architectures. The dtypes of a
+kernel get short rows, long ones and rows side by side in turn, and the next kernel begins with another of these. Under
+the marker codegen_full each kernel goes through in each dtype, mixed dtypes too, with all three, for each of the seven
+architectures that a PTX is linked for.
 """
 
 import itertools
