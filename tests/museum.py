@@ -603,8 +603,8 @@ MUTANTS = [
         "logsumexp: row",
         _edit(
             f"{CPU}.chunks",
-            "for k in range(full, count, stripe):",
-            "for k in range(full, count - stripe, stripe):",
+            "if whole < count:",
+            "if whole < count - stripe:",
         ),
         (LSE,),
     ),

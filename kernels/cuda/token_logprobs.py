@@ -38,6 +38,7 @@ def token_logprobs(
         ignore_index,
         *scale_of(2.0, temperature, logprobs.dtype),
         passes=1,
+        side_by_side=False,  # as below
     )
 
 
