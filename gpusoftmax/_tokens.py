@@ -51,16 +51,16 @@ def token_logprobs(
     several = labels.ndim > len(batch_shape)
     if several and return_rank:  # a kernel counts for one of them
         for j in range(labels.shape[-1]):
-            one_of_each = {name: target_number(array, j) for name, array in per_target.items()}
-            call(_Targets(target_number(labels, j), 1, 0), one_of_each)
+            one_of_each = {name: _arrays.part(array, j) for name, array in per_target.items()}
+            call(_Targets(_arrays.part(labels, j), 1, 0), one_of_each)
         if per_row:
             call(
-                _Targets(target_number(labels, 0), 0, 0),
-                {"logprob": target_number(per_target["logprob"], 0), **per_row},
+                _Targets(_arrays.part(labels, 0), 0, 0),
+                {"logprob": _arrays.part(per_target["logprob"], 0), **per_row},
             )
     elif several:
-        first_of_each = {name: target_number(array, 0) for name, array in per_target.items()}
-        call(_Targets(target_number(labels, 0), labels.shape[-1], labels.strides[-1]), {**first_of_each, **per_row})
+        first_of_each = {name: _arrays.part(array, 0) for name, array in per_target.items()}
+        call(_Targets(_arrays.part(labels, 0), labels.shape[-1], labels.strides[-1]), {**first_of_each, **per_row})
     else:
         call(_Targets(labels, 1, 0), {**per_target, **per_row})
     results = {**per_target, **per_row}
@@ -94,12 +94,6 @@ def checked(logits, target, axis, temperature, ignore_index, validate):
         _labels.check(x, rows, all_labels, ignore_index)
         del memory  # a copy of the labels, perhaps: held until here
     return x, labels, axes, temperature, ignore_index
-
-
-def target_number(array: _arrays.Array, j: int) -> _arrays.Array:
-    """Number j along the last axis, of one that may be empty."""
-    pointer = array.pointer + j * array.strides[-1] * array.itemsize
-    return array._replace(pointer=pointer, shape=array.shape[:-1], strides=array.strides[:-1])
 
 
 def nothing(name: str, dtype: str) -> Operand | Labels:

@@ -172,7 +172,7 @@ def _token_logprobs_backward(logits, target, dlogprob, dentropy, out, axis, temp
     reads = {"labels": labels, **gradients}
     if several:
         strides = labels.strides[-1], gradients["dlogprob"].strides[-1] if dlogprob is not None else 0
-        reads.update({name: _tokens.target_number(reads[name], 0) for name in reads if name != "dentropy"})
+        reads.update({name: _arrays.part(reads[name], 0) for name in reads if name != "dentropy"})
     kernel = _arrays.kernels(x.place, "token_logprobs").token_logprobs_backward
 
     def rows_of_batch(rows, x_rows, label_rows, *rest):

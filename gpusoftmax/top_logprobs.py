@@ -90,7 +90,7 @@ def _top_logprobs(logits, target, k, axis, temperature, ignore_index, validate):
     logprobs, tokens = _arrays.empty(x, shape, dtype), _arrays.empty(x, shape, "int64")
     kernel = _arrays.kernels(x.place, "top_logprobs").top_logprobs
     per_row = [labels] if labels is not None else []
-    per_row += [_tokens.target_number(array, 0) for array in (logprobs, tokens)]
+    per_row += [_arrays.part(array, 0) for array in (logprobs, tokens)]
     reads, writes = per_row[:-2], per_row[-2:]
 
     def rows_of_batch(rows, x_rows, *others):
