@@ -25,7 +25,7 @@ import numpy as np
 
 from gpusoftmax import _checks, _memory
 from gpusoftmax.kernels import operands
-from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows
+from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows, Transform
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CPU = Place("cpu")
@@ -36,7 +36,8 @@ class Array(NamedTuple):
     """One array. `strides` count elements and may be 0 or negative; `pointer` is the address of element 0.
 
     `owner` is the array itself; for JAX, whose arrays are reached and made through NumPy or CuPy, it is a pair: a JAX
-    array of the call, which knows the device, and the NumPy or CuPy array.
+    array of the call, which knows the device, and the NumPy or CuPy array. `transform` is what logits go through where
+    they are read: that of an Operand, with arrays in place of operands.
     """
 
     owner: Any
@@ -47,6 +48,7 @@ class Array(NamedTuple):
     strides: tuple[int, ...]
     place: Place
     writable: bool
+    transform: Transform | None = None
 
     @property
     def ndim(self) -> int:
@@ -99,7 +101,7 @@ _TITLES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "torch", "jax": "JAX", "de
 
 @functools.cache
 def numpy_dtype(name: str) -> np.dtype:
-    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+    return BFLOAT16 if name == "bfloat16" else np.dtype(operands.MASKS.get(name, name))
 
 
 # A small call on a GPU is as quick as its way to the driver. What follows from dtypes, shapes and strides alone is
@@ -485,6 +487,10 @@ def without_axes(array: Array, axes: tuple[int, ...], keepdims: bool = False) ->
     return tuple(size for axis, size in enumerate(array.shape) if axis not in axes)
 
 
+def column_count(array: Array, axes: tuple[int, ...]) -> int:
+    return math.prod(array.shape[axis] for axis in axes)
+
+
 def per_row(array: Array, axes: tuple[int, ...], ndim: int) -> Array:
     """An array of one number per row, stretched over the reduced axes with stride 0, to walk beside the logits."""
     if array.ndim == ndim:
@@ -545,9 +551,13 @@ def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[A
     The logits come first in `reads` and give the shape. Two batch axes go to the kernel, further ones that cannot be
     joined with them are looped over here. Reduced axes that form no single stride cost one copy of each array.
     """
+    transform = reads[0].transform
     arrays = [*reads, *writes]
+    if transform is not None:
+        arrays += [field for field in transform if isinstance(field, Array)]
     walk = _walk(axes, reads[0].shape, tuple([array.strides for array in arrays]))
     if walk is None:
+        _checks.one_stride(axes, transform)
         _for_rows_of_copies(call, axes, reads, writes)
         return
     for index in itertools.product(*walk.calls):
@@ -560,6 +570,12 @@ def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[A
                 here.append(Labels(pointer, outer, inner, operands.label_code(array.dtype)))
             else:
                 here.append(Operand(pointer, outer, inner, col, array.dtype))
+        if transform is not None:
+            fields = iter(here[len(reads) + len(writes) :])
+            here[0] = here[0]._replace(
+                transform=Transform(*(next(fields) if isinstance(field, Array) else field for field in transform))
+            )
+            del here[len(reads) + len(writes) :]
         call(walk.rows, *here)
 
 

@@ -92,6 +92,59 @@ def _lowest_temperature(dtype: str) -> float:
     return 2.0 / float(np.finfo(dtype).max)
 
 
+def one_stride(axes: tuple[int, ...], transform) -> None:
+    """Rows that no single stride walks are copied, which is not done for what is read beside them."""
+    if transform is not None:
+        raise ValueError(
+            f"axis is {axes}, which no single stride walks; with a transform of the logits (bias, mask, n_valid, ...), "
+            f"expected one axis, or axes that lie together: reshape or copy the logits first"
+        )
+
+
+def softcap(value) -> float | None:
+    if value is None:
+        return None
+    number = scalar(value, "softcap")
+    if not 0 < number < math.inf:
+        raise ValueError(f"softcap is {number}, expected a finite number above 0; None leaves it out")
+    return number
+
+
+def valid_count(value, n_cols: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"n_valid is {_short(value)}, expected an int or an array of ints, one for each row") from None
+    if not 0 <= number <= n_cols:
+        raise ValueError(f"n_valid is {number}, expected 0 to {n_cols}, the number of columns")
+    return number
+
+
+def stretched(array, x, axes: tuple[int, ...], n_cols: int, name: str) -> tuple[int, ...]:
+    """The strides that walk an array of one element for each of n_cols columns beside x.
+
+    It has the shape of x, with a size of 1 wherever it is the same for all, or just the columns.
+    """
+    expected = tuple(n_cols if axis in axes else size for axis, size in enumerate(x.shape))
+    if array.shape == (n_cols,) and len(axes) == 1:
+        return tuple(array.strides[0] if axis in axes else 0 for axis in range(x.ndim))
+    if array.ndim != x.ndim or any(size not in (1, full) for size, full in zip(array.shape, expected, strict=True)):
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected ({n_cols},), one for each column, or {expected}, where sizes "
+            f"of 1 stand for all"
+        )
+    return tuple(0 if size == 1 else stride for size, stride in zip(array.shape, array.strides, strict=True))
+
+
+def mask_dtype(array, axes: tuple[int, ...]) -> None:
+    if array.dtype == "bool" or (array.dtype in ("int32", "uint32") and len(axes) == 1):
+        return
+    raise TypeError(
+        f"mask has dtype {array.dtype}, expected bool, or int32 with a bit for each column along one axis; True, or 1, "
+        f"keeps a logit"
+    )
+
+
 def temperature_or_zero(value, dtype: str) -> float:
     """A temperature at which may be sampled: 0 takes the largest logit."""
     if not isinstance(value, bool | str | bytes) and not getattr(value, "ndim", 0) and value == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy import ndarray
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _replay, _transform
 
 _SMALL = 4096
 """Logits that one thread turns into probabilities in less than 10 us."""
@@ -18,25 +18,30 @@ def _small_kernel(op: str, char: str) -> Callable | None:
     return importlib.import_module("gpusoftmax.kernels.cpu.small").function(op, char)
 
 
-def forward(op: str, x: Any, axis: Any, temperature: Any, dtype: Any, out: Any, any_temperature: bool = False) -> Any:
+def forward(op: str, x: Any, axis: Any, dtype: Any, out: Any, transform: tuple, any_temperature: bool = False) -> Any:
     """Calls `op` of the kernels of the same name on x and a result of its shape.
 
-    any_temperature: the result is right, if only the maximum counts, even where 2 / temperature overflows.
+    transform: the arguments of _transform.split. any_temperature: the result is right, if only the maximum counts, even
+    where 2 / temperature overflows.
     """
-    plain = type(axis) is int and axis == -1 and type(temperature) is float and temperature == 1 and dtype is None
+    plain = type(axis) is int and axis == -1 and dtype is None and _transform.is_nothing(*transform)
     if plain and type(x) is ndarray is type(out) and x.size <= _SMALL:
         kernel = _small_kernel(op, x.dtype.char)
         if kernel is not None and kernel(x, out):
             return out
-    return _replay.call(_forward, (x, out), op, axis, temperature, dtype, any_temperature)
+    arrays, options = _transform.split(*transform)
+    return _replay.call(_forward, (x, out, *arrays), op, axis, dtype, any_temperature, *options)
 
 
-def _forward(x, out, op, axis, temperature, dtype, any_temperature):
+def _forward(x, out, temperatures, bias, mask, valid, op, axis, dtype, any_temperature, *options):
     logits = _arrays.logits(x, "x")
     axes = _checks.axes(axis, logits.ndim)
-    temperature = _checks.temperature(temperature)
     dtype = None if dtype is None else _checks.dtype_name(dtype)
     result = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
+    arrays = temperatures, bias, mask, valid
+    logits, temperature = _transform.applied(
+        logits, axes, _arrays.compute_dtype(logits, result), arrays, options, result
+    )  # fmt: skip
     if not any_temperature:
         _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, result))
     _checks.no_partial_overlap(result, logits, "x")

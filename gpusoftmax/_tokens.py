@@ -2,27 +2,21 @@
 
 from typing import NamedTuple
 
-from gpusoftmax import _arrays, _checks, _labels
+from gpusoftmax import _arrays, _checks, _labels, _transform
 from gpusoftmax.kernels.operands import Labels, Operand
 
 _FIELDS = ("logprob", "lse", "entropy", "rank", "argmax")
 
 
 def token_logprobs(
-    logits,
-    target,
-    axis,
-    temperature,
-    ignore_index,
-    return_lse,
-    return_entropy,
-    return_rank,
-    return_argmax,
-    validate,
-) -> tuple:
+    logits, target, temperatures, bias, mask, valid,
+    axis, ignore_index, return_lse, return_entropy, return_rank, return_argmax, validate, *transform,
+) -> tuple:  # fmt: skip
     """The fields of TokenLogprobs."""
-    x, labels, axes, temperature, ignore_index = checked(logits, target, axis, temperature, ignore_index, validate)
+    x, labels, axes, ignore_index = checked(logits, target, axis, ignore_index, validate)
     dtype = _arrays.compute_dtype(x)
+    arrays = temperatures, bias, mask, valid
+    x, temperature = _transform.applied(x, axes, dtype, arrays, transform, name="logits")
     _checks.temperature_fits(temperature, dtype)
     batch_shape = _arrays.without_axes(x, axes)
     per_target, per_row = {"logprob": _arrays.empty(x, labels.shape, dtype)}, {}
@@ -75,16 +69,15 @@ class _Targets(NamedTuple):
     stride: int
 
 
-def checked(logits, target, axis, temperature, ignore_index, validate):
-    """(logits, labels, axes, temperature, ignore_index) as kernels take them; labels are None without a target."""
+def checked(logits, target, axis, ignore_index, validate):
+    """(logits, labels, axes, ignore_index) as kernels take them; labels are None without a target."""
     x = _arrays.logits(logits, "logits")
     axes = _checks.class_axis(axis, x.ndim)
     n_cols = x.shape[axes[0]]
     _checks.class_count(n_cols)
-    temperature = _checks.temperature(temperature)
     ignore_index = _checks.ignore_index(ignore_index)
     if target is None:
-        return x, None, axes, temperature, ignore_index
+        return x, None, axes, ignore_index
     labels = _arrays.wrap(target, "target")
     _checks.integer(labels.dtype, "target")
     _checks.same_home(x, labels, "logits", "target")
@@ -93,7 +86,7 @@ def checked(logits, target, axis, temperature, ignore_index, validate):
         rows, all_labels, memory = _arrays.all_labels(labels, n_cols)
         _labels.check(x, rows, all_labels, ignore_index)
         del memory  # a copy of the labels, perhaps: held until here
-    return x, labels, axes, temperature, ignore_index
+    return x, labels, axes, ignore_index
 
 
 def nothing(name: str, dtype: str) -> Operand | Labels:

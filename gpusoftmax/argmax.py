@@ -2,10 +2,21 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _replay, _transform
 
 
-def argmax(x: Any, axis: int | None = -1, *, keepdims: bool = False, out: Any = None) -> Any:
+def argmax(
+    x: Any,
+    axis: int | None = -1,
+    *,
+    keepdims: bool = False,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
+    out: Any = None,
+) -> Any:
     """The index of the largest element of `x` along `axis`: the next token of greedy decoding.
 
     The default axis is the last one, -1; None means the flattened array, as in NumPy (whose default it is).
@@ -18,6 +29,8 @@ def argmax(x: Any, axis: int | None = -1, *, keepdims: bool = False, out: Any = 
         Along which to look. None: the index counts elements in C order.
     keepdims : bool
         Keep the reduced axes with size 1.
+    temperature, bias, softcap, mask, n_valid
+        What `x` goes through before, as in `softmax`.
     out : array of int64, optional
         Where to write the result, which is then what is returned.
 
@@ -45,15 +58,18 @@ def argmax(x: Any, axis: int | None = -1, *, keepdims: bool = False, out: Any = 
     >>> argmax(np.array([[0.0, 3.0, 3.0], [2.0, 1.0, np.nan]]))
     array([1, 2])
     """
-    return _replay.call(_argmax, (x, out), axis, keepdims)
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    return _replay.call(_argmax, (x, out, *arrays), axis, keepdims, *options)
 
 
-def _argmax(x, out, axis, keepdims):
+def _argmax(x, out, temperatures, bias, mask, valid, axis, keepdims, *options):
     logits = _arrays.logits(x, "x")
     axes = _checks.axis_or_all(axis, logits.ndim)
     _checks.some_columns(logits.shape, axes, "x")
     indices = _arrays.output(out, logits, _arrays.without_axes(logits, axes, keepdims), "int64")
     _checks.no_overlap(indices, logits, "x")
+    arrays, dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(logits)
+    logits, _ = _transform.applied(logits, axes, dtype, arrays, options, indices)
     kernel = _arrays.kernels(logits.place, "argmax").argmax
     per_row = _arrays.per_row(indices, axes, logits.ndim)
     _arrays.for_rows(lambda *rows: kernel(*rows, logits.place), axes, [logits], [per_row])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _labels, _replay
+from gpusoftmax import _arrays, _checks, _labels, _replay, _transform
 from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
 
@@ -15,6 +15,12 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
+    empty_row: str = "nan",
     validate: bool | None = None,
 ) -> Any:
     """Negative log-likelihood of `target` under softmax(`logits`), in nats; torch's definition and defaults.
@@ -38,6 +44,10 @@ def cross_entropy(
         "none" gives the loss of each row. "mean" is NaN where no row counts.
     label_smoothing : float, 0 to 1
         Share of the probability that is spread evenly over all classes.
+    temperature, bias, softcap, mask, n_valid
+        What the logits go through before, as in `softmax`. A label that is masked has the loss +inf.
+    empty_row : "nan" or "zero"
+        What becomes of a row of which nothing is left: NaN, or a loss and a gradient of 0. "mean" counts it.
     validate : bool, optional
         Whether a label that is neither a class nor `ignore_index` raises IndexError. By default it does on the CPU;
         on a GPU it would wait for the device, and such a row gets a NaN loss (and gradient) instead.
@@ -70,8 +80,9 @@ def cross_entropy(
     >>> float(cross_entropy(np.zeros((1, 4)), np.array([2])))  # log 4
     1.3862943611198906
     """
+    arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid, empty_row)
     options = axis, ignore_index, reduction, label_smoothing, validate, 1.0, False
-    return _replay.call(_cross_entropy, (logits, target, weight, None), *options)[0]
+    return _replay.call(_cross_entropy, (logits, target, weight, None, *arrays), *options, *transform)[0]
 
 
 def cross_entropy_with_grad(
@@ -83,6 +94,12 @@ def cross_entropy_with_grad(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
+    empty_row: str = "nan",
     validate: bool | None = None,
     grad_scale: float = 1.0,
     out: Any = None,
@@ -93,6 +110,8 @@ def cross_entropy_with_grad(
     ----------
     logits, target, weight, axis, ignore_index, reduction, label_smoothing, validate
         As in `cross_entropy`.
+    temperature, bias, softcap, mask, n_valid, empty_row
+        As in `cross_entropy`. The gradient is that of the logits as they were given; exactly 0 where they are masked.
     grad_scale : float
         Multiplies the gradient (not the loss): the loss scale of mixed-precision training, for instance.
     out : array, optional
@@ -120,13 +139,15 @@ def cross_entropy_with_grad(
     array([[ 0.25,  0.25, -0.75,  0.25]])
     """
     grad_scale = _checks.scalar(grad_scale, "grad_scale")
+    arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid, empty_row)
     options = axis, ignore_index, reduction, label_smoothing, validate, grad_scale, True
-    return _replay.call(_cross_entropy, (logits, target, weight, out), *options)
+    return _replay.call(_cross_entropy, (logits, target, weight, out, *arrays), *options, *transform)
 
 
 def _cross_entropy(
-    logits, target, weight, out, axis, ignore_index, reduction, label_smoothing, validate, grad_scale, with_grad
-):
+    logits, target, weight, out, temperatures, bias, mask, valid,
+    axis, ignore_index, reduction, label_smoothing, validate, grad_scale, with_grad, *transform,
+):  # fmt: skip
     x = _arrays.logits(logits, "logits")
     labels = _arrays.wrap(target, "target")
     axes = _checks.class_axis(axis, x.ndim)
@@ -146,6 +167,8 @@ def _cross_entropy(
         _checks.no_partial_overlap(gradient, x, "logits")
         _checks.no_overlap(gradient, labels, "target")
     dtype = _arrays.compute_dtype(x, gradient)
+    arrays = temperatures, bias, mask, valid
+    transformed, _ = _transform.applied(x, axes, dtype, arrays, transform, gradient, "logits", takes_temperature=False)
     loss_dtype = "float64" if x.dtype == "float64" else "float32"
     class_weight = None
     if weight is not None:
@@ -183,7 +206,7 @@ def _cross_entropy(
     _arrays.for_rows(
         rows_of_batch,
         axes,
-        [x, _arrays.per_row(labels, axes, x.ndim)],
+        [transformed, _arrays.per_row(labels, axes, x.ndim)],
         [_arrays.per_row(losses, axes, x.ndim), *([gradient] if with_grad else [])],
     )
     if reduction != "none":

@@ -9,7 +9,12 @@ def log_softmax(
     x: Any,
     axis: int | tuple[int, ...] | None = -1,
     *,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
+    empty_row: str = "nan",
     dtype: Any = None,
     out: Any = None,
 ) -> Any:
@@ -19,8 +24,10 @@ def log_softmax(
 
     Parameters
     ----------
-    x, axis, temperature, dtype, out
+    x, axis, temperature, bias, softcap, mask, n_valid, dtype, out
         As in `softmax`.
+    empty_row : "nan" or "zero"
+        What becomes of a row of which nothing is left: NaN, or -inf, the logarithm of zero.
 
     Returns
     -------
@@ -45,7 +52,8 @@ def log_softmax(
     >>> log_softmax(np.array([40.0, 0.0]))
     array([-4.24835426e-18, -4.00000000e+01])
     """
-    return _rowwise.forward("log_softmax", x, axis, temperature, dtype, out)
+    transform = temperature, bias, softcap, mask, n_valid, empty_row
+    return _rowwise.forward("log_softmax", x, axis, dtype, out, transform)
 
 
 def log_softmax_backward(

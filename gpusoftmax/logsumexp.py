@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _replay, _transform
 
 
 def logsumexp(
@@ -10,7 +10,11 @@ def logsumexp(
     axis: int | tuple[int, ...] | None = -1,
     *,
     keepdims: bool = False,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
     dtype: Any = None,
     out: Any = None,
 ) -> Any:
@@ -20,7 +24,7 @@ def logsumexp(
 
     Parameters
     ----------
-    x, axis, temperature
+    x, axis, temperature, bias, softcap, mask, n_valid
         As in `softmax`.
     keepdims : bool
         Keep the reduced axes with size 1.
@@ -46,18 +50,21 @@ def logsumexp(
     >>> float(logsumexp(np.array([1000.0, 1000.0])) - 1000.0)
     0.69314718055989...
     """
-    return _replay.call(_logsumexp, (x, out), axis, keepdims, temperature, dtype)
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    return _replay.call(_logsumexp, (x, out, *arrays), axis, keepdims, dtype, *options)
 
 
-def _logsumexp(x, out, axis, keepdims, temperature, dtype):
+def _logsumexp(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype, *options):
     logits = _arrays.logits(x, "x")
     axes = _checks.axes(axis, logits.ndim)
-    temperature = _checks.temperature(temperature)
     dtype = None if dtype is None else _checks.dtype_name(dtype)
     row_dtype = "float64" if logits.dtype == "float64" else "float32"
     shape = _arrays.without_axes(logits, axes, keepdims)
     lse = _arrays.output(out, logits, shape, row_dtype, dtype)
-    _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, lse))
+    compute_dtype = _arrays.compute_dtype(logits, lse)
+    arrays = temperatures, bias, mask, valid
+    logits, temperature = _transform.applied(logits, axes, compute_dtype, arrays, options, lse)
+    _checks.temperature_fits(temperature, compute_dtype)
     _checks.no_partial_overlap(lse, logits, "x")
     kernel = _arrays.kernels(logits.place, "logsumexp").logsumexp
     per_row = _arrays.per_row(lse, axes, logits.ndim)

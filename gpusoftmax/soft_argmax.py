@@ -2,14 +2,18 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _replay, _transform
 
 
 def soft_argmax(
     x: Any,
     axis: int = -1,
     *,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
     keepdims: bool = False,
     dtype: Any = None,
     out: Any = None,
@@ -24,8 +28,8 @@ def soft_argmax(
         As in `softmax`.
     axis : int
         One axis, by default the last one.
-    temperature : float
-        Divides `x`; finite and above 0.
+    temperature, bias, softcap, mask, n_valid
+        What `x` goes through before, as in `softmax`.
     keepdims : bool
         Keep the reduced axis with size 1.
     dtype : dtype, optional
@@ -56,17 +60,19 @@ def soft_argmax(
     >>> soft_argmax(np.array([[0.0, 0.0, -np.inf, 0.0, 0.0], [-np.inf, -np.inf, -np.inf, 1.0, -np.inf]]))
     array([2., 3.])
     """
-    return _replay.call(_soft_argmax, (x, out), axis, temperature, keepdims, dtype)
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    return _replay.call(_soft_argmax, (x, out, *arrays), axis, keepdims, dtype, *options)
 
 
-def _soft_argmax(x, out, axis, temperature, keepdims, dtype):
+def _soft_argmax(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype, *options):
     logits = _arrays.logits(x, "x")
     axes = _checks.one_axis(axis, logits.ndim)
-    temperature = _checks.temperature(temperature)
     dtype = None if dtype is None else _checks.dtype_name(dtype)
     row_dtype = "float64" if logits.dtype == "float64" else "float32"
     expected = _arrays.output(out, logits, _arrays.without_axes(logits, axes, keepdims), row_dtype, dtype)
     _checks.no_partial_overlap(expected, logits, "x")
+    arrays, compute_dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(logits, expected)
+    logits, temperature = _transform.applied(logits, axes, compute_dtype, arrays, options, expected)
     kernel = _arrays.kernels(logits.place, "soft_argmax").soft_argmax
     per_row = _arrays.per_row(expected, axes, logits.ndim)
     _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [per_row])
@@ -74,7 +80,17 @@ def _soft_argmax(x, out, axis, temperature, keepdims, dtype):
 
 
 def soft_argmax_backward(
-    x: Any, expected: Any, dexpected: Any, axis: int = -1, *, temperature: float = 1.0, out: Any = None
+    x: Any,
+    expected: Any,
+    dexpected: Any,
+    axis: int = -1,
+    *,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
+    out: Any = None,
 ) -> Any:
     """Gradient with respect to `x` of `soft_argmax`, from its result and the gradient with respect to that.
 
@@ -87,8 +103,8 @@ def soft_argmax_backward(
     expected, dexpected : array, the shape of `x` without `axis`
         The result of `soft_argmax` and the gradient with respect to it: same dtype, library and device as each other,
         library and device those of `x`; any strides.
-    axis, temperature
-        As given to `soft_argmax`.
+    axis, temperature, bias, softcap, mask, n_valid
+        As given to `soft_argmax`. The gradient is that of `x` as it was given.
     out : array, optional
         Where to write the result; may be `x` itself.
 
@@ -112,10 +128,11 @@ def soft_argmax_backward(
     >>> soft_argmax_backward(np.zeros(3), np.array(1.0), np.array(3.0))
     array([-1.,  0.,  1.])
     """
-    return _replay.call(_soft_argmax_backward, (x, expected, dexpected, out), axis, temperature)
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    return _replay.call(_soft_argmax_backward, (x, expected, dexpected, out, *arrays), axis, *options)
 
 
-def _soft_argmax_backward(x, expected, dexpected, out, axis, temperature):
+def _soft_argmax_backward(x, expected, dexpected, out, temperatures, bias, mask, valid, axis, *options):
     logits, mean, gradient = (
         _arrays.logits(array, name) for array, name in ((x, "x"), (expected, "expected"), (dexpected, "dexpected"))
     )
@@ -125,9 +142,10 @@ def _soft_argmax_backward(x, expected, dexpected, out, axis, temperature):
         _checks.same_home(logits, array, "x", name)
         _checks.same_shape(array, batch_shape, name, f"to match x {logits.shape} without axis {axis}")
     _checks.same_dtype(mean, gradient, "expected", "dexpected")
-    temperature = _checks.temperature(temperature)
     result = _arrays.output(out, logits, logits.shape, logits.dtype)
-    _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, mean, result))
+    arrays, dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(logits, mean, result)
+    logits, temperature = _transform.applied(logits, axes, dtype, arrays, options, result)
+    _checks.temperature_fits(temperature, dtype)
     _checks.no_partial_overlap(result, logits, "x")
     _checks.no_overlap(result, mean, "expected")
     _checks.no_overlap(result, gradient, "dexpected")

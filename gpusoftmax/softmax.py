@@ -9,13 +9,19 @@ def softmax(
     x: Any,
     axis: int | tuple[int, ...] | None = -1,
     *,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
+    empty_row: str = "nan",
     dtype: Any = None,
     out: Any = None,
 ) -> Any:
     """Softmax of `x` along `axis`: exp(x / temperature) divided by its sum.
 
-    The default axis is the last one, -1; None means all axes, as in SciPy (whose default it is).
+    On the way there, a bias may be added to the logits, a bound be put on them, and a mask leave some of them out. The
+    default axis is the last one, -1; None means all axes, as in SciPy (whose default it is).
 
     Parameters
     ----------
@@ -24,8 +30,19 @@ def softmax(
         and lists become float64. Half types are computed in float32. Never modified unless it is also `out`.
     axis : int, tuple of int or None
         Along which the results sum to 1. A tuple of axes that no single stride walks costs one copy.
-    temperature : float
-        Divides the logits; finite and above 0.
+    temperature : float, or array with the shape of `x` without `axis`
+        Divides the logits; finite and above 0. An array has one for each row, and rows where it is not are NaN.
+    bias : array, optional
+        Is added next: one for each column, shape (n_cols,), or the shape of `x`, where sizes of 1 stand for all.
+    softcap : float, optional
+        Bounds what comes of that: softcap * tanh(logit / softcap).
+    mask : array of bool, or of int32 with a bit for each column, optional
+        True, or 1, keeps a logit; the others count as -inf, last of all. Shaped as `bias`; with bits, the axis has
+        ceil(n_cols / 32) words, and the lowest bit of a word is its first column, as grammar engines have it.
+    n_valid : int, or array of integers with the shape of `x` without `axis`, optional
+        How many columns of each row count, from the first on: of a padded vocabulary, or of rows of unequal lengths.
+    empty_row : "nan" or "zero"
+        What becomes of a row of which nothing is left: NaN, or zeros.
     dtype : dtype, optional
         Of the result; by default that of `x`. float64 is also computed in float64.
     out : array, optional
@@ -42,10 +59,15 @@ def softmax(
         Unsupported dtype; `out` of another library or device than `x`; `out` and a different `dtype`; a torch tensor
         that requires grad.
     ValueError
-        Bad axis or temperature; `out` of the wrong shape, read-only, or overlapping `x` in part.
+        Bad axis, temperature, softcap or n_valid; `bias` or `mask` of the wrong shape; `out` of the wrong shape,
+        read-only, or overlapping `x` in part or anything else that is read.
 
     Notes
     -----
+    The row that is read goes through scale, bias, softcap and mask on its way into registers, and whatever is not given
+    costs nothing. With bias or softcap a logit is divided by the temperature first; else the maximum is subtracted
+    before, so that the smallest temperature overflows nothing.
+
     A row has the same bits whatever the batch around it, its strides and its alignment. One pass finds maximum and sum
     together: Milakov and Gimelshein, arXiv:1805.02867, algorithm 3.
 
@@ -57,7 +79,8 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
-    return _rowwise.forward("softmax", x, axis, temperature, dtype, out, any_temperature=True)
+    transform = temperature, bias, softcap, mask, n_valid, empty_row
+    return _rowwise.forward("softmax", x, axis, dtype, out, transform, any_temperature=True)
 
 
 def softmax_backward(

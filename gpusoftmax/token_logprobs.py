@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _replay, _tokens
+from gpusoftmax import _arrays, _checks, _replay, _tokens, _transform
 
 
 class TokenLogprobs(NamedTuple):
@@ -20,7 +20,11 @@ def token_logprobs(
     target: Any,
     *,
     axis: int = -1,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
     ignore_index: int = -100,
     return_lse: bool = False,
     return_entropy: bool = False,
@@ -40,8 +44,8 @@ def token_logprobs(
         The token of each row, or several of them: from 0 to n_cols - 1, or `ignore_index`.
     axis : int
         Along which the tokens lie.
-    temperature : float
-        Divides the logits; finite and above 0.
+    temperature, bias, softcap, mask, n_valid
+        What the logits go through before, as in `softmax`: all results are those of what comes of them.
     ignore_index : int
         A target with this value has log-probability 0 and rank -1: padding.
     return_lse, return_entropy, return_rank, return_argmax : bool
@@ -92,9 +96,9 @@ def token_logprobs(
     (-1.3862943611198906, 1.3862943611198906)
     """
     wanted = return_lse, return_entropy, return_rank, return_argmax
-    return TokenLogprobs(
-        *_replay.call(_tokens.token_logprobs, (logits, target), axis, temperature, ignore_index, *wanted, validate)
-    )
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    wanted = ignore_index, *wanted, validate
+    return TokenLogprobs(*_replay.call(_tokens.token_logprobs, (logits, target, *arrays), axis, *wanted, *options))
 
 
 def token_logprobs_backward(
@@ -104,7 +108,11 @@ def token_logprobs_backward(
     dentropy: Any = None,
     *,
     axis: int = -1,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
     ignore_index: int = -100,
     validate: bool | None = None,
     out: Any = None,
@@ -116,8 +124,8 @@ def token_logprobs_backward(
 
     Parameters
     ----------
-    logits, target, axis, temperature, ignore_index, validate
-        As given to `token_logprobs`.
+    logits, target, axis, temperature, bias, softcap, mask, n_valid, ignore_index, validate
+        As given to `token_logprobs`. The gradient is that of the logits as they were given.
     dlogprob : array, the shape of `target`, or None
         The gradient with respect to the log-probabilities, with any strides, 0 included. None: there is none.
     dentropy : array, the shape of `logits` without `axis`, optional
@@ -143,19 +151,22 @@ def token_logprobs_backward(
     >>> token_logprobs_backward(np.zeros((1, 4)), np.array([2]), np.array([1.0]))
     array([[-0.25, -0.25,  0.75, -0.25]])
     """
-    arrays = logits, target, dlogprob, dentropy, out
-    return _replay.call(_token_logprobs_backward, arrays, axis, temperature, ignore_index, validate)
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    arrays = logits, target, dlogprob, dentropy, out, *arrays
+    return _replay.call(_token_logprobs_backward, arrays, axis, ignore_index, validate, *options)
 
 
-def _token_logprobs_backward(logits, target, dlogprob, dentropy, out, axis, temperature, ignore_index, validate):
-    x, labels, axes, temperature, ignore_index = _tokens.checked(
-        logits, target, axis, temperature, ignore_index, validate
-    )
+def _token_logprobs_backward(
+    logits, target, dlogprob, dentropy, out, temperatures, bias, mask, valid, axis, ignore_index, validate, *transform
+):
+    x, labels, axes, ignore_index = _tokens.checked(logits, target, axis, ignore_index, validate)
     _checks.any_gradient(dlogprob, dentropy)
     dlogits = _arrays.output(out, x, x.shape, x.dtype)
     _checks.no_partial_overlap(dlogits, x, "logits")
     _checks.no_overlap(dlogits, labels, "target")
     dtype = _arrays.compute_dtype(x, dlogits)
+    arrays = temperatures, bias, mask, valid
+    x, temperature = _transform.applied(x, axes, dtype, arrays, transform, dlogits, "logits")
     _checks.temperature_fits(temperature, dtype)
     batch_shape = _arrays.without_axes(x, axes)
     several = labels.ndim > len(batch_shape)

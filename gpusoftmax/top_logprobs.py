@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from gpusoftmax import _arrays, _checks, _replay, _tokens
+from gpusoftmax import _arrays, _checks, _replay, _tokens, _transform
 from gpusoftmax.kernels.operands import Labels
 
 _ON_CHIP = 64
@@ -24,7 +24,11 @@ def top_logprobs(
     target: Any = None,
     *,
     axis: int = -1,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
     ignore_index: int = -100,
     validate: bool | None = None,
 ) -> TopLogprobs:
@@ -42,7 +46,7 @@ def top_logprobs(
     target : array of integers, the shape of `logits` without `axis`, optional
         A token of each row whose log-probability comes first, whether or not it is among the most likely: what was
         sampled, as vLLM orders it.
-    axis, temperature, ignore_index, validate
+    axis, temperature, bias, softcap, mask, n_valid, ignore_index, validate
         As in `token_logprobs`.
 
     Returns
@@ -71,21 +75,25 @@ def top_logprobs(
     >>> np.exp(top.logprob).round(3), top.token
     (array([[0.5  , 0.25 , 0.125]]), array([[0, 2, 1]]))
     """
-    return TopLogprobs(*_replay.call(_top_logprobs, (logits, target), k, axis, temperature, ignore_index, validate))
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    call = _top_logprobs, (logits, target, *arrays), k, axis, ignore_index, validate
+    return TopLogprobs(*_replay.call(*call, *options))
 
 
-def _top_logprobs(logits, target, k, axis, temperature, ignore_index, validate):
-    x, labels, axes, temperature, ignore_index = _tokens.checked(
-        logits, target, axis, temperature, ignore_index, validate
-    )  # fmt: skip
+def _top_logprobs(
+    logits, target, temperatures, bias, mask, valid, k, axis, ignore_index, validate, *transform
+):  # fmt: skip
+    x, labels, axes, ignore_index = _tokens.checked(logits, target, axis, ignore_index, validate)
     k = _checks.token_count(k, x.shape[axes[0]])
     batch_shape = _arrays.without_axes(x, axes)
     dtype = _arrays.compute_dtype(x)
+    arrays = temperatures, bias, mask, valid
+    x, temperature = _transform.applied(x, axes, dtype, arrays, transform, name="logits")
     _checks.temperature_fits(temperature, dtype)
     if labels is not None:
         _checks.same_shape(labels, batch_shape, "target", f"to match logits {x.shape} without axis {axis}")
     if k > _ON_CHIP and x.kind != "device":
-        return _sorted(logits, target, k, x, axes[0], temperature, ignore_index)
+        return _sorted(logits, target, k, x, axes[0], ignore_index, arrays, transform)
     shape = (*batch_shape, k if labels is None else 1 + k)
     logprobs, tokens = _arrays.empty(x, shape, dtype), _arrays.empty(x, shape, "int64")
     kernel = _arrays.kernels(x.place, "top_logprobs").top_logprobs
@@ -107,7 +115,7 @@ def _top_logprobs(logits, target, k, axis, temperature, ignore_index, validate):
     return _arrays.result(logprobs), _arrays.result(tokens)
 
 
-def _sorted(logits, target, k, x, axis, temperature, ignore_index):
+def _sorted(logits, target, k, x, axis, ignore_index, arrays, transform):
     """What `top_logprobs` returns, by sorting in the library of the arrays."""
     rows = x.owner[0] if x.kind == "jax" else x.owner
     library = array_api_compat.array_namespace(rows)
@@ -115,10 +123,10 @@ def _sorted(logits, target, k, x, axis, temperature, ignore_index):
     tokens = library.argsort(rows, axis=-1, descending=True, stable=True)[..., :k]
     tokens = library.where(library.any(library.isnan(rows), axis=-1)[..., None], -1, tokens)
     no_index = -(2**63)  # a token is never ignored here
-    logprobs = _tokens.token_logprobs(logits, tokens, axis, temperature, no_index, *_NOTHING_ELSE)[0]
+    logprobs = _tokens.token_logprobs(logits, tokens, *arrays, axis, no_index, *_NOTHING_ELSE, *transform)[0]
     if target is None:
         return logprobs, tokens
-    given = _tokens.token_logprobs(logits, target, axis, temperature, ignore_index, *_NOTHING_ELSE)[0]
+    given = _tokens.token_logprobs(logits, target, *arrays, axis, ignore_index, *_NOTHING_ELSE, *transform)[0]
     of_target = library.asarray(target)[..., None], library.asarray(given)[..., None]
     return (
         library.concat([of_target[1], logprobs], axis=-1),

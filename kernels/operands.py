@@ -14,6 +14,8 @@ STORAGE = {
     "float32": np.float32,
     "float64": np.float64,
 }
+MASKS = {"bool": np.uint8, "bits": np.uint32}
+"""Of a mask: a byte for each column, or a bit for each, the lowest of a word first. Not 0: the logit is kept."""
 LABELS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 TOO_LARGE = -(2**63)
 """What stands for an unsigned label of 2^63 or more: no class, and no ignore_index that anybody uses."""
@@ -39,6 +41,21 @@ class Operand(NamedTuple):
     inner_stride: int
     col_stride: int
     dtype: str
+    transform: "Transform | None" = None
+
+
+class Transform(NamedTuple):
+    """What logits go through where they are read, in this order. Whatever is None costs nothing: kernels are compiled
+    without it.
+    """
+
+    scale: tuple | None  # 1 / temperature as `scale_of` has it,
+    temperature: Operand | None  # or one for each row
+    bias: Operand | None
+    softcap: np.floating | None
+    mask: Operand | None  # of a dtype of MASKS; with "bits", columns count words
+    n_valid: "Labels | None"  # columns of each row, from the first on; the others are masked
+    zero_rows: bool | None  # rows that are masked whole have no probability anywhere, instead of NaN
 
 
 class Labels(NamedTuple):

@@ -63,7 +63,14 @@ def target(request):
             yield Emulated(gpu)
 
 
-_NEWER = {"test_argmax", "test_mask_logits", "test_sample", "test_soft_argmax", "test_spatial_softmax"}
+_NEWER = {
+    "test_argmax",
+    "test_mask_logits",
+    "test_sample",
+    "test_soft_argmax",
+    "test_spatial_softmax",
+    "test_transform",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -187,8 +187,8 @@ CASES = {
         lambda a: softmax(a.x, temperature=[1.0, 2.0, 3.0], out=a.out),
     ),
     "an array of temperatures": (
-        TypeError,
-        "temperature is a ndarray, expected one number",
+        ValueError,
+        "temperature has shape (99,), expected (3,) one for each row, or a single number",
         lambda a: softmax(a.x, temperature=np.linspace(1, 2, 99), out=a.out),
     ),
     "complex temperature": (

@@ -3,7 +3,7 @@
 import math
 
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.here import Here, Line
+from gpusoftmax.kernels.cpu.here import Here, Line, Through
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
 from gpusoftmax.kernels.cpu.vector import (
@@ -123,6 +123,7 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
                 line,
                 line,
                 False,
+                Through(None, number(like, 0.0)),
             )
             prepare(here, 0, n_chunks, numbers)
             measure(here, 0, n_chunks, numbers)

@@ -2,7 +2,10 @@
 
 import math
 
-from gpusoftmax.kernels.cpu.cache import device
+from numba import types
+from numba.extending import overload
+
+from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
 from gpusoftmax.kernels.cpu.here import Here, Line
 from gpusoftmax.kernels.cpu.job import (
     LINE,
@@ -18,6 +21,7 @@ from gpusoftmax.kernels.cpu.job import (
     wait_until_at_least,
 )
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
+from gpusoftmax.kernels.cpu.transform import through_of, transformed_line
 from gpusoftmax.kernels.cpu.vector import along, as_numbers, number, pointer_to
 
 
@@ -32,6 +36,22 @@ def line_of(array, row, rows, buffer, is_read):
         for col in range(rows.n_cols):
             copy[col] = source[col * array.col_stride]
     return Line(copy, 1, 0)
+
+
+def line_of_logits(array, transform, row, rows, buffer, like):
+    """line_of for the array that is read first; transformed, a row lies in the buffer."""
+    raise NotImplementedError("called from kernels only")
+
+
+@overload(line_of_logits, jit_options=HELPER_OPTIONS)
+def _line_of_logits(array, transform, row, rows, buffer, like):
+    def as_it_is(array, transform, row, rows, buffer, like):
+        return line_of(array, row, rows, buffer, True)
+
+    def copied(array, transform, row, rows, buffer, like):
+        return transformed_line(array, transform, row, rows, buffer, like)
+
+    return as_it_is if isinstance(transform, types.NoneType) else copied
 
 
 @device
@@ -51,11 +71,12 @@ def place_of(row, slot, job, rows, first, second, target, like):
         along(zero),
         along(number(like, -math.inf)),
         zero,
-        line_of(first, row, rows, stage + job.stage_bytes, True),
+        line_of_logits(first, first.transform, row, rows, stage + job.stage_bytes, like),
         line_of(second, row, rows, stage + 2 * job.stage_bytes, job.has_second != 0),
         result,
         Line(home, 1, 0),
         job.streamed != 0,
+        through_of(first.transform, row, rows, like),
     )
 
 

@@ -8,7 +8,7 @@ at once, as across rows, and no row waits for another one's numbers (chunks.py).
 import math
 
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.here import Here, Line
+from gpusoftmax.kernels.cpu.here import Here, Line, Through
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
 from gpusoftmax.kernels.cpu.vector import across, along_in, as_numbers, number, pointer_to
@@ -36,6 +36,7 @@ def block_at(way, row, n_rows, slot, job, rows, first, second, target, like):
         result,
         home,
         job.streamed != 0,
+        Through(None, number(like, 0.0)),
     )
 
 

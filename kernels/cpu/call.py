@@ -6,7 +6,7 @@
 A kernel is compiled for a `CallType`, which says what the words mean; to a thread it is a C function of the address.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from llvmlite import ir
@@ -14,14 +14,24 @@ from numba import types
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 from gpusoftmax.kernels.cpu.job import Job, n_counters
+from gpusoftmax.kernels.cpu.rows import Strided
+from gpusoftmax.kernels.operands import Labels
 
-COUNTERS_AT = 64
-"""Words. The longest list of arguments, that of the loss, takes 45."""
+COUNTERS_AT = 96
+"""Words. The longest list of arguments, that of the loss with a transform, takes 67."""
 WORKSPACE = Job._fields.index("workspace")
 _WORD = ir.IntType(64)
 _NUMBERS = {np.float32: types.float32, np.float64: types.float64}
-_TAGS = {np.int16: types.int16, np.uint16: types.uint16, **_NUMBERS}
-"""A NumPy scalar inside a tuple is a tag: its type is all it says, and no word holds it."""
+_FIELDS = {
+    **_NUMBERS,
+    np.int16: types.int16,
+    np.uint16: types.uint16,
+    np.uint8: types.uint8,
+    np.uint32: types.uint32,
+    float: types.float64,
+    type(None): types.none,
+}
+"""Of what stands in tuples. No word holds the tag of a Strided: its type is all it says."""
 
 
 class CallType(types.Type):
@@ -55,10 +65,8 @@ def _type_of(argument) -> types.Type:
     if argument is None:
         return types.none
     if isinstance(argument, tuple):
-        fields = [_TAGS.get(type(field), types.int64) for field in argument]
-        if len(set(fields)) == 1:
-            return types.NamedUniTuple(types.int64, len(fields), type(argument))
-        return types.NamedTuple(fields, type(argument))
+        fields = [_type_of(f) if isinstance(f, tuple) else _FIELDS.get(type(f), types.int64) for f in argument]
+        return types.BaseTuple.from_types(fields, type(argument) if hasattr(argument, "_fields") else None)
     return _NUMBERS.get(type(argument), types.int64)
 
 
@@ -71,17 +79,26 @@ def pack(job: Job, arguments: Sequence, n_threads: int, n_split: int) -> np.ndar
     return block
 
 
-def first_word(arguments: Sequence, position: int) -> int:
-    """Which word the argument at a position begins with."""
-    return len(Job._fields) + sum(len(_words(argument)) for argument in arguments[:position])
+def addresses(arguments: Sequence) -> Iterator[tuple[int, int]]:
+    """(word, address) of every array among the arguments and in their transforms."""
+    word = len(Job._fields)
+    for argument in arguments:
+        if isinstance(argument, Strided | Labels):
+            yield word, argument[0]
+        if isinstance(argument, Strided) and argument.transform is not None:
+            ahead = argument._replace(transform=None)
+            for there, address in addresses(argument.transform):
+                yield word + len(_words(ahead)) + there - len(Job._fields), address
+        word += len(_words(argument))
 
 
 def _words(argument) -> list[int]:
     if argument is None:
         return []
     if isinstance(argument, tuple):
-        return [int(field) for field in argument if not isinstance(field, np.generic)]
-    if isinstance(argument, np.floating):
+        return [word for field in argument if not isinstance(field, np.generic) for word in _words(field)]
+    if isinstance(argument, np.floating | float):
+        argument = np.asarray(argument)
         return [int(argument.view(f"i{argument.itemsize}"))]
     return [int(argument)]
 
@@ -96,9 +113,18 @@ def c_function(kernel: Callable, argument: types.Type) -> int:
 _compiled: dict[tuple, int] = {}
 
 
+def _kind(argument):
+    """What an argument's type follows from."""
+    if not isinstance(argument, Strided):
+        return type(argument)
+    if argument.transform is None:
+        return type(argument.tag)
+    return type(argument.tag), *map(_kind, argument.transform)
+
+
 def entry(kernel: Callable, way: types.Type, arguments: Sequence) -> int:
     """c_function of a kernel for a call with these arguments, looked up by us: making Numba's types takes 200 us."""
-    key = kernel, way, *(type(getattr(argument, "tag", argument)) for argument in arguments)
+    key = kernel, way, *map(_kind, arguments)
     found = _compiled.get(key)
     if found is None:
         found = _compiled[key] = c_function(kernel, type_of(way, arguments))
@@ -130,9 +156,13 @@ def arguments(typingctx, call):
             if isinstance(type, types.NoneType):
                 return context.get_dummy_value()
             if isinstance(type, types.BaseTuple):
-                fields = [word(field) if field is types.int64 else context.get_constant(field, 0) for field in type]
+                fields = [argument(field) if k != tag_of(type) else context.get_constant(field, 0)
+                          for k, field in enumerate(type)]  # fmt: skip
                 return context.make_tuple(builder, type, fields)
             return word(type)
+
+        def tag_of(type):
+            return Strided._fields.index("tag") if getattr(type, "instance_class", None) is Strided else None
 
         values = [context.get_dummy_value(), *(argument(type) for type in parts[1:])]
         counters = builder.add(args[0], ir.Constant(_WORD, 8 * COUNTERS_AT))

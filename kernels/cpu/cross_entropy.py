@@ -20,7 +20,7 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import Line, index_in
+from gpusoftmax.kernels.cpu.here import Line, index_in, pulled_back_cols, pulled_back_one, unless_empty
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import (
@@ -287,16 +287,17 @@ def fold(here, loss):
     log, log_low = log_sum(state)
     nll = negative(log_probability(saved(here.states, n_chunks, LABEL_LOGIT, here.zero), largest, log, loss.scale))
     confident = mul(saved(here.states, n_chunks, LABEL_WEIGHT, here.zero), loss.confidence)
+    confident = unless_empty(confident, largest, log_low, here.through)
     value = mul(confident, nll)
     total_weight = number_at(loss.weight_sum, 0, number(loss.scale, here.n_cols))
     if loss.share != number(loss.scale, 0.0):
         value = add(value, fold_smoothing(here, n_chunks, largest, add(log, log_low), total_weight, loss))
-    save(here.states, n_chunks, ROW_LOSS, value)
+    save(here.states, n_chunks, ROW_LOSS, unless_empty(value, largest, log_low, here.through))
     upstream = div(loss.grad_scale, number_at(loss.normaliser, 0, one))
     on_label = mul(confident, upstream)
     store_losses(here, (of_row + ROW_LOSS) * lanes, loss)
-    on_weight = mul(upstream, loss.share)
-    inverse = row_inverse(largest, row.sum, row.low)
+    on_weight = unless_empty(mul(upstream, loss.share), largest, log_low, here.through)
+    inverse = unless_empty(row_inverse(largest, row.sum, row.low), largest, log_low, here.through)
     return Gradient(
         row.shift, row.exponent, mul(inverse, fma(total_weight, on_weight, on_label)), on_label, on_weight
     )  # fmt: skip
@@ -366,6 +367,7 @@ def write(here, first, last, gradient, loss):
                 weight = number_at(loss.weight, label, loss.scale)
                 value = sub(value, mul(gradient.on_weight, weight))
                 value = sub(value, load(here.states, (chunk * FIELDS + ON_LABEL) * lanes + lane, loss.scale))
+                value = pulled_back_one(value, label, lane, here)
                 store(here.target.pointer, index_in(here.target, lane, label), value)
 
 
@@ -376,7 +378,7 @@ def gradient_of(col, left, here, arguments):
     value = mul(load_cols(here.home, col, left, here.zeros), factor)
     if loss.share != number(loss.scale, 0.0):
         value = sub(value, mul(weights_at(col, left, here, loss), on_weight))
-    return value
+    return pulled_back_cols(value, col, left, here)
 
 
 # ---------------------------------------------------------------- around the rows

@@ -8,7 +8,18 @@ from numba import types
 from numba.extending import overload
 
 from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
-from gpusoftmax.kernels.cpu.vector import advance, lanes_of, number, square_of
+from gpusoftmax.kernels.cpu.vector import (
+    advance,
+    lanes_of,
+    load,
+    load_cols,
+    mul,
+    number,
+    pulled_through_mask,
+    pulled_through_softcap,
+    square_of,
+    zero_where_empty,
+)
 
 
 class Line(NamedTuple):
@@ -17,6 +28,13 @@ class Line(NamedTuple):
     pointer: object
     step: int
     row_step: int
+
+
+class Through(NamedTuple):
+    """What is left to know of the transform of a row once its logits have gone through it."""
+
+    transform: object  # None: there is none
+    inverse: object  # of the temperature, where there is one
 
 
 class Here(NamedTuple):
@@ -36,6 +54,7 @@ class Here(NamedTuple):
     target: object  # of the result,
     home: object  # and of where exponentials stay until they are written
     streamed: bool  # the result is written past the caches
+    through: Through  # logits are transformed along rows alone
 
 
 @device
@@ -56,7 +75,7 @@ def row_in(here, k):
     first, second, target = line_in(here.first, k), line_in(here.second, k), line_in(here.target, k)
     return Here(
         here.row + k, 1, here.n_cols, here.states, None, None, here.zeros, here.nothing, number(here.zero, 0.0),
-        first, second, target, line_in(here.home, k), here.streamed,
+        first, second, target, line_in(here.home, k), here.streamed, here.through,
     )  # fmt: skip
 
 
@@ -64,6 +83,83 @@ def row_in(here, k):
 def register_in(here, which, k):
     """The register of row number k in a block, of those that are left of its columns, see vector.save_sum."""
     return advance(here.partials, (which * lanes_of(here.zero) + k) * square_of(here.zero))
+
+
+@device
+def pulled_back(gradient, x, through):
+    """The gradient with respect to logits, from that with respect to the transformed ones, x."""
+    return pulled_back_by(gradient, x, through.transform, through.inverse)
+
+
+@device
+def pulled_back_by(gradient, x, transform, inverse):
+    if transform is None:
+        return gradient
+    pulled = pulled_through_cap(gradient, x, transform.softcap)
+    pulled = times_inverse(times_inverse(pulled, transform.temperature, inverse), transform.scale, inverse)
+    return pulled_through_mask(pulled, gradient, x)
+
+
+@device
+def pulled_through_cap(gradient, x, cap):
+    if cap is None:
+        return gradient
+    return pulled_through_softcap(gradient, x, number(x, cap))
+
+
+@device
+def times_inverse(gradient, scale, inverse):
+    if scale is None:
+        return gradient
+    return mul(gradient, inverse)
+
+
+@device
+def pulled_back_cols(gradient, col, left, here):
+    """pulled_back for the vector at a column."""
+    return pulled_back_cols_by(gradient, col, left, here, here.through.transform)
+
+
+@device
+def pulled_back_cols_by(gradient, col, left, here, transform):
+    if transform is None:
+        return gradient
+    return pulled_back(gradient, load_cols(here.first, col, left, here.nothing), here.through)
+
+
+@device
+def pulled_back_one(gradient, col, k, here):
+    """pulled_back for one column of row number k."""
+    return pulled_back_one_by(gradient, col, k, here, here.through.transform)
+
+
+@device
+def pulled_back_one_by(gradient, col, k, here, transform):
+    if transform is None:
+        return gradient
+    return pulled_back(gradient, load(here.first.pointer, index_in(here.first, k, col), gradient), here.through)
+
+
+@device
+def unless_empty(value, row_max, rest, through):
+    """The value; 0 in a row that is masked whole, if that is what its transform wants. Without a maximum, `rest` is 0
+    or, in a row that holds a NaN, NaN.
+    """
+    return unless_empty_by(value, row_max, rest, through.transform)
+
+
+@device
+def unless_empty_by(value, row_max, rest, transform):
+    if transform is None:
+        return value
+    return unless_empty_row(value, row_max, rest, transform.zero_rows)
+
+
+@device
+def unless_empty_row(value, row_max, rest, zero_rows):
+    if zero_rows is None:
+        return value
+    return zero_where_empty(value, row_max, rest)
 
 
 def by_way(along: Callable, across: Callable, in_blocks: Callable) -> Callable:

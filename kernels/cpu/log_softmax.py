@@ -10,6 +10,7 @@ same row state, so log_probs[target] is -loss bit for bit.
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import unless_empty
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, fold_state, save, save_state, saved, sum_of_saved
@@ -55,8 +56,9 @@ def measure(here, first, last, numbers):
 def fold(here, numbers):
     scale, scale_low, _ = numbers
     state, _ = fold_state(here.states, count_of_chunks(here.n_cols), here.zero, scale, scale_low)
-    log, _ = log_sum(state)
-    return state[0], log
+    log, log_low = log_sum(state)
+    largest = unless_empty(state[0], state[0], log_low, here.through)
+    return largest, unless_empty(log, state[0], log_low, here.through)
 
 
 @device

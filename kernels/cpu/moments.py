@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import Line
+from gpusoftmax.kernels.cpu.here import Line, pulled_back_cols
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element
 from gpusoftmax.kernels.cpu.states import FIELDS, LOW, MAX, OWN, SUM, chunk_ratio, fold_sum, row_max, save, saved
 from gpusoftmax.kernels.cpu.vector import (
@@ -222,7 +222,8 @@ def write_gradients(here, first, last, pull, width, scale, scale_low):
 def gradient(col, left, here, arguments):
     factor, pull, first, width, like = arguments
     probs = mul(load_cols(here.home, col, left, here.zeros), factor)
-    return mul(probs, pull_at(col, first, pull, width, here.zeros, like))
+    value = mul(probs, pull_at(col, first, pull, width, here.zeros, like))
+    return pulled_back_cols(value, col, left, here)
 
 
 @device

@@ -8,6 +8,7 @@ from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, save
 from gpusoftmax.kernels.cpu.vector import advance, lanes_of, load, pointer_to, store
+from gpusoftmax.kernels.operands import Transform
 
 
 class Strided(NamedTuple):
@@ -18,6 +19,7 @@ class Strided(NamedTuple):
     inner_stride: int
     col_stride: int
     tag: np.generic
+    transform: Transform | None
 
 
 @device

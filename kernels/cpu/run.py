@@ -15,7 +15,7 @@ from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
-from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Rows
+from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Numbers, Operand, Rows, Transform
 
 # Up to here, copying rows into columns costs less than what is lost on vectors that a row does not fill.
 TINY_ROW = 32
@@ -123,6 +123,9 @@ def plan(
     if rows.n_inner < min(FEW_ROWS, rows.n_rows // rows.n_inner):
         rows = rows._replace(n_inner=rows.n_rows // rows.n_inner)
         first, second, target, *numbers = map(_with_axes_swapped, (first, second, target, *numbers))
+    # A row is transformed along, into a copy of it.
+    transformed = first.transform is not None
+    only_along = only_along or transformed
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
     way = ALONG if only_along else _way(rows, lines, in_blocks)
@@ -139,7 +142,7 @@ def plan(
     height = 1 if way is ALONG else lanes
     if way is IN_BLOCKS:
         height = min(lanes, max(1, BLOCK_BYTES // (rows.n_cols * like.itemsize)))
-    is_staged = way is ALONG and any(line.col_stride != 1 for line in lines)
+    is_staged = transformed or (way is ALONG and any(line.col_stride != 1 for line in lines))
 
     # The memory of a slot, see Job: one record for every chunk, and one for the row.
     size = (n_chunks + 1) * FIELDS * (like.itemsize if way is ALONG else VECTOR_BYTES)
@@ -197,14 +200,14 @@ def plan(
         has_second=int(second is not None),
         has_target=int(target is not None),
     )
-    lines = (first if line is None else line for line in (first, second, target))
+    lines = (first, *(first._replace(transform=None) if line is None else line for line in (second, target)))
     arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
-    arrays = [position for position, argument in enumerate(arguments) if isinstance(argument, Strided | Labels)]
+    positions, addresses = zip(*call.addresses(arguments), strict=True)
     return Start(
         entry=call.entry(kernel, way, arguments),
         block=call.pack(job, arguments, n_threads, n_split),
-        positions=tuple(call.first_word(arguments, position) for position in arrays),
-        addresses=tuple(arguments[position][0] for position in arrays),
+        positions=positions,
+        addresses=addresses,
         n_threads=n_threads,
         workspace_bytes=n_slots * slot_bytes,
     )
@@ -212,8 +215,12 @@ def plan(
 
 def _with_axes_swapped(argument):
     """An argument for rows that are numbered along the other batch axis first: the longer one has more neighbours."""
+    if isinstance(argument, Transform):
+        return Transform(*map(_with_axes_swapped, argument))
     if not hasattr(argument, "inner_stride"):
         return argument
+    if getattr(argument, "transform", None) is not None:
+        argument = argument._replace(transform=_with_axes_swapped(argument.transform))
     return argument._replace(outer_stride=argument.inner_stride, inner_stride=argument.outer_stride)
 
 
@@ -274,6 +281,17 @@ def _workspace(size: int) -> int:
 def _for_kernel(argument):
     """An argument in the form that compiled code takes: no strings."""
     if isinstance(argument, Operand):
-        *numbers, dtype = argument
-        return Strided(*numbers, STORAGE[dtype](0))
+        *numbers, dtype, transform = argument
+        if transform is not None:
+            transform = Transform(*map(_in_transform, transform))
+        return Strided(*numbers, (STORAGE | MASKS)[dtype](0), transform)
     return argument.pointer if isinstance(argument, Numbers) else argument
+
+
+def _in_transform(field):
+    """A field of a transform, likewise. Its numbers are doubles: they keep their value."""
+    if isinstance(field, Operand):
+        return _for_kernel(field)
+    if isinstance(field, tuple) and not isinstance(field, Labels):
+        return tuple(map(float, field))
+    return float(field) if isinstance(field, np.floating) else field

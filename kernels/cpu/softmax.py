@@ -9,9 +9,10 @@ Softmax reads a row once: the exponentials stay where the probabilities go, and 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import unless_empty
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, save, saved, sum_of_saved
+from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, row_max, save, saved, sum_of_saved
 from gpusoftmax.kernels.cpu.vector import (
     add,
     fma,
@@ -63,8 +64,12 @@ def sum_exponentials(here, first, last, numbers):
 @device
 def total(here, numbers):
     scale, scale_low, _ = numbers
-    row = fold_sum(here.states, count_of_chunks(here.n_cols), here.zero, scale, scale_low)
-    return row.shift, row.exponent, *inverse_pair(row.sum, row.low)
+    n_chunks = count_of_chunks(here.n_cols)
+    row = fold_sum(here.states, n_chunks, here.zero, scale, scale_low)
+    inverse, inverse_low = inverse_pair(row.sum, row.low)
+    largest = row_max(here.states, n_chunks, here.zero)
+    inverse = unless_empty(inverse, largest, row.sum, here.through)
+    return row.shift, row.exponent, inverse, unless_empty(inverse_low, largest, row.sum, here.through)
 
 
 @device

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import count_above, sum_of_distances, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import index_in
+from gpusoftmax.kernels.cpu.here import index_in, pulled_back
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import (
@@ -530,7 +530,7 @@ def write_chunks(gradient, here, first, last, slope, given):
 def gradient_of_logprobs(col, left, here, arguments):
     shift, exponent, largest, on_probs, on_distance, given = arguments
     x, e = logit_and_exponential(col, left, here, shift, exponent, given)
-    return with_targets(negative(mul(e, on_probs)), col, here, given)
+    return pulled_back(with_targets(negative(mul(e, on_probs)), col, here, given), x, here.through)
 
 
 @device
@@ -538,7 +538,8 @@ def gradient_of_both(col, left, here, arguments):
     shift, exponent, largest, on_probs, on_distance, given = arguments
     x, e = logit_and_exponential(col, left, here, shift, exponent, given)
     d = weighted_distance(e, x, largest, given.scale, given.scale_low)
-    return with_targets(fma(d, on_distance, negative(mul(e, on_probs))), col, here, given)
+    value = with_targets(fma(d, on_distance, negative(mul(e, on_probs))), col, here, given)
+    return pulled_back(value, x, here.through)
 
 
 @device

@@ -11,6 +11,7 @@ array argument would cost reference counting in every loop.
 """
 
 import functools
+import math
 
 from llvmlite import ir
 from numba import types
@@ -426,6 +427,47 @@ def store_transposed(typingctx, copy, pitch, pointer, stride, n_rows, n_cols):
 
 
 @intrinsic
+def has_bits(typingctx, pointer):
+    """Whether a mask has a bit for each column, not a byte; a constant."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.boolean, pointer.dtype == types.uint32)
+
+    return types.boolean(pointer), codegen
+
+
+@intrinsic
+def where_kept(typingctx, vector, mask, col, left):
+    """A vector along a row with -inf in the lanes that the mask leaves out. `left` is as in load_cols; with bits, a
+    vector of eight lanes or more begins at a whole byte of them.
+    """
+    lanes, per_byte = vector.lanes, 8 if mask.dtype == types.uint32 else 1
+
+    def codegen(context, builder, signature, args):
+        byte, word = ir.IntType(8), ir.IntType(64)
+        count = ir.Constant(word, lanes) if isinstance(left, types.NoneType) else args[3]
+        first = builder.udiv(args[2], ir.Constant(word, per_byte))
+        address = builder.gep(builder.bitcast(args[1], byte.as_pointer()), [first])
+        type = ir.VectorType(byte, max(lanes // per_byte, 1))
+        n_bytes = builder.udiv(builder.add(count, ir.Constant(word, per_byte - 1)), ir.Constant(word, per_byte))
+        there = _first_lanes(builder, n_bytes, type.count)
+        arguments = builder.bitcast(address, type.as_pointer()), ir.Constant(_INT32, 1), there, ir.Constant(type, None)
+        found = _masked(builder, "load", type, *arguments)
+        if per_byte == 1:
+            kept = builder.icmp_unsigned("!=", found, ir.Constant(type, None))
+        else:
+            bits = builder.bitcast(found, ir.IntType(8 * type.count))
+            if lanes < 8:  # a part of the byte
+                within = builder.trunc(builder.and_(args[2], ir.Constant(word, 7)), bits.type)
+                bits = builder.trunc(builder.lshr(bits, within), ir.IntType(lanes))
+            kept = builder.bitcast(bits, ir.VectorType(ir.IntType(1), lanes))
+        masked = formulas.Arithmetic(builder, args[0].type).number(-math.inf)
+        return builder.select(kept, args[0], masked)
+
+    return vector(vector, mask, types.intp, left), codegen
+
+
+@intrinsic
 def load_label(typingctx, address, index, code):
     """The label number `index` of those at `address`, as int64; see conversion.load_label."""
 
@@ -731,6 +773,12 @@ weighted_distance = formula(formulas.weighted_distance)
 is_above = formula(formulas.is_above)
 rise_to = formula(formulas.rise_to)
 row_inverse = formula(formulas.row_inverse)
+scaled = formula(formulas.scaled)
+inverse_temperature = formula(formulas.inverse_temperature, n_results=2)
+softcap = formula(formulas.softcap)
+pulled_through_softcap = formula(formulas.pulled_through_softcap)
+pulled_through_mask = formula(formulas.pulled_through_mask)
+zero_where_empty = formula(formulas.zero_where_empty)
 log_probability = formula(formulas.log_probability)
 logsumexp = formula(formulas.logsumexp)
 leading = formula(formulas.leading, n_results=2)

@@ -12,7 +12,7 @@ import numpy as np
 
 from gpusoftmax.kernels.cuda import cache
 from gpusoftmax.kernels.cuda.plan import MAX_THREADS, MIN_BLOCKS, Columns, Long, Short, columns_threads
-from gpusoftmax.kernels.operands import STORAGE, Labels, Rows
+from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Rows, Transform
 
 _SPLITS = {"short": Short, "long": Long, "columns": Columns}
 
@@ -64,9 +64,9 @@ class Image:
 def image(kernel: str, signature: tuple[str, ...], arch: str) -> Image:
     """The image of `kernel`, "<file>.<function>" under kernels/cuda/device.
 
-    `signature` holds one word per argument: "rows", "labels", "strided bfloat16" (an Operand), "*float32" (Numbers: a
-    pointer), "short", "long" or "columns" (how rows are split, see plan.py), "int64", "float32" or "float64". Tuples
-    take several parameters of the compiled kernel.
+    `signature` holds one word per argument: "rows", "labels", "strided bfloat16" (an Operand, whose transform follows
+    field by field behind bars), "*float32" (Numbers: a pointer), "short", "long" or "columns" (how rows are split, see
+    plan.py), "int64", "float32" or "float64". Tuples take several parameters of the compiled kernel.
     """
     return Image(kernel, signature, arch)
 
@@ -97,7 +97,7 @@ def launch_bounds(signature: tuple[str, ...], arch: str) -> tuple[int, int]:
     """(threads of a block at most, how many such blocks the registers of a kernel must leave room for)"""
     is_double, threads = "float64" in " ".join(signature), MAX_THREADS
     if "columns" in signature:
-        source = next(word for word in signature if word.startswith("strided ")).removeprefix("strided ")
+        source = next(word for word in signature if word.startswith("strided ")).split()[1]
         itemsize = np.dtype(STORAGE[source]).itemsize
         threads = columns_threads(itemsize, "float64" if is_double else "float32")
     return threads, 1 if arch != "sm_90" or is_double else MIN_BLOCKS * MAX_THREADS // threads
@@ -134,10 +134,19 @@ def _numba_type(types, word: str):
         fields = _SPLITS[word]
         return types.NamedUniTuple(types.int32, len(fields._fields), fields)
     if word.startswith("strided "):
-        strides = (types.int64,) * 3
-        return types.NamedTuple((_pointer_type(types, word.removeprefix("strided ")), *strides), Strided)
+        (_, dtype), *fields = (part.split() for part in word.split(" | "))
+        transform = types.none
+        if fields:
+            transform = types.NamedTuple([_numba_type(types, " ".join(field)) for field in fields], Transform)
+        return types.NamedTuple((_pointer_type(types, dtype), *(types.int64,) * 3, transform), Strided)
+    if word in ("none", "flag"):
+        return types.none if word == "none" else types.int64
+    if word[0].isdigit():
+        count, kind = word.split()
+        return types.UniTuple(getattr(types, kind), int(count))
     return _pointer_type(types, word[1:]) if word.startswith("*") else getattr(types, word)
 
 
 def _pointer_type(types, dtype: str):
-    return types.CPointer(getattr(types, STORAGE[dtype].__name__ if dtype in STORAGE else dtype))
+    stored = {**STORAGE, **MASKS}.get(dtype)
+    return types.CPointer(getattr(types, stored.__name__ if stored else dtype))

@@ -10,10 +10,12 @@ import numpy as np
 from gpusoftmax.kernels.cuda import compile, driver
 from gpusoftmax.kernels.cuda.compile import Image
 from gpusoftmax.kernels.cuda.plan import Columns, Long, Plan, Short, row_plan
-from gpusoftmax.kernels.operands import STORAGE, Labels, Numbers, Operand, Place, Rows
+from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Numbers, Operand, Place, Rows, Transform
 
-_STRIDED = {dtype: f"strided {dtype}" for dtype in STORAGE}
+_STRIDED = {dtype: f"strided {dtype}" for dtype in (*STORAGE, *MASKS)}
 _SPLITS = {Short: "short", Long: "long", Columns: "columns"}
+_ABSENT = 0
+"""Numba gives a parameter to what is None, too."""
 _SCALARS = {np.float32: "float32", np.float64: "float64", int: "int64"}
 
 
@@ -70,6 +72,7 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
         if kind is Operand:
             signature.append(_STRIDED[argument.dtype])
             words += argument[:4]
+            signature[-1] += _add_transform(argument.transform, words, addresses)
         elif kind is Numbers:
             signature.append(f"*{argument.dtype}")
             words.append(argument.pointer)
@@ -91,18 +94,46 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
         _recorder.launches.append(Launch(image, plan, words, addresses))
 
 
+def _add_transform(transform: Transform | None, words: list, addresses: list[int]) -> str:
+    """Adds the words of a transform; what its fields are follows the word of the array in the signature."""
+    if transform is None:
+        words.append(_ABSENT)
+        return ""
+    kinds = []
+    for field in transform:
+        if isinstance(field, Operand | Labels):
+            addresses.append(len(words))
+        if isinstance(field, Operand):
+            kinds.append(_STRIDED[field.dtype])
+            words += (*field[:4], _ABSENT)
+        elif isinstance(field, Labels):
+            kinds.append("labels")
+            words += field
+        elif isinstance(field, tuple):
+            kinds.append(f"{len(field)} {_SCALARS[type(field[0])]}")
+            words += field
+        elif isinstance(field, np.floating):
+            kinds.append(_SCALARS[type(field)])
+            words.append(field)
+        else:
+            kinds.append("flag" if field else "none")
+            words.append(_ABSENT)
+    return "".join(f" | {kind}" for kind in kinds)
+
+
 def launch_rows(
     kernel: str, place: Place, rows: Rows, *arguments, reads: int = 1, passes: int = 2, side_by_side: bool = True
 ) -> None:
     """Starts a kernel that goes over rows: those of the first `reads` arguments, once or (passes) twice.
 
     With two passes, it writes rows of the last argument that is an array. side_by_side: whether it can take rows that
-    lie so together.
+    lie so together: it cannot where logits go through a transform, which a thread knows for its own row.
     """
     device = device_of(place)
     formats = tuple(argument.dtype for argument in arguments[:reads])
     compute = "float64" if any(isinstance(argument, np.float64) for argument in arguments) else "float32"
-    neighbours = _neighbours(rows, arguments, reads, passes) if side_by_side else 1
+    transformed = any(type(argument) is Operand and argument.transform for argument in arguments)
+    neighbours = _neighbours(rows, arguments, reads, passes) if side_by_side and not transformed else 1
     shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes, neighbours
     plan = row_plan(rows.n_rows, *shape)
     for start in range(0, rows.n_rows, plan.rows):  # once, unless there are more rows than blocks

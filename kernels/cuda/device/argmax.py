@@ -72,7 +72,7 @@ def row_maximum(team, split, like):
 
 
 @device
-def first_maximum(source, n_cols, row, team, split, like):
+def first_maximum(source, n_cols, team, split, like):
     """The column of the first maximum of the row, the same for all threads that share it."""
     held, params = piece_numbers(like), (like,)
     least, zero = number(like, -math.inf), number(like, 0.0)
@@ -85,7 +85,7 @@ def first_maximum(source, n_cols, row, team, split, like):
     k = int32(0)
     while k < team.n_pieces:
         wait_for_piece(k, team, split)
-        piece = read_logits(held, source, k, n_cols, row, team, split, params)
+        piece = read_logits(held, source, k, n_cols, team, split, params)
         stage_next(k, (source,), n_cols, team, split, least)
         current, at = piece_maximum(held, source, piece, team, split, like)
         within = k & last_piece
@@ -110,6 +110,6 @@ def argmax_rows(rows, split, start, logits, indices, like):
     team = team_of(split, 1)
     row = own_row(start, split)
     n_cols = rows.n_cols if row < rows.n_rows else 0
-    col = first_maximum(row_of(logits, row, rows), n_cols, row, team, split, like)
+    col = first_maximum(row_of(logits, row, rows), n_cols, team, split, like)
     if row < rows.n_rows and team.lane == 0 and team.rank == 0:
         store_integer(indices.pointer, row_offset(indices, row, rows), col)

@@ -79,7 +79,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair
 from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes, split_piece_bits
 from gpusoftmax.kernels.cuda.device.staging import staged
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed, unless_empty
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 from gpusoftmax.kernels.operands import NO_BAD_LABEL
 
@@ -110,7 +110,7 @@ loss_numbers, finished_row = loss_numbers_with(finish)
 
 
 @device
-def smoothing_piece(source, at, piece, piece_max, weight, factor, row, team, split, params):
+def smoothing_piece(source, at, piece, piece_max, weight, factor, team, split, params):
     """The sum of factor w_c (max - x_c) over a piece, and that of w_c.
 
     The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow. The
@@ -122,7 +122,7 @@ def smoothing_piece(source, at, piece, piece_max, weight, factor, row, team, spl
     size = element_size(source.pointer)
     for col in range(team.lane, piece.count, split_lanes(split)):
         place = int32(at + (source.shift + col) * size)
-        x = transform(staged(source.pointer, place, zero), piece.first + col, row, params)
+        x = transformed(staged(source.pointer, place, zero), piece.first + col, source.through)
         w = number_at(weight, piece.first + col, one)
         total, low = add_pair(total, low, mul(w, mul(-half_gap(x, halved(piece_max)), factor)), zero)
         weights, weights_low = add_pair(weights, weights_low, w, zero)
@@ -152,7 +152,7 @@ def merged_distances(row_max, factor, team, split):
 
 
 @device
-def smoothed_numbers(source, weight, factor, n_cols, row, team, split, params):
+def smoothed_numbers(source, weight, factor, n_cols, team, split, params):
     """The numbers of the row, as loss_numbers has them, and sum_c factor w_c (max - x_c)."""
     zero, least = number(factor, 0.0), number(factor, -math.inf)
     params = of_cheap(params)
@@ -166,7 +166,7 @@ def smoothed_numbers(source, weight, factor, n_cols, row, team, split, params):
     k = int32(0)
     while k < team.n_pieces:
         wait_for_piece(k, team, split)
-        piece = read_logits(held, source, k, n_cols, row, team, split, params)
+        piece = read_logits(held, source, k, n_cols, team, split, params)
         largest, total = piece_state(held, sums, piece, split, params)
         ties, rest = zero, zero
         if not is_long(split):
@@ -174,7 +174,7 @@ def smoothed_numbers(source, weight, factor, n_cols, row, team, split, params):
         current = largest, total, ties, rest
         at = slot_of(k, team, split, 1)
         current_distances, current_weights = smoothing_piece(
-            source, at, piece, current[0], weight, factor, row, team, split, params
+            source, at, piece, current[0], weight, factor, team, split, params
         )
         stage_next(k, (source,), n_cols, team, split, least)
         if k & last_piece == 0:
@@ -191,7 +191,7 @@ def smoothed_numbers(source, weight, factor, n_cols, row, team, split, params):
             place = state_place(4, chunk_of(k, team, split), split, factor)
             publish_pair(place, distances, weights, team, split)
         k = int32(k + 1)
-    numbers = finished_row(state, source, n_cols, row, team, split, params)
+    numbers = finished_row(state, source, n_cols, team, split, params)
     if is_one_chunk(split):
         return numbers, distances
     distances, low = merged_distances(mul(numbers[0], number(factor, 2.0)), factor, team, split)
@@ -204,16 +204,16 @@ def smoothed_numbers(source, weight, factor, n_cols, row, team, split, params):
 def gradients_with(smoothed):
     @device
     def gradients(values, others, col, width, numbers):
-        row, label, half, exponent, lowest, on_probs, on_label, per_weight, weight, params = numbers
+        label, half, exponent, lowest, on_probs, on_label, per_weight, weight, params, through = numbers
         scale, scale_low, c, c_low = params
         if is_near(exponent):
             for k in range(width):
-                x = transform(values[k], col + k, row, params)
-                values[k] = mul(cheap_exp_from(x, exponent, lowest, c, c_low), on_probs)
+                others[k] = values[k]
+                values[k] = mul(cheap_exp_from(values[k], exponent, lowest, c, c_low), on_probs)
         else:
             for k in range(width):
-                x = transform(values[k], col + k, row, params)
-                values[k] = mul(cheap_exp_gap(x, half, scale, scale_low, c, c_low), on_probs)
+                others[k] = values[k]
+                values[k] = mul(cheap_exp_gap(values[k], half, scale, scale_low, c, c_low), on_probs)
         if label >= col and label < col + width:
             for k in range(width):
                 if col + k == label:
@@ -222,6 +222,8 @@ def gradients_with(smoothed):
             for k in range(width):
                 w = number_at(weight, col + k, number(scale, 1.0))
                 values[k] = sub(values[k], mul(per_weight, w))
+        for k in range(width):
+            values[k] = pulled_back(values[k], others[k], through)
 
     return gradients
 
@@ -262,31 +264,35 @@ def losses_with(smoothed):
         if counts:
             w_label = number_at(weight, label, one)
             if writes_loss:  # now: the gradient may be written over the logits
-                x_label = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+                x_label = transformed(load(source.pointer, label * source.stride, scale), label, source.through)
         # 1. the sums of the row and, for smoothing, d = eps/V sum_c w_c (max - x_c)
         if smoothed:
             factor = mul(share, scale)
-            found, d = smoothed_numbers(source, weight, factor, n_cols, row, team, split, params)
+            found, d = smoothed_numbers(source, weight, factor, n_cols, team, split, params)
         else:
-            found, d = loss_numbers(source, n_cols, row, team, split, params), zero
+            found, d = loss_numbers(source, n_cols, team, split, params), zero
         half, log, log_low, inverse = found
         total_weight = number_at(weight_sum, 0, number(scale, rows.n_cols))
-        confident = mul(confidence, w_label)
+        confident = unless_empty(mul(confidence, w_label), half, log_low, source.through)
         if counts and writes_loss:
             loss = mul(confident, negative_log_probability(x_label, half, log, scale))
             if smoothed:
                 loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), d))
-            store(row_of(losses, row, rows).pointer, 0, loss)
+            store(row_of(losses, row, rows).pointer, 0, unless_empty(loss, half, log_low, source.through))
         # 2. the gradient
         if not is_null(dlogits.pointer):
             upstream = div(grad_scale, number_at(normaliser, 0, one))
             on_label = mul(upstream, confident)
-            per_weight = mul(upstream, share)
+            per_weight = unless_empty(mul(upstream, share), half, log_low, source.through)
+            inverse = unless_empty(inverse, half, log_low, source.through)
             on_probs = mul(inverse, fma(per_weight, total_weight, on_label))
             row_max = mul(half, number(scale, 2.0))
             exponent = anchor(row_max, params[2])
             lowest = lowest_of(exponent, params[2])
-            numbers = row, label, halved(row_max), exponent, lowest, on_probs, on_label, per_weight, weight, params
+            numbers = (
+                label, halved(row_max), exponent, lowest, on_probs, on_label, per_weight, weight, params,
+                source.through,
+            )  # fmt: skip
             write_gradients(target, (source,), n_cols, team, split, numbers, scale)
 
     return losses_of_rows

@@ -1,5 +1,6 @@
-"""A lane's columns of a piece one granule after the other, straight from the slot: a loop that takes few registers and
-little code, for kernels that do much with a column or go over a row many times. The columns are those of `read_piece`.
+"""A lane's columns of a piece one granule after the other, straight from the slot and transformed: a loop that takes
+few registers and little code, for kernels that do much with a column or go over a row many times. The columns are those
+of `read_piece`.
 """
 
 from numpy import int32
@@ -9,6 +10,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import add
 from gpusoftmax.kernels.cuda.device.memory import VECTOR_BYTES, element_size, granule_numbers, vector_bits
 from gpusoftmax.kernels.cuda.device.rows import is_granule, read_columns
 from gpusoftmax.kernels.cuda.device.split import split_lanes
+from gpusoftmax.kernels.cuda.device.transform import transform
 
 
 def granules_with(act):
@@ -27,6 +29,7 @@ def granules_with(act):
         while first < piece.count:
             read_columns(values, source, place, 1 << bits, as_granule)
             col = piece.first + first + (team.lane << bits)
+            transform(values, col, 1 << bits, source.through)
             result = act(result, values, col, 1 << bits, source, split, numbers)
             first, place = int32(first + (lanes << bits)), int32(place + lanes * VECTOR_BYTES)
         return result

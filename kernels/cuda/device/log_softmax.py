@@ -7,16 +7,15 @@ from gpusoftmax.kernels.cuda.device.piece_state import gap_params
 from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import unless_empty
 
 
 @device
 def log_probabilities(values, others, col, width, numbers):
-    row, row_max, log, params = numbers
+    row_max, log, params = numbers
     for k in range(width):
-        x = transform(values[k], col + k, row, params)
         # Times -1, not negated: LLVM would move a negation behind the conversion to float16, as a subtraction.
-        values[k] = mul(negative_log_probability(x, row_max, log, params[0]), number(params[0], -1.0))
+        values[k] = mul(negative_log_probability(values[k], row_max, log, params[0]), number(params[0], -1.0))
 
 
 @device
@@ -37,9 +36,11 @@ def log_softmax_rows(rows, split, start, logits, log_probs, scale, scale_low):
     n_cols = rows.n_cols if row < rows.n_rows else 0
     source = row_of(logits, row, rows)
     # 1. the first pass: maximum and sum
-    row_max, log, _, _ = log_softmax_numbers(source, n_cols, row, team, split, params)
+    row_max, log, log_low, _ = log_softmax_numbers(source, n_cols, team, split, params)
     # 2. the last pass
-    numbers = row, row_max, log, params
+    log = unless_empty(log, row_max, log_low, source.through)
+    row_max = unless_empty(row_max, row_max, log_low, source.through)
+    numbers = row_max, log, params
     write_log_probs(row_of(log_probs, row, rows), (source,), n_cols, team, split, numbers, scale)
 
 

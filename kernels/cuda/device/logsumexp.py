@@ -22,6 +22,6 @@ def logsumexp_rows(rows, split, start, logits, lse, scale, scale_low):
     team = team_of(split, 1)
     row = own_row(start, split)
     n_cols = rows.n_cols if row < rows.n_rows else 0
-    result, _, _, _ = logsumexp_numbers(row_of(logits, row, rows), n_cols, row, team, split, params)
+    result, _, _, _ = logsumexp_numbers(row_of(logits, row, rows), n_cols, team, split, params)
     if row < rows.n_rows and team.lane == 0 and team.rank == 0:
         store(row_of(lse, row, rows).pointer, 0, result)

@@ -7,8 +7,9 @@ uint16 those of a bfloat16. Every kernel converts here and nowhere else.
 from llvmlite import ir
 
 from gpusoftmax.kernels import conversion
-from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
+from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE, values_per_lane
+from gpusoftmax.kernels.operands import ONE_VALUE
 
 GLOBAL_SPACE, SHARED_SPACE = 1, 3
 VECTOR_BYTES = 16
@@ -123,6 +124,17 @@ def load(typingctx, pointer, index, like):
         return conversion.widen(builder, value, dtype, context.get_value_type(like))
 
     return like(pointer, types.int64, like), codegen
+
+
+@intrinsic
+def load_stored(typingctx, pointer, index):
+    """The element at pointer[index] as it is stored."""
+
+    def codegen(context, builder, signature, args):
+        address = global_address(builder, args[0], args[1], context.get_value_type(pointer.dtype))
+        return builder.load(address, align=pointer.dtype.bitwidth // 8)
+
+    return pointer.dtype(pointer, types.int64), codegen
 
 
 @intrinsic
@@ -309,3 +321,20 @@ def block_numbers(typingctx, like):
         return builder.addrspacecast(first, element.as_pointer())
 
     return types.CPointer(like)(like), codegen
+
+
+@device
+def row_offset(array, row, rows):
+    """Where a row starts, in elements. `array` has the strides of an Operand or of Labels."""
+    if rows.n_inner >= rows.n_rows:  # one batch axis, the usual case: spares a division of some hundred instructions
+        return row * array.inner_stride
+    outer = row // rows.n_inner
+    return outer * array.outer_stride + (row - outer * rows.n_inner) * array.inner_stride
+
+
+@device
+def word_of(labels, row, rows):
+    """A row's own integer, or the one of all rows."""
+    if labels.code == ONE_VALUE:
+        return labels.pointer
+    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)

@@ -70,7 +70,7 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
     split_piece_bits,
 )
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import pulled_back
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 
@@ -151,7 +151,7 @@ def row_moments_with(has_lines):
         return ratio_of_pairs(j, j_low, s, s_low), ratio_of_pairs(i, i_low, s, s_low)
 
     @device
-    def row_moments(source, n_cols, width, row, team, split, scale, scale_low):
+    def row_moments(source, n_cols, width, team, split, scale, scale_low):
         """(E_j, E_i) of the row, the same for all threads that share it; there is no E_i without lines."""
         params = gap_params(scale, scale_low)
         held = piece_numbers(scale)
@@ -166,7 +166,7 @@ def row_moments_with(has_lines):
         k = int32(0)
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
-            piece = read_logits(held, source, k, n_cols, row, team, split, params)
+            piece = read_logits(held, source, k, n_cols, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
             chunk, within = chunk_of(k, team, split), int32(k & last_piece)
             image = zero, zero, zero
@@ -221,22 +221,23 @@ def gradients_with(has_lines, exp_from, exp_gap):
 
     @device
     def gradients(values, others, col, width, numbers):
-        row, half, exponent, lowest, factor, place, per_place, line, per_line, params, image = numbers
+        half, exponent, lowest, factor, place, per_place, line, per_line, params, image, through = numbers
         scale, scale_low, c, c_low = params
         if is_near(exponent):
             for k in range(width):
-                x = transform(values[k], col + k, row, params)
-                values[k] = mul(exp_from(x, exponent, lowest, c, c_low), factor)
+                others[k] = values[k]
+                values[k] = mul(exp_from(values[k], exponent, lowest, c, c_low), factor)
         else:
             for k in range(width):
-                x = transform(values[k], col + k, row, params)
-                values[k] = mul(exp_gap(x, half, scale, scale_low, c, c_low), factor)
+                others[k] = values[k]
+                values[k] = mul(exp_gap(values[k], half, scale, scale_low, c, c_low), factor)
         at = int32(0), int32(0)
         if has_lines:
             first = quotient(int32(col), image[0])
             at = first, int32(int32(col) - first * image[0])
         for k in range(width):
-            values[k] = mul(values[k], pull_at(col, k, at, image, (place, per_place, line, per_line)))
+            gradient = mul(values[k], pull_at(col, k, at, image, (place, per_place, line, per_line)))
+            values[k] = pulled_back(gradient, others[k], through)
 
     return gradients
 
@@ -247,9 +248,9 @@ def row_backward_with(has_lines):
     write = row_writer(gradients_with(has_lines, ordered_exp_from, exact_exp_gap))
 
     @device
-    def row_backward(target, source, n_cols, width, pull, row, team, split, scale, scale_low):
+    def row_backward(target, source, n_cols, width, pull, team, split, scale, scale_low):
         params = gap_params(scale, scale_low)
-        row_max, total = softmax_state(source, n_cols, row, team, split, params)
+        row_max, total = softmax_state(source, n_cols, team, split, params)
         exponent = anchor(row_max, params[2])
         lowest = lowest_of(exponent, params[2])
         factor = row_inverse(row_max, total, number(scale, 0.0))
@@ -257,7 +258,10 @@ def row_backward_with(has_lines):
             factor = corrected_inverse(factor, row_max, exponent, params[3])
         factor = mul(factor, mul(scale, number(scale, 0.5)))
         image = width, number(scale, width), div(number(scale, 1.0), number(scale, width))
-        numbers = row, halved(row_max), exponent, lowest, factor, pull[0], pull[1], pull[2], pull[3], params, image
+        numbers = (
+            halved(row_max), exponent, lowest, factor, pull[0], pull[1], pull[2], pull[3], params, image,
+            source.through,
+        )  # fmt: skip
         if stored_in_halves(target.pointer):
             write_halves(target, (source,), n_cols, team, split, numbers, scale)
         else:

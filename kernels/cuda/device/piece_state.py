@@ -34,7 +34,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
 )
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import transformed
 from gpusoftmax.kernels.cuda.plan import GROUP
 
 
@@ -46,12 +46,12 @@ def gap_params(scale, scale_low):
 
 
 @device
-def read_logits(held, source, k, n_cols, row, team, split, params):
-    """held = piece k through `transform`; padding never becomes a maximum and adds nothing to a sum."""
+def read_logits(held, source, k, n_cols, team, split, params):
+    """held = piece k, transformed; padding never becomes a maximum and adds nothing to a sum."""
     piece = piece_of(k, n_cols, team, split, params[0])
     read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
     for j in range(n_values(params[0])):
-        held[j] = transform(held[j], piece.first + col_of(j, team, split, source), row, params)
+        held[j] = transformed(held[j], piece.first + col_of(j, team, split, source), source.through)
     return piece
 
 

@@ -207,7 +207,7 @@ def first_pass_with(second_looks):
     """
 
     @device
-    def first_pass(source, n_cols, row, team, split, params):
+    def first_pass(source, n_cols, team, split, params):
         held, sums = piece_numbers(params[0]), granule_numbers(params[0])
         zero, least = number(params[0], 0.0), number(params[0], -math.inf)
         state = (least, zero, zero, zero)
@@ -218,7 +218,7 @@ def first_pass_with(second_looks):
         k = int32(0)
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
-            piece = read_logits(held, source, k, n_cols, row, team, split, params)
+            piece = read_logits(held, source, k, n_cols, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
             largest, total = piece_state(held, sums, piece, split, params)
             ties, rest = zero, zero
@@ -243,7 +243,7 @@ states_of_chunks = first_pass_with(second_looks=True)
 
 
 @device
-def look_again(source, n_cols, row, row_max, team, split, params):
+def look_again(source, n_cols, row_max, team, split, params):
     """The second look at those of this warp's chunks that have the maximum of the row."""
     held, sums = piece_numbers(row_max), granule_numbers(row_max)
     zero = number(row_max, 0.0)
@@ -253,7 +253,7 @@ def look_again(source, n_cols, row, row_max, team, split, params):
     while k < team.n_pieces:
         if saved_max(chunk_of(k, team, split), split, row_max) == row_max:
             fetch_again(k, source, n_cols, team, split, number(row_max, -math.inf))
-            piece = read_logits(held, source, k, n_cols, row, team, split, params)
+            piece = read_logits(held, source, k, n_cols, team, split, params)
             largest, total = piece_state(held, sums, piece, split, params)
             ties, rest = second_look(held, sums, largest, total, piece, split, params)
             if k & last_piece == 0:
@@ -267,10 +267,10 @@ def look_again(source, n_cols, row, row_max, team, split, params):
 
 
 @device
-def softmax_state(source, n_cols, row, team, split, params):
+def softmax_state(source, n_cols, team, split, params):
     """(max, sum) of a row, the same for all threads that share it."""
     params = of_cheap(params)
-    largest, total, _, _ = sums_of_chunks(source, n_cols, row, team, split, params)
+    largest, total, _, _ = sums_of_chunks(source, n_cols, team, split, params)
     if is_one_chunk(split):
         return largest, total
     exchange_states(split)
@@ -350,7 +350,7 @@ def loss_numbers_with(finish):
         return finished(row_max, total, ties, rest, params)
 
     @device
-    def finished_long_row(source, n_cols, row, team, split, params):
+    def finished_long_row(source, n_cols, team, split, params):
         zero, part = number(params[0], 0.0), int32(0)
         if leads_block():
             row_max, total = row_sums(team, split, params)
@@ -362,7 +362,7 @@ def loss_numbers_with(finish):
         cuda.syncthreads()  # the row is finished before any warp reads of it
         row_max, is_last = get_pair(row_place(4, part, split, zero), zero)
         if is_last == zero:
-            look_again(source, n_cols, row, row_max, team, split, params)
+            look_again(source, n_cols, row_max, team, split, params)
             exchange_states(split)
             if leads_block():
                 ties, rest = row_second_look(row_max, team, split, params)
@@ -373,7 +373,7 @@ def loss_numbers_with(finish):
         return told_row(part, split, zero)
 
     @device
-    def finished_row(state, source, n_cols, row, team, split, params):
+    def finished_row(state, source, n_cols, team, split, params):
         """`state`: of the one chunk; those of several are in shared memory."""
         if is_short(split):
             return finished_short_row(state, team, split, params)
@@ -382,12 +382,12 @@ def loss_numbers_with(finish):
         exchange_states(split)
         if is_columns(split):
             return finished_columns(team, split, params)
-        return finished_long_row(source, n_cols, row, team, split, params)
+        return finished_long_row(source, n_cols, team, split, params)
 
     @device
-    def loss_numbers(source, n_cols, row, team, split, params):
+    def loss_numbers(source, n_cols, team, split, params):
         params = of_cheap(params)
-        state = states_of_chunks(source, n_cols, row, team, split, params)
-        return finished_row(state, source, n_cols, row, team, split, params)
+        state = states_of_chunks(source, n_cols, team, split, params)
+        return finished_row(state, source, n_cols, team, split, params)
 
     return loss_numbers, finished_row

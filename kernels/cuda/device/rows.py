@@ -43,6 +43,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     granule_numbers,
     misalignment,
     n_values,
+    row_offset,
     store,
     store_vector,
     vector_bits,
@@ -80,6 +81,7 @@ from gpusoftmax.kernels.cuda.device.staging import (
     staged_vector,
     wait_for_copies,
 )
+from gpusoftmax.kernels.cuda.device.transform import through_of, transform
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 VERY_MANY = 1 << 30  # columns: more than a slot has
@@ -92,6 +94,7 @@ class Strided(NamedTuple):
     outer_stride: int
     inner_stride: int
     col_stride: int
+    transform: object  # None: its elements are read as they are
 
 
 class Row(NamedTuple):
@@ -102,6 +105,7 @@ class Row(NamedTuple):
     pointer: object
     stride: int
     shift: int
+    through: object  # what its elements go through on the way into registers, see transform.py; None: nothing
 
 
 class Piece(NamedTuple):
@@ -125,18 +129,10 @@ class Team(NamedTuple):
 
 
 @device
-def row_offset(array, row, rows):
-    """Where a row starts, in elements. `array` has the strides of an Operand or of Labels."""
-    if rows.n_inner >= rows.n_rows:  # one batch axis, the usual case: spares a division of some hundred instructions
-        return row * array.inner_stride
-    outer = row // rows.n_inner
-    return outer * array.outer_stride + (row - outer * rows.n_inner) * array.inner_stride
-
-
-@device
 def row_of(array, row, rows):
     pointer = advance(array.pointer, row_offset(array, row, rows))
-    return Row(pointer, array.col_stride, int32(misalignment(pointer) if array.col_stride == 1 else 0))
+    shift = int32(misalignment(pointer) if array.col_stride == 1 else 0)
+    return Row(pointer, array.col_stride, shift, through_of(array.transform, row, rows))
 
 
 # ---------------------------------------------------------------- who
@@ -507,6 +503,7 @@ def row_writer(results):
         col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
         for k in range(n_values(like) >> bits):
             staged_vector(sources[0].pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
+            transform(values, col + k * (WARP_SIZE << bits), 1 << bits, sources[0].through)
             if len(sources) == 2:
                 other = int32(place + split.slot_bytes + k * WARP_SIZE * VECTOR_BYTES)
                 staged_vector(sources[1].pointer, other, others)
@@ -535,6 +532,7 @@ def row_writer(results):
                         place = int32(two + (granule << bits) * size)
                         read_columns(others, sources[1], place, width, others_as_granule)
                     col = piece.first - shift + (int64(granule) << bits)
+                    transform(values, col, width, sources[0].through)
                     results(values, others, col, width, numbers)
                     store_vector(target.pointer, col, values)
                 granule = int32(granule + step)
@@ -544,6 +542,7 @@ def row_writer(results):
             read_columns(values, sources[0], int32(at[0] + col * size), 1, False)
             if len(sources) == 2:
                 read_columns(others, sources[1], int32(at[1] + other + col * size), 1, False)
+            transform(values, piece.first + col, 1, sources[0].through)
             results(values, others, piece.first + col, 1, numbers)
             store(target.pointer, (piece.first + col) * target.stride, values[0])
             k = int32(k + step)

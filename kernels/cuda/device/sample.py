@@ -15,7 +15,7 @@ from numpy import int32, int64
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
 from gpusoftmax.kernels.cuda.device.granules import granules_with
-from gpusoftmax.kernels.cuda.device.memory import integer_of, load_label, number_of, store_integer
+from gpusoftmax.kernels.cuda.device.memory import integer_of, number_of, store_integer, word_of
 from gpusoftmax.kernels.cuda.device.noise import (
     draw_words,
     granule_words,
@@ -44,7 +44,6 @@ from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import is_long, split_chunks, split_lanes
 from gpusoftmax.kernels.cuda.device.threshold import BEST_PLACE, kept_from, limit_of, open_again
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
-from gpusoftmax.kernels.operands import ONE_VALUE
 
 
 def sample_rows(rows, split, start, logits, seeds, steps, ids, unit, noise):
@@ -84,14 +83,6 @@ def store_column(best, ids, row, rows, team):
         # A score of +inf: the row holds NaN or +inf.
         column = best[2] if best[0] < number(best[0], math.inf) else int32(-1)
         store_integer(ids.pointer, row_offset(ids, row, rows), int64(column))
-
-
-@device
-def word_of(labels, row, rows):
-    """A row's own integer, or the one of all rows."""
-    if labels.code == ONE_VALUE:
-        return labels.pointer
-    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
 
 
 @device

@@ -67,8 +67,8 @@ def put_pair(typingctx, at, first, second):
 
 
 def _varying(numbers):
-    """(position, type) of the members of a tuple that `put_numbers` writes: all but tuples."""
-    return [(k, kind) for k, kind in enumerate(numbers.types) if not isinstance(kind, types.BaseTuple)]
+    """(position, type) of the members of a tuple that `put_numbers` writes: all but tuples and None."""
+    return [(k, kind) for k, kind in enumerate(numbers.types) if not isinstance(kind, types.BaseTuple | types.NoneType)]
 
 
 def _number_place(builder, at, number, type):

@@ -16,7 +16,7 @@ def soft_argmax_rows(rows, split, start, logits, expected, scale, scale_low):
     row = own_row(start, split)
     n_cols = rows.n_cols if row < rows.n_rows else 0
     source = row_of(logits, row, rows)
-    place, _ = moments_along_a_line(source, n_cols, int32(1), row, team, split, scale, scale_low)
+    place, _ = moments_along_a_line(source, n_cols, int32(1), team, split, scale, scale_low)
     if row < rows.n_rows and team.lane == 0 and team.rank == 0:
         store(row_of(expected, row, rows).pointer, 0, place)
 
@@ -28,4 +28,4 @@ def soft_argmax_backward_rows(rows, split, start, logits, expected, dexpected, d
     source, target = row_of(logits, row, rows), row_of(dlogits, row, rows)
     zero = number(scale, 0.0)
     pull = number_of_row(expected, row, rows, scale), number_of_row(dexpected, row, rows, scale), zero, zero
-    backward_along_a_line(target, source, n_cols, int32(1), pull, row, team, split, scale, scale_low)
+    backward_along_a_line(target, source, n_cols, int32(1), pull, team, split, scale, scale_low)

@@ -18,22 +18,20 @@ from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_ne
 from gpusoftmax.kernels.cuda.device.row_state import softmax_state
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import unless_empty
 
 
 def probabilities_with(exp_from, exp_gap):
     @device
     def probabilities(values, others, col, width, numbers):
-        row, half, exponent, lowest, inverse, params = numbers
+        half, exponent, lowest, inverse, params = numbers
         scale, scale_low, c, c_low = params
         if is_near(exponent):
             for k in range(width):
-                x = transform(values[k], col + k, row, params)
-                values[k] = mul(exp_from(x, exponent, lowest, c, c_low), inverse)
+                values[k] = mul(exp_from(values[k], exponent, lowest, c, c_low), inverse)
         else:
             for k in range(width):
-                x = transform(values[k], col + k, row, params)
-                values[k] = mul(exp_gap(x, half, scale, scale_low, c, c_low), inverse)
+                values[k] = mul(exp_gap(values[k], half, scale, scale_low, c, c_low), inverse)
 
     return probabilities
 
@@ -50,20 +48,22 @@ def softmax_rows(rows, split, start, logits, probs, scale, scale_low):
     source = row_of(logits, row, rows)
     target = row_of(probs, row, rows)
     # 1. the first pass: maximum and sum
-    row_max, total = softmax_state(source, n_cols, row, team, split, params)
+    row_max, total = softmax_state(source, n_cols, team, split, params)
     # 2. the last pass
+    rest = total  # 0 in a row without a maximum, unless there is a NaN
     exponent = anchor(row_max, params[2])
     lowest = lowest_of(exponent, params[2])
     if total == cheap_exp_from(row_max, exponent, lowest, params[2], params[3]):
         # Nothing but one maximum counts. Relative to itself it is exactly 1.
         exponent, total = number(total, math.inf), number(total, 1.0)
     inverse = row_inverse(row_max, total, number(total, 0.0))
+    inverse = unless_empty(inverse, row_max, rest, source.through)
     if stored_in_halves(target.pointer):
-        numbers = row, halved(row_max), exponent, lowest, inverse, params
+        numbers = halved(row_max), exponent, lowest, inverse, params
         write_half_probs(target, (source,), n_cols, team, split, numbers, scale)
     else:
         inverse = corrected_inverse(inverse, row_max, exponent, params[3])
-        numbers = row, halved(row_max), exponent, lowest, inverse, params
+        numbers = halved(row_max), exponent, lowest, inverse, params
         write_probs(target, (source,), n_cols, team, split, numbers, scale)
 
 

@@ -17,7 +17,7 @@ def spatial_softmax_rows(rows, split, start, features, x, y, width, scale, scale
     row = own_row(start, split)
     n_cols = rows.n_cols if row < rows.n_rows else 0
     source = row_of(features, row, rows)
-    place, line = moments_of_an_image(source, n_cols, int32(width), row, team, split, scale, scale_low)
+    place, line = moments_of_an_image(source, n_cols, int32(width), team, split, scale, scale_low)
     if row < rows.n_rows and team.lane == 0 and team.rank == 0:
         height = quotient(int32(rows.n_cols), int32(width))
         store(row_of(x, row, rows).pointer, 0, coordinate(place, number(scale, int32(width - 1))))
@@ -39,4 +39,4 @@ def spatial_softmax_backward_rows(
         place_of(number_of_row(y, row, rows, scale), last_line),
         per_place_of(number_of_row(dy, row, rows, scale), last_line),
     )
-    backward_of_an_image(target, source, n_cols, int32(width), pull, row, team, split, scale, scale_low)
+    backward_of_an_image(target, source, n_cols, int32(width), pull, team, split, scale, scale_low)

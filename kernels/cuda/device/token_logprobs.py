@@ -86,7 +86,7 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
     split_piece_bits,
 )
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 NO_COLUMN = 2**31 - 1
@@ -138,11 +138,11 @@ def beside_with(with_entropy):
 
     @device
     def beside(result, values, col, width, source, split, numbers):
-        largest, exponent, half, lowest, asked, row, params = numbers
+        largest, exponent, half, lowest, asked, params = numbers
         scale, scale_low, c, c_low = params
         distances, above, column = result
         for k in range(width):
-            x = transform(values[k], col + k, row, params)
+            x = values[k]
             if with_entropy:
                 if is_near(exponent):
                     e = cheap_exp_from(x, exponent, lowest, c, c_low)
@@ -158,9 +158,9 @@ def beside_with(with_entropy):
     of_granules = granules_with(beside)
 
     @device
-    def beside_piece(source, at, piece, largest, asked, row, team, split, params):
+    def beside_piece(source, at, piece, largest, asked, team, split, params):
         zero, exponent = number(largest, 0.0), anchor(largest, params[2])
-        numbers = largest, exponent, halved(largest), lowest_of(exponent, params[2]), asked, row, params
+        numbers = largest, exponent, halved(largest), lowest_of(exponent, params[2]), asked, params
         result = zero, zero, int32(NO_COLUMN)
         distances, above, column = of_granules(result, source, at, piece, team, split, numbers, zero)
         if with_entropy:
@@ -238,7 +238,7 @@ def token_numbers_with(with_entropy):
     beside_piece = beside_with(with_entropy)
 
     @device
-    def token_numbers(source, asked, n_cols, row, team, split, params):
+    def token_numbers(source, asked, n_cols, team, split, params):
         """(numbers, D, above, column): the numbers of the row that `finish` gives, the mean distance, how many logits
         are larger than the threshold, as a pair, and the first column of the maximum, which only the part that holds it
         knows: -1 elsewhere.
@@ -257,7 +257,7 @@ def token_numbers_with(with_entropy):
         k = int32(0)
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
-            piece = read_logits(held, source, k, n_cols, row, team, split, params)
+            piece = read_logits(held, source, k, n_cols, team, split, params)
             largest, total = piece_state(held, sums, piece, split, params)
             ties, rest = zero, zero
             if not is_long(split):
@@ -265,7 +265,7 @@ def token_numbers_with(with_entropy):
             current = largest, total, ties, rest
             at = slot_of(k, team, split, 1)
             current_distances, current_above, first = beside_piece(
-                source, at, piece, largest, asked, row, team, split, params
+                source, at, piece, largest, asked, team, split, params
             )
             stage_next(k, (source,), n_cols, team, split, least)
             if largest > best:
@@ -284,7 +284,7 @@ def token_numbers_with(with_entropy):
                     publish_second_look(k, state, team, split)
                 publish_pair(state_place(4, chunk_of(k, team, split), split, scale), distances, above, team, split)
             k = int32(k + 1)
-        numbers = finished_row(state, source, n_cols, row, team, split, params)
+        numbers = finished_row(state, source, n_cols, team, split, params)
         above_low = zero
         if not is_one_chunk(split):
             row_max = mul(numbers[0], number(scale, 2.0))
@@ -321,10 +321,10 @@ def token_logprobs_of(token_numbers):
         if is_counted and exists:
             label = label_of(row, 0, targets, rows)
             if is_class(label, targets, rows):
-                threshold = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+                threshold = transformed(load(source.pointer, label * source.stride, scale), label, source.through)
         asked = Asked(threshold, is_counted, argmax.pointer != 0)
         n_cols = rows.n_cols if exists else 0
-        numbers, mean, above, column = token_numbers(source, asked, n_cols, row, team, split, params)
+        numbers, mean, above, column = token_numbers(source, asked, n_cols, team, split, params)
         half, log, log_low, _ = numbers
         if not exists:
             return
@@ -344,7 +344,7 @@ def token_logprobs_of(token_numbers):
                 label = label_of(row, j, targets, rows)
                 value, rank = number(scale, 0.0), int64(-1)
                 if is_class(label, targets, rows):
-                    x = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+                    x = transformed(load(source.pointer, label * source.stride, scale), label, source.through)
                     # Times -1, as in log_softmax.py.
                     value = mul(negative_log_probability(x, half, log, scale), number(scale, -1.0))
                     if value == value:
@@ -431,10 +431,11 @@ def add_target(values, col, width, label, gradient):
 def gradients_with(with_entropy):
     @device
     def gradients(values, others, col, width, numbers):
-        row, half, exponent, lowest, on_probs, on_distance, ignored, label, gradient, given, params = numbers
+        row, half, exponent, lowest, on_probs, on_distance, ignored, label, gradient, given, params, through = numbers
         scale, scale_low, c, c_low = params
         for k in range(width):
-            x = transform(values[k], col + k, row, params)
+            x = values[k]
+            others[k] = x
             if is_near(exponent):
                 e = cheap_exp_from(x, exponent, lowest, c, c_low)
             else:
@@ -449,6 +450,8 @@ def gradients_with(with_entropy):
         for j in range(1, targets.count):
             more = mul(gradient_of_target(row, j, targets, dlogprobs, stride, rows, scale), per_logprob)
             add_target(values, col, width, label_of(row, j, targets, rows), more)
+        for k in range(width):
+            values[k] = pulled_back(values[k], others[k], through)
 
     return gradients
 
@@ -479,7 +482,7 @@ def backward_with(token_numbers, with_entropy):
             if with_entropy:
                 slope = load(row_of(dentropy, row, rows).pointer, 0, scale)
         asked = Asked(zero, False, False)
-        found, mean, _, _ = token_numbers(source, asked, n_cols, row, team, split, params)
+        found, mean, _, _ = token_numbers(source, asked, n_cols, team, split, params)
         if with_entropy:
             total = fma(slope, mean, total)
         # 2. the gradient
@@ -500,6 +503,7 @@ def backward_with(token_numbers, with_entropy):
             gradient,
             (targets, dlogprobs, stride, per_logprob, rows),
             params,
+            source.through,
         )
         write_gradients(row_of(dlogits, row, rows), (source,), n_cols, team, split, numbers, scale)
 

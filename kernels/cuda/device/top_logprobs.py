@@ -41,7 +41,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 )
 from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes, split_slots
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import transformed
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 NO_COLUMN = 2**31 - 1
@@ -66,10 +66,10 @@ def best_of_lanes(value, col, lanes):
 @device
 def next_of_granule(best, values, col, width, source, split, numbers):
     """The best column so far that comes after a chosen one, or a better one of a granule."""
-    after, after_col, n_cols, row, params = numbers
+    after, after_col, n_cols = numbers
     value, at = best
     for k in range(width):
-        x, own_col = transform(values[k], col + k, row, params), int32(col + k)
+        x, own_col = values[k], int32(col + k)
         is_left = col + k < n_cols and is_better(after, after_col, x, own_col)
         if is_left and is_better(x, own_col, value, at):
             value, at = x, own_col
@@ -80,10 +80,10 @@ next_of_granules = granules_with(next_of_granule)
 
 
 @device
-def next_of_part(source, after, after_col, n_cols, row, team, split, params):
+def next_of_part(source, after, after_col, n_cols, team, split, params):
     """The best of this part's columns that come after a chosen one, as (logit, column); NO_COLUMN if there is none."""
     values, like = granule_numbers(params[0]), params[0]
-    numbers = after, after_col, n_cols, row, params
+    numbers = after, after_col, n_cols
     best = number(like, -math.inf), int32(NO_COLUMN)
     k = int32(0)
     while k < team.n_pieces:
@@ -92,7 +92,8 @@ def next_of_part(source, after, after_col, n_cols, row, team, split, params):
             best = next_of_granules(best, source, slot_of(k, team, split, 1), piece, team, split, numbers, like)
         else:
             for within in range(team.lane, piece.count, split_lanes(split)):
-                values[0] = load(source.pointer, (piece.first + within) * source.stride, like)
+                x = load(source.pointer, (piece.first + within) * source.stride, like)
+                values[0] = transformed(x, piece.first + within, source.through)
                 best = next_of_granule(best, values, piece.first + within, 1, source, split, numbers)
         k = int32(k + 1)
     return best_of_lanes(best[0], best[1], split_lanes(split))
@@ -137,7 +138,7 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
     n_cols = rows.n_cols if exists else 0
     source, target = row_of(logits, row, rows), row_of(logprobs, row, rows).pointer
     writes = exists and team.rank == 0 and team.lane == 0
-    half, log, has_nan, _ = numbers_of_row(source, n_cols, row, team, split, params)
+    half, log, has_nan, _ = numbers_of_row(source, n_cols, team, split, params)
     first = row_offset(tokens, row, rows)
     if labels.pointer != 0:
         if writes:
@@ -145,13 +146,13 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
             if label != ignore_index:
                 value = number(scale, math.nan)
                 if label >= 0 and label < rows.n_cols:
-                    x = transform(load(source.pointer, label * source.stride, scale), label, row, params)
+                    x = transformed(load(source.pointer, label * source.stride, scale), label, source.through)
                     # Times -1, as in log_softmax.py.
                     value = mul(negative_log_probability(x, half, log, scale), number(scale, -1.0))
             store(target, 0, value)
             store_integer(tokens.pointer, first, label)
         first += 1
-    value, col = next_of_part(source, number(scale, math.inf), int32(-1), n_cols, row, team, split, params)
+    value, col = next_of_part(source, number(scale, math.inf), int32(-1), n_cols, team, split, params)
     if is_long(split):
         exchange_states(split)  # every warp has read the states before candidates take their place
         publish_candidate(value, col, team, split)
@@ -168,6 +169,6 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
             if is_long(split):
                 exchange_states(split)  # every warp has read the table before a candidate of it is replaced
             if chosen_col == col:
-                value, col = next_of_part(source, chosen, chosen_col, n_cols, row, team, split, params)
+                value, col = next_of_part(source, chosen, chosen_col, n_cols, team, split, params)
                 if is_long(split):
                     publish_candidate(value, col, team, split)

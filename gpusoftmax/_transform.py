@@ -1,0 +1,86 @@
+"""What logits go through before an operation on their rows, as users give it: scale, bias, softcap, mask."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks
+from gpusoftmax._arrays import Array
+from gpusoftmax.kernels.operands import Transform, one_value, scale_of
+
+
+def is_nothing(temperature: Any, bias: Any, softcap: Any, mask: Any, n_valid: Any, empty_row: Any) -> bool:
+    """Whether there is certainly nothing that logits go through."""
+    return (
+        type(temperature) is float
+        and temperature == 1
+        and bias is softcap is mask is n_valid is None
+        and type(empty_row) is str
+        and empty_row == "nan"
+    )
+
+
+def split(
+    temperature: Any, bias: Any, softcap: Any, mask: Any, n_valid: Any, empty_row: str = "nan"
+) -> tuple[tuple, tuple]:
+    """(arrays, options), as a call that is replayed has them apart."""
+    temperatures, valid_of_rows = None, None
+    if getattr(temperature, "ndim", 0):
+        temperature, temperatures = 1.0, temperature
+    if getattr(n_valid, "ndim", 0):
+        n_valid, valid_of_rows = None, n_valid
+    return (temperatures, bias, mask, valid_of_rows), (temperature, softcap, n_valid, empty_row)
+
+
+def applied(
+    x: Array, axes: tuple[int, ...], dtype: str, arrays: tuple, options: tuple, result: Array | None = None,
+    name: str = "x", takes_temperature: bool = True,
+) -> tuple[Array, float]:  # fmt: skip
+    """(the logits with what they go through, the temperature that is left for the kernel).
+
+    dtype: of the computation. result: an array of the caller's that the call writes. takes_temperature: whether the
+    kernel does: it can subtract the maximum first, so that the smallest temperatures overflow nothing.
+    """
+    temperatures, bias, mask, valid_of_rows = arrays
+    temperature, softcap, n_valid, empty_row = options
+    temperature, softcap = _checks.temperature(temperature), _checks.softcap(softcap)
+    empty_row = _checks.one_of(empty_row, ("nan", "zero"), "empty_row")
+    batch_shape = _arrays.without_axes(x, axes)
+    n_cols = _arrays.column_count(x, axes)
+    scale, rows_temperature = None, None
+    if temperatures is not None:
+        rows_temperature = _beside(temperatures, x, "temperature", name, result, floating=True)
+        _checks.same_shape(rows_temperature, batch_shape, "temperature", "one for each row, or a single number")
+        if rows_temperature.dtype != dtype:
+            rows_temperature = _arrays.contiguous(rows_temperature, dtype)
+        rows_temperature = _arrays.per_row(rows_temperature, axes, x.ndim)
+    elif temperature != 1.0 and (bias is not None or softcap is not None or not takes_temperature):
+        scale, temperature = scale_of(1.0, temperature, dtype), 1.0
+    if bias is not None:
+        bias = _beside(bias, x, "bias", name, result, floating=True)
+        bias = bias._replace(strides=_checks.stretched(bias, x, axes, n_cols, "bias"))
+    if mask is not None:
+        mask = _beside(mask, x, "mask", name, result)
+        _checks.mask_dtype(mask, axes)
+        per_word = 1 if mask.dtype == "bool" else 32
+        strides = _checks.stretched(mask, x, axes, -(-n_cols // per_word), "mask")
+        mask = mask._replace(strides=strides, dtype="bool" if per_word == 1 else "bits")
+    if valid_of_rows is not None:
+        valid = _beside(valid_of_rows, x, "n_valid", name, result)
+        _checks.integer(valid.dtype, "n_valid")
+        _checks.same_shape(valid, batch_shape, "n_valid", "one for each row, or a single int")
+        valid = _arrays.per_row(valid, axes, x.ndim)
+    else:
+        valid = None if n_valid is None else one_value(_checks.valid_count(n_valid, n_cols))
+    cap = None if softcap is None else _arrays.numpy_dtype(dtype).type(softcap)
+    zero_rows = True if empty_row == "zero" else None
+    fields = scale, rows_temperature, bias, cap, mask, valid, zero_rows
+    if any(field is not None for field in fields):
+        x = x._replace(transform=Transform(*fields))
+    return x, temperature
+
+
+def _beside(given: Any, x: Array, name: str, x_name: str, result: Array | None, floating: bool = False) -> Array:
+    array = _arrays.logits(given, name) if floating else _arrays.wrap(given, name)
+    _checks.same_home(x, array, x_name, name)
+    if result is not None:
+        _checks.no_overlap(result, array, name)
+    return array
