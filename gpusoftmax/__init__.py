@@ -6,6 +6,7 @@ from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
+from gpusoftmax.logsumexp_state import LogSumExpState
 from gpusoftmax.mask_logits import top_k_mask_logits, top_p_mask_logits
 from gpusoftmax.sample import sample
 from gpusoftmax.soft_argmax import soft_argmax, soft_argmax_backward
@@ -17,6 +18,7 @@ from gpusoftmax.top_logprobs import TopLogprobs, top_logprobs
 __version__ = "0.1.0"
 
 __all__ = [
+    "LogSumExpState",
     "TokenLogprobs",
     "TopLogprobs",
     "argmax",

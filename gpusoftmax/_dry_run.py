@@ -100,7 +100,9 @@ def launches(op: str, shape: tuple[int, ...], dtype: str, arch: str, **options: 
 
 
 def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
-    """A launch of each kernel that calls of `op` can use, where input and output have the same dtype."""
+    """A launch of each kernel that calls of `op` can use, where input and output have the same dtype; with logsumexp
+    those of its states too.
+    """
     with imagined(arch) as found:
         if op in IMAGES:
             for shape, strides in _MAPS:
@@ -124,7 +126,17 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
                 _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
             elif axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
+        if op == "logsumexp":
+            _log_sum_exp_in_parts(dtype)
     yield from found
+
+
+def _log_sum_exp_in_parts(dtype: str) -> None:
+    """A whole chunk and a shorter one."""
+    columns = _Imagined((4, gpusoftmax.LogSumExpState.CHUNK_COLS + 64), _arrays.numpy_dtype(dtype))
+    state = gpusoftmax.LogSumExpState.empty(4, like=columns)
+    state.update(columns)
+    state.logsumexp()
 
 
 # Feature maps that one warp holds, larger ones, windows of either, which are copied, and maps that lie side by side.

@@ -22,6 +22,11 @@ ONE_VALUE = len(LABELS)
 NO_BAD_LABEL = 2**63 - 1
 """What find_bad_label reports when every label is a class or ignore_index."""
 
+STATE_COLS = 2048
+"""Columns of a chunk whose state can be kept: that of a row which comes in parts, see cpu/logsumexp_state.py."""
+STATE_NUMBERS = 4
+"""Numbers of such a state: max, sum, low, ties."""
+
 
 class Rows(NamedTuple):
     """The rows of one call, numbered along the inner batch axis first: row = outer * n_inner + inner."""

@@ -34,6 +34,7 @@ SPLITS = (((4, 64), -1), ((4, 4096), -1), ((64, 64), 0))
 # Kernels whose results are a number or two for each row.
 NUMBERS_PER_ROW = (
     "logsumexp_rows",
+    "measure_rows",
     "argmax_rows",
     "soft_argmax_rows",
     "spatial_softmax_rows",
@@ -64,7 +65,7 @@ class Specialisation(NamedTuple):
     @property
     def reads_rows(self):
         """Whether it reads whole rows of logits; the others read one number or label for each row."""
-        return self.name not in ("normalise_rows", "total_rows", "find_bad_label_rows")
+        return self.name not in ("normalise_rows", "total_rows", "find_bad_label_rows", "fold_rows")
 
     @property
     def writes_rows(self):
@@ -169,6 +170,10 @@ def _launches(dtype, out_dtype):
         for shape, axis in SPLITS:
             for function, arguments, options in _calls(dtype, out_dtype, shape, axis):
                 getattr(gpusoftmax, function)(*arguments, **options)
+        if dtype == out_dtype:
+            state = gpusoftmax.LogSumExpState.empty(4, like=_Array((4, 0), dtype))
+            state.update(_Array((4, state.CHUNK_COLS + 64), dtype))
+            state.logsumexp()
     return recorded
 
 

@@ -27,6 +27,7 @@ def host_arrays():
         "x": inputs.make("spread", (3, 4), F32),
         "half": inputs.make("spread", (3, 4), np.float16),
         "integers": np.ones((3, 4), np.int64),
+        "doubles": inputs.make("spread", (3, 4), np.float64),
         "short": inputs.make("spread", (3, 3), F32),
         "cube": inputs.make("spread", (2, 3, 4), F32),
         "scalar": np.array(2, F32),
@@ -51,6 +52,14 @@ softmax, log_softmax, logsumexp = gpusoftmax.softmax, gpusoftmax.log_softmax, gp
 softmax_backward, log_softmax_backward = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
 cross_entropy, with_grad = gpusoftmax.cross_entropy, gpusoftmax.cross_entropy_with_grad
 sample = gpusoftmax.sample
+State = gpusoftmax.LogSumExpState
+
+
+def state_with(columns, first_col=0, **options):
+    state = State.empty(3, like=columns, **options)
+    state.update(columns, first_col)
+    return state
+
 
 # name -> (type of the error, its text or the beginning of it, the call)
 CASES = {
@@ -466,6 +475,94 @@ CASES = {
         ValueError,
         "logits has 0 classes, expected at least 1",
         lambda a: sample(a.no_classes, rng=0),
+    ),
+    # states of log-sum-exp
+    "half a row": (TypeError, "n_rows is 0.5, expected an int", lambda a: State.empty(0.5, like=a.x)),
+    "fewer rows than none": (ValueError, "n_rows is -1, expected 0 or more", lambda a: State.empty(-1, like=a.x)),
+    "columns of other rows": (
+        ValueError,
+        "columns has shape (2, 3, 4), expected (3, n_cols): the rows of the state",
+        lambda a: state_with(a.x).update(a.cube),
+    ),
+    "columns of float64": (
+        TypeError,
+        "columns has dtype float64, but the state is computed in float32: convert them, or make the state with "
+        "like= of float64",
+        lambda a: State.empty(3, like=a.x).update(a.doubles),
+    ),
+    "columns inside a chunk": (
+        ValueError,
+        "first_col is 100, expected a multiple of 2048, where a chunk begins",
+        lambda a: state_with(a.x, 100),
+    ),
+    "columns before the first": (
+        ValueError,
+        "first_col is -2048, expected a multiple of 2048, where a chunk begins",
+        lambda a: state_with(a.x, -2048),
+    ),
+    "a first column of a float": (
+        TypeError,
+        "first_col is 0.0, expected an int",
+        lambda a: state_with(a.x, 0.0),
+    ),
+    "columns that are there": (
+        ValueError,
+        "columns are 2048 to 2050, but the state has 2048 to 2051 already",
+        lambda a: state_with(a.x, 2048).update(a.short, 2048),
+    ),
+    "columns behind the last": (
+        ValueError,
+        "columns are 4096 to 4099 and the state has 2048 to 2051: only the last columns of all may end elsewhere than "
+        "at a multiple of 2048",
+        lambda a: state_with(a.x, 2048).update(a.x, 4096),
+    ),
+    "last columns before others": (
+        ValueError,
+        "other has 0 to 3 and the state has 2048 to 2051: only the last columns of all may end elsewhere than at a "
+        "multiple of 2048",
+        lambda a: state_with(a.x, 2048).merge(state_with(a.x)),
+    ),
+    "an array for a state": (
+        TypeError,
+        "other is 3, expected a LogSumExpState",
+        lambda a: state_with(a.x).merge(3),
+    ),
+    "a state of other rows": (
+        ValueError,
+        "other has 2 rows, expected 3 as the state has",
+        lambda a: state_with(a.x).merge(State.empty(2, like=a.x)),
+    ),
+    "a state of another dtype": (
+        TypeError,
+        "other is computed in float64, expected float32 as the state is",
+        lambda a: state_with(a.x).merge(State.empty(3, like=a.doubles)),
+    ),
+    "a state of another temperature": (
+        ValueError,
+        "other has temperature 0.5, expected 1.0 as the state has",
+        lambda a: state_with(a.x).merge(State.empty(3, like=a.x, temperature=0.5)),
+    ),
+    "a table of half types": (
+        TypeError,
+        "table has dtype float16, expected float32 or float64, as it was made",
+        lambda a: State.from_table(a.half, ((0, 4),)),
+    ),
+    "a table of another shape": (
+        ValueError,
+        "table has shape (2, 3, 4), expected (n_rows, 2, 4) for its columns",
+        lambda a: State.from_table(a.cube, ((0, 4000),)),
+    ),
+    "columns that are no pairs": (
+        TypeError,
+        "columns is (0, 4000), expected ((first, stop), ...) in ascending order, at multiples of 2048 but for the last "
+        "stop",
+        lambda a: State.from_table(a.cube, (0, 4000)),
+    ),
+    "columns that end inside a chunk": (
+        ValueError,
+        "columns is ((0, 100), (2048, 4096)), expected ((first, stop), ...) in ascending order, at multiples of 2048 "
+        "but for the last stop",
+        lambda a: State.from_table(a.cube, ((0, 100), (2048, 4096))),
     ),
     # names
     "an op that there is not": (
