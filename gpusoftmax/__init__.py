@@ -14,6 +14,7 @@ from gpusoftmax.softmax import softmax, softmax_backward
 from gpusoftmax.spatial_softmax import spatial_softmax, spatial_softmax_backward
 from gpusoftmax.token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_backward
 from gpusoftmax.top_logprobs import TopLogprobs, top_logprobs
+from gpusoftmax.topk_softmax import TopkSoftmax, topk_softmax
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "LogSumExpState",
     "TokenLogprobs",
     "TopLogprobs",
+    "TopkSoftmax",
     "argmax",
     "compile",
     "cross_entropy",
@@ -41,4 +43,5 @@ __all__ = [
     "top_k_mask_logits",
     "top_logprobs",
     "top_p_mask_logits",
+    "topk_softmax",
 ]

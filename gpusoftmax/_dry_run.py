@@ -34,10 +34,12 @@ OPS = (
     "sample",
     "top_k_mask_logits",
     "top_p_mask_logits",
+    "topk_softmax",
 )
 TOP = 8
-"""Tokens that a dry run asks of top_logprobs, or all there are."""
-ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", "top_logprobs")
+"""Columns that a dry run asks of top_logprobs and topk_softmax, or all there are."""
+OF_THE_LARGEST = ("top_logprobs", "topk_softmax")
+ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", *OF_THE_LARGEST)
 """Those that take no tuple of axes, which might cost a copy."""
 IMAGES = ("spatial_softmax", "spatial_softmax_backward")
 """Those whose rows run along the last two axes."""
@@ -191,7 +193,7 @@ def _call(
         arguments += (_Imagined((*shape[:-2], 2), _row_dtype(dtype)) for _ in range(2))
     elif op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
-    elif op == "top_logprobs":
+    elif op in OF_THE_LARGEST:
         arguments.append(min(TOP, shape[options.get("axis", -1)]))
     elif op in _LIMITS:
         arguments.append(_LIMITS[op])

@@ -41,6 +41,7 @@ NUMBERS_PER_ROW = (
     "token_logprobs_rows",
     "token_logprobs_and_entropy_rows",
     "top_logprobs_rows",
+    "topk_softmax_rows",
     "sample_rows",
     "sample_kept_rows",
 )
@@ -134,6 +135,7 @@ def _calls(dtype, out_dtype, shape, axis):
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
     yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}
+    yield "topk_softmax", (x, min(8, n_cols)), {"axis": axis}
     gradient = _Array(batch, np.float64 if np.float64 in (dtype, out_dtype) else np.float32)
     for entropy in (False, True):
         yield "token_logprobs", (x, target), {"axis": axis, "return_entropy": entropy}

@@ -37,6 +37,7 @@ OPERATIONS = {
     ),
     "token_logprobs": lambda x, g, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD, validate=False),
     "top_logprobs": lambda x, g, y: gpusoftmax.top_logprobs(x, min(5, x.shape[-1])),
+    "topk_softmax": lambda x, g, y: gpusoftmax.topk_softmax(x, min(5, x.shape[-1])),
     "token_logprobs_backward": lambda x, g, y: (
         gpusoftmax.token_logprobs_backward(x, y, gpusoftmax.logsumexp(g), gpusoftmax.logsumexp(g), validate=False),
     ),

@@ -571,7 +571,7 @@ CASES = {
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
         "token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
         "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward, sample, "
-        "top_k_mask_logits, top_p_mask_logits",
+        "top_k_mask_logits, top_p_mask_logits, topk_softmax",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

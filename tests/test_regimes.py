@@ -32,6 +32,7 @@ OPERATIONS = {
     ),
     "token_logprobs": lambda x, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD),
     "top_logprobs": lambda x, y: gpusoftmax.top_logprobs(x, 5),
+    "topk_softmax": lambda x, y: gpusoftmax.topk_softmax(x, 5),
     "token_logprobs_backward": lambda x, y: (gpusoftmax.token_logprobs_backward(x, y, *_gradients(x)),),
     "sample": lambda x, y: (gpusoftmax.sample(x, rng=y),),
     "top_p_mask_logits": lambda x, y: (gpusoftmax.top_p_mask_logits(x, 0.9),),
