@@ -311,6 +311,13 @@ def seeds(array, name: str, batch_shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {array.shape}, expected {batch_shape}, one for each row, or a single one")
 
 
+def number_of_rows(array, name: str, batch_shape: tuple[int, ...]) -> None:
+    """An array of one number for each row, or one for all."""
+    floating(array.dtype, name)
+    if array.shape != batch_shape and array.size != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected {batch_shape}, one for each row, or a single one")
+
+
 def top_k(value) -> int:
     """How many logits are kept; 0: all of them."""
     if value is None:

@@ -126,6 +126,8 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
             elif op == "sample":
                 _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
+                temperatures = _Imagined(_batch(shape, axis), _row_dtype(dtype))
+                _call(op, shape, dtype, {"axis": axis, "temperature": temperatures})
             elif axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
         if op == "logsumexp":

@@ -12,10 +12,10 @@ def sample(
     logits: Any,
     axis: int = -1,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    temperature: Any = 1.0,
+    top_k: Any = None,
+    top_p: Any = None,
+    min_p: Any = None,
     rng: Any,
 ) -> Any:
     """An index for each row of `logits`, drawn with the probabilities of softmax(logits / temperature).
@@ -29,14 +29,17 @@ def sample(
         float16, bfloat16, float32 or float64, of NumPy, CuPy, torch or JAX, with any strides. Not modified.
     axis : int
         The axis of the classes.
-    temperature : float
-        Divides the logits; finite. 0 takes the largest logit, the first of equal ones.
-    top_k : int, optional
-        Only the so many largest logits are drawn. All that equal the last of these are among them.
-    top_p : float above 0, at most 1, optional
+    temperature : float or array of floats
+        Divides the logits; finite. 0 takes the largest logit, the first of equal ones, whatever the limits. Like the
+        limits below, one number for all rows or an array of one for each row (the shape of `logits` without `axis`),
+        which lives where `logits` does: requests of different kinds in one batch.
+    top_k : int or array of integers, optional
+        Only the so many largest logits are drawn. All that equal the last of these are among them. In an array 0 or
+        less stands for all.
+    top_p : float above 0, at most 1, or array of floats, optional
         Only the fewest largest logits whose probabilities add up to this or more are drawn (nucleus sampling: Holtzman
         et al., arXiv:1904.09751), with all that equal the last of these.
-    min_p : float, 0 to 1, optional
+    min_p : float, 0 to 1, or array of floats, optional
         Only columns are drawn whose probability is at least this times the largest (Nguyen et al., arXiv:2407.01082).
     rng : seed or (seed, step)
         Each an int or an array of integers, which has one for each row (the shape of `logits` without `axis`) or a
@@ -48,7 +51,7 @@ def sample(
     -------
     array of int64 (of int32 where JAX has no int64) or NumPy scalar, the shape of `logits` without `axis`
         The column drawn, whose logit is never -inf. -1 for a row that has no softmax: it holds NaN or +inf, or nothing
-        but -inf.
+        but -inf; and for one whose number in an array is none that could be given for all: a temperature of -1.
 
     Raises
     ------
@@ -56,7 +59,7 @@ def sample(
         Unsupported dtypes; arrays of different libraries or devices; an `rng` of another kind; a torch tensor that
         requires grad.
     ValueError
-        Bad axis, temperature, top_k, top_p, min_p or shape of `rng`; no columns.
+        Bad axis, temperature, top_k, top_p, min_p or shape of an array; no columns.
 
     Notes
     -----
@@ -80,37 +83,53 @@ def sample(
     seed, step = _checks.rng(rng)
     if type(logits) is np.ndarray:  # an array is no option: what differs by it alone is replayed
         seed, step = (np.asarray(_signed(one)) if type(one) is int else one for one in (seed, step))
+    arrays, of_all = zip(*(_array_or_number(one) for one in (temperature, top_k, top_p, min_p)), strict=True)
     if int in (type(seed), type(step)):
-        return _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p)
-    return _replay.call(_sample, (logits, seed, step), axis, temperature, top_k, top_p, min_p)
+        return _sample(logits, seed, step, *arrays, axis, *of_all)
+    return _replay.call(_sample, (logits, seed, step, *arrays), axis, *of_all)
 
 
 def _signed(value: int) -> int:
     return one_value(value).pointer
 
 
-def _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p):
+def _array_or_number(given) -> tuple:
+    """(array, None), or (None, what is given for all rows)."""
+    return (given, None) if getattr(given, "shape", ()) else (None, given)
+
+
+def _sample(logits, seed, step, temperatures, top_ks, top_ps, min_ps, axis, temperature, top_k, top_p, min_p):
     x = _arrays.logits(logits, "logits")
     axes = _checks.class_axis(axis, x.ndim)
     _checks.class_count(x.shape[axes[0]])
-    temperature = _checks.temperature_or_zero(temperature, _arrays.compute_dtype(x))
-    limits = Limits(_checks.top_k(top_k), _checks.top_p(top_p), _checks.min_p(min_p))
-    words = [_words(one, name, x, axes) for one, name in ((seed, "seed"), (step, "step"))]
-    arrays = [one for one in words if isinstance(one, _arrays.Array)]
+    compute = _arrays.compute_dtype(x)
+    numbers = {
+        "seed": _words(seed, "seed", x, axes),
+        "step": _words(step, "step", x, axes),
+        "temperature": _floats(temperatures, "temperature", x, axes)
+        or _checks.temperature_or_zero(temperature, compute),
+        "top_k": _words(top_ks, "top_k", x, axes) or _checks.top_k(top_k),
+        "top_p": _floats(top_ps, "top_p", x, axes) or _checks.top_p(top_p),
+        "min_p": _floats(min_ps, "min_p", x, axes) or _checks.min_p(min_p),
+    }
+    arrays = {name: one for name, one in numbers.items() if isinstance(one, _arrays.Array)}
     ids = _arrays.empty(x, _arrays.without_axes(x, axes), "int64")
     kernel = _arrays.kernels(x.place, "sample").sample
 
     def rows_of_batch(rows, x_rows, *others):
-        others = iter(others)
-        seeds, steps = (next(others) if isinstance(one, _arrays.Array) else one for one in words)
-        kernel(rows, x_rows, seeds, steps, next(others), temperature, limits, x.place)
+        *given, id_rows = others
+        own = {**numbers, **dict(zip(arrays, given, strict=True))}
+        limits = Limits(own["top_k"], own["top_p"], own["min_p"])
+        kernel(rows, x_rows, own["seed"], own["step"], id_rows, own["temperature"], limits, x.place)
 
-    _arrays.for_rows(rows_of_batch, axes, [x, *arrays], [_arrays.per_row(ids, axes, x.ndim)])
+    _arrays.for_rows(rows_of_batch, axes, [x, *arrays.values()], [_arrays.per_row(ids, axes, x.ndim)])
     return _arrays.result(ids)
 
 
 def _words(given, name, logits, axes):
-    """Seeds or steps as the kernels take them, or as an array to be walked beside the logits."""
+    """Integers as the kernels take them, or as an array to be walked beside the logits; None for none."""
+    if given is None:
+        return None
     if type(given) is int:
         return one_value(given)
     array = _arrays.wrap(given, name)
@@ -118,6 +137,21 @@ def _words(given, name, logits, axes):
     _checks.seeds(array, name, _arrays.without_axes(logits, axes))
     if array.dtype == "uint64":
         array = array._replace(dtype="int64")  # the same bits
+    return _beside(array, logits, axes)
+
+
+def _floats(given, name, logits, axes):
+    """Numbers of rows in the format of the arithmetic, to be walked beside the logits; None for none."""
+    if given is None:
+        return None
+    array = _arrays.wrap(given, name)
+    _checks.same_home(logits, array, "logits", name)
+    _checks.number_of_rows(array, name, _arrays.without_axes(logits, axes))
+    compute = _arrays.compute_dtype(logits)
+    return _beside(array if array.dtype == compute else _arrays.contiguous(array, compute), logits, axes)
+
+
+def _beside(array, logits, axes):
     if array.size == 1:
         return array._replace(strides=(0,) * logits.ndim)
     return _arrays.per_row(array, axes, logits.ndim)

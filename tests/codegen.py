@@ -44,6 +44,7 @@ NUMBERS_PER_ROW = (
     "topk_softmax_rows",
     "sample_rows",
     "sample_kept_rows",
+    "sample_mixed_rows",
 )
 # Approximate instructions that kernels may use: the exponentials of device/exponential.py that say so.
 APPROXIMATE = frozenset({"ex2.approx.ftz.f32"})
@@ -144,7 +145,8 @@ def _calls(dtype, out_dtype, shape, axis):
     yield "top_k_mask_logits", (x, 5), like
     yield "top_p_mask_logits", (x, 0.9), like
     if dtype == out_dtype:
-        for limits in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}):
+        own = {"temperature": _Array(batch, row_dtype)}
+        for limits in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}, own):
             yield "sample", (x,), {"axis": axis, "rng": (_Array(batch, np.int64), 0), **limits}
     if axis == -1:
         yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies

@@ -441,6 +441,21 @@ CASES = {
         "top_p is 1.5, expected a number above 0, at most 1",
         lambda a: gpusoftmax.top_p_mask_logits(a.x, 1.5, out=a.out),
     ),
+    "temperatures of integers": (
+        TypeError,
+        f"temperature has dtype int64, {FLOATING}; convert it first",
+        lambda a: sample(a.x, temperature=a.labels, rng=0),
+    ),
+    "minima of another shape": (
+        ValueError,
+        "min_p has shape (4,), expected (3,), one for each row, or a single one",
+        lambda a: sample(a.x, min_p=a.weight, rng=0),
+    ),
+    "counts of floats": (
+        TypeError,
+        "top_k has dtype float64, expected an integer dtype",
+        lambda a: sample(a.x, top_k=a.float_labels, rng=0),
+    ),
     "no rng": (
         TypeError,
         "rng is None, expected a seed or (seed, step): ints or arrays of integers",

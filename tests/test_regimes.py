@@ -37,6 +37,9 @@ OPERATIONS = {
     "sample": lambda x, y: (gpusoftmax.sample(x, rng=y),),
     "top_p_mask_logits": lambda x, y: (gpusoftmax.top_p_mask_logits(x, 0.9),),
     "limited_sample": lambda x, y: (gpusoftmax.sample(x, rng=y, top_k=40, top_p=0.9, min_p=1e-3),),
+    "mixed_sample": lambda x, y: (
+        gpusoftmax.sample(x, rng=y, temperature=gpusoftmax.logsumexp(x), top_k=y, top_p=0.9),
+    ),
 }
 
 
