@@ -8,7 +8,7 @@ from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
 from gpusoftmax.logsumexp_state import LogSumExpState
 from gpusoftmax.mask_logits import top_k_mask_logits, top_p_mask_logits
-from gpusoftmax.sample import sample
+from gpusoftmax.sample import Sample, sample
 from gpusoftmax.soft_argmax import soft_argmax, soft_argmax_backward
 from gpusoftmax.softmax import softmax, softmax_backward
 from gpusoftmax.spatial_softmax import spatial_softmax, spatial_softmax_backward
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LogSumExpState",
+    "Sample",
     "TokenLogprobs",
     "TopLogprobs",
     "TopkSoftmax",

@@ -1,11 +1,19 @@
 """Sampling from rows of logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _replay, _tokens
 from gpusoftmax.kernels.operands import Limits, one_value
+
+
+class Sample(NamedTuple):
+    """What `sample` returns if more than the columns is asked for; None for what is not."""
+
+    index: Any
+    logprob: Any = None
+    entropy: Any = None
 
 
 def sample(
@@ -17,6 +25,8 @@ def sample(
     top_p: Any = None,
     min_p: Any = None,
     rng: Any,
+    return_logprob: bool = False,
+    return_entropy: bool = False,
 ) -> Any:
     """An index for each row of `logits`, drawn with the probabilities of softmax(logits / temperature).
 
@@ -46,12 +56,19 @@ def sample(
         single element, and lives where `logits` does. A step is what tells the draws of one seed apart, 0 where none is
         given: the position of a token in its sequence, for instance. In arrays, both may change between the replays of
         a CUDA graph. **Rows of one seed and step get the same noise: for independent draws give each row its own.**
+    return_logprob, return_entropy : bool
+        Whether to return the log-probability of the column drawn, and the entropy of its row: those of softmax(logits /
+        temperature) over all columns, whatever the limits, as `token_logprobs` has them and bit for bit. They cost
+        another read of the logits, and one temperature above 0 for all rows.
 
     Returns
     -------
     array of int64 (of int32 where JAX has no int64) or NumPy scalar, the shape of `logits` without `axis`
         The column drawn, whose logit is never -inf. -1 for a row that has no softmax: it holds NaN or +inf, or nothing
         but -inf; and for one whose number in an array is none that could be given for all: a temperature of -1.
+    Sample
+        Instead, where more is asked for: a named tuple of that array as `index`, of `logprob` and of `entropy`, each
+        in nats, float32 (float64 for float64 logits), of the same shape, or None. NaN where the column is -1.
 
     Raises
     ------
@@ -59,7 +76,8 @@ def sample(
         Unsupported dtypes; arrays of different libraries or devices; an `rng` of another kind; a torch tensor that
         requires grad.
     ValueError
-        Bad axis, temperature, top_k, top_p, min_p or shape of an array; no columns.
+        Bad axis, temperature, top_k, top_p, min_p or shape of an array; no columns; a log-probability or an entropy at
+        temperature 0 (with an array of them: TypeError).
 
     Notes
     -----
@@ -80,6 +98,23 @@ def sample(
     >>> sample(logits, temperature=0, rng=0)
     array([ 2, -1])
     """
+    more = return_logprob or return_entropy
+    if more:
+        temperature = _checks.temperature(temperature)
+    index = _drawn(logits, axis, temperature, top_k, top_p, min_p, rng)
+    if not more:
+        return index
+    # -1 is no column: its log-probability is NaN, unless it is checked.
+    flags = False, return_entropy, False, False, False
+    found = _replay.call(_tokens.token_logprobs, (logits, index), axis, temperature, _NO_INDEX, *flags)
+    return Sample(index, found[0] if return_logprob else None, found[2])
+
+
+_NO_INDEX = -(2**63)
+"""No column is ignored."""
+
+
+def _drawn(logits, axis, temperature, top_k, top_p, min_p, rng):
     seed, step = _checks.rng(rng)
     if type(logits) is np.ndarray:  # an array is no option: what differs by it alone is replayed
         seed, step = (np.asarray(_signed(one)) if type(one) is int else one for one in (seed, step))

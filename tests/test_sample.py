@@ -324,6 +324,47 @@ def test_own_numbers_change_a_replayed_call():
     assert not np.array_equal(found[0], found[1])
 
 
+# ---------------------------------------------------------------- what is known of a sample
+
+
+@pytest.mark.parametrize("n_cols", [31, 4099])
+def test_log_probability_and_entropy(target, n_cols):
+    """Over all columns, whatever the limits: the bits of token_logprobs."""
+    logits = inputs.every_family(1, n_cols, F32, seed=n_cols)
+    logits[0], logits[1, 3] = -np.inf, np.nan
+    x, rng = target.array(logits), target.array(seeds_of(len(logits)))
+    options = {"temperature": 0.7, "top_k": 5, "rng": rng}
+    drawn = target.get(gpusoftmax.sample(x, return_logprob=True, return_entropy=True, **options))
+    assert isinstance(drawn, gpusoftmax.Sample)
+    assert np.array_equal(drawn.index, target.get(gpusoftmax.sample(x, **options))) and drawn.index[:2].tolist() == [
+        -1,
+        -1,
+    ]
+    known = target.get(
+        gpusoftmax.token_logprobs(
+            x, target.array(np.maximum(drawn.index, 0)), temperature=0.7, return_entropy=True, ignore_index=-5
+        )
+    )
+    assert np.isnan(drawn.logprob[:2]).all() and np.isnan(drawn.entropy[:2]).all()
+    assert drawn.logprob[2:].tobytes() == known.logprob[2:].tobytes() and (drawn.logprob[2:] <= 0).all()
+    assert drawn.entropy[2:].tobytes() == known.entropy[2:].tobytes()
+
+
+def test_either_of_them():
+    logits = inputs.make("spread", (3, 40, 5), F32)
+    both = gpusoftmax.sample(logits, 1, rng=4, return_logprob=True, return_entropy=True)
+    assert both.index.shape == both.logprob.shape == both.entropy.shape == (3, 5)
+    assert gpusoftmax.sample(logits, 1, rng=4, return_logprob=True).entropy is None
+    entropy = gpusoftmax.sample(logits, 1, rng=4, return_entropy=True)
+    assert entropy.logprob is None and np.array_equal(entropy.entropy, both.entropy)
+    one = gpusoftmax.sample(logits[0, :, 0], rng=4, return_logprob=True)
+    assert one.index == both.index[0, 0] and one.logprob == both.logprob[0, 0]
+    with pytest.raises(ValueError, match="temperature is 0.0, expected a finite number above 0"):
+        gpusoftmax.sample(logits, rng=4, temperature=0, return_entropy=True)
+    with pytest.raises(TypeError, match="temperature is .*, expected one number"):
+        gpusoftmax.sample(logits, 1, rng=4, temperature=np.ones((3, 5), F32), return_logprob=True)
+
+
 # ---------------------------------------------------------------- fair draws
 
 

@@ -16,7 +16,7 @@ from numba.extending import NativeValue, intrinsic, models, register_model, unbo
 from gpusoftmax.kernels.cpu.job import Job, n_counters
 
 COUNTERS_AT = 64
-"""Words. The longest list of arguments, that of samples of rows with numbers of their own, takes 61."""
+"""Words. The longest list of arguments, that of the loss, takes 45."""
 WORKSPACE = Job._fields.index("workspace")
 _WORD = ir.IntType(64)
 _NUMBERS = {np.float32: types.float32, np.float64: types.float64}
