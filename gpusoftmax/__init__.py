@@ -6,19 +6,24 @@ from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
+from gpusoftmax.logsumexp_state import LogSumExpState
 from gpusoftmax.mask_logits import top_k_mask_logits, top_p_mask_logits
-from gpusoftmax.sample import sample
+from gpusoftmax.sample import Sample, sample
 from gpusoftmax.soft_argmax import soft_argmax, soft_argmax_backward
 from gpusoftmax.softmax import softmax, softmax_backward
 from gpusoftmax.spatial_softmax import spatial_softmax, spatial_softmax_backward
 from gpusoftmax.token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_backward
 from gpusoftmax.top_logprobs import TopLogprobs, top_logprobs
+from gpusoftmax.topk_softmax import TopkSoftmax, topk_softmax
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LogSumExpState",
+    "Sample",
     "TokenLogprobs",
     "TopLogprobs",
+    "TopkSoftmax",
     "argmax",
     "compile",
     "cross_entropy",
@@ -39,4 +44,5 @@ __all__ = [
     "top_k_mask_logits",
     "top_logprobs",
     "top_p_mask_logits",
+    "topk_softmax",
 ]

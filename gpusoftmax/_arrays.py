@@ -467,11 +467,11 @@ def contiguous(array: Array, dtype: str) -> Array:
     if dtype == array.dtype and all(size <= 1 or stride == dense for size, stride, dense in walks):
         return array
     copied = empty(array, array.shape, dtype)
-    _copy(array, copied)
+    copy_into(array, copied)
     return copied
 
 
-def _copy(source: Array, target: Array) -> None:
+def copy_into(source: Array, target: Array) -> None:
     """target[...] = source, by a kernel, so that every kind of array can be copied alike."""
     copy = kernels(source.place, "copy").copy
     for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), [source], [target])
@@ -631,14 +631,14 @@ def _for_rows_of_copies(call, axes, reads, writes) -> None:
             return reordered(array)
         copy = empty(array, reordered(array).shape, array.dtype)
         if filled:
-            _copy(reordered(array), copy)
+            copy_into(reordered(array), copy)
         return copy
 
     targets = [copied(array, filled=False) for array in writes]
     for_rows(call, last, [copied(array, filled=True) for array in reads], targets)
     for array, target in zip(writes, targets, strict=True):
         if array.shape == full:
-            _copy(target, reordered(array))
+            copy_into(target, reordered(array))
 
 
 def kernels(place: Place, op: str):

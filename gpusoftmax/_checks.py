@@ -364,6 +364,13 @@ def seeds(array, name: str, batch_shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {array.shape}, expected {batch_shape}, one for each row, or a single one")
 
 
+def number_of_rows(array, name: str, batch_shape: tuple[int, ...]) -> None:
+    """An array of one number for each row, or one for all."""
+    floating(array.dtype, name)
+    if array.shape != batch_shape and array.size != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected {batch_shape}, one for each row, or a single one")
+
+
 def top_k(value) -> int:
     """How many logits are kept; 0: all of them."""
     if value is None:
@@ -395,6 +402,93 @@ def min_p(value) -> float:
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"min_p is {number}, expected a number from 0 to 1")
     return number
+
+
+# ---------------------------------------------------------------- states of log-sum-exp
+
+
+def row_count(value) -> int:
+    number = _index(value, "n_rows")
+    if number < 0:
+        raise ValueError(f"n_rows is {number}, expected 0 or more")
+    return number
+
+
+def _index(value, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {_short(value)}, expected an int") from None
+
+
+def rows_of_state(columns, n_rows: int, dtype: str) -> None:
+    """What comes into a state computed in this format."""
+    if columns.ndim != 2 or columns.shape[0] != n_rows:
+        raise ValueError(f"columns has shape {columns.shape}, expected ({n_rows}, n_cols): the rows of the state")
+    if columns.dtype == "float64" != dtype:
+        raise TypeError(
+            f"columns has dtype float64, but the state is computed in {dtype}: convert them, or make the state with "
+            f"like= of float64"
+        )
+
+
+def first_column(value, multiple: int) -> int:
+    number = _index(value, "first_col")
+    if number < 0 or number % multiple:
+        raise ValueError(f"first_col is {number}, expected a multiple of {multiple}, where a chunk begins")
+    return number
+
+
+def new_columns(known: tuple, first: int, stop: int, multiple: int, given: str) -> None:
+    """Columns [first, stop) of an argument can join those that a state has."""
+    for known_first, known_stop in known:
+        if max(first, known_first) < min(stop, known_stop):
+            raise ValueError(
+                f"{given} {first} to {stop - 1}, but the state has {known_first} to {known_stop - 1} already"
+            )
+        for end, next_first in ((known_stop, first), (stop, known_first)):
+            if end % multiple and next_first >= end > 0 and stop > first:
+                raise ValueError(
+                    f"{given} {first} to {stop - 1} and the state has {known_first} to {known_stop - 1}: "
+                    f"only the last columns of all may end elsewhere than at a multiple of {multiple}"
+                )
+
+
+def column_ranges(value, multiple: int) -> list[tuple[int, int]]:
+    """(first, stop) of the columns that a table is of, in ascending order."""
+    expected = f"expected ((first, stop), ...) in ascending order, at multiples of {multiple} but for the last stop"
+    try:
+        ranges = [(operator.index(first), operator.index(stop)) for first, stop in value]
+    except (TypeError, ValueError):
+        raise TypeError(f"columns is {_short(value)}, {expected}") from None
+    at = 0
+    for first, stop in ranges:
+        if first < at or first % multiple or at % multiple or stop <= first:
+            raise ValueError(f"columns is {_short(value)}, {expected}")
+        at = stop
+    return ranges
+
+
+def state_table(table, n_chunks: int, n_numbers: int) -> None:
+    if table.dtype not in ("float32", "float64"):
+        raise TypeError(f"table has dtype {table.dtype}, expected float32 or float64, as it was made")
+    if table.shape[1:] != (n_chunks, n_numbers):
+        raise ValueError(f"table has shape {table.shape}, expected (n_rows, {n_chunks}, {n_numbers}) for its columns")
+
+
+def state(value, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"other is {_short(value)}, expected a {kind.__name__}")
+
+
+def same_kind_of_state(one: tuple, other: tuple) -> None:
+    """(n_rows, dtype, temperature) of two states that are to be merged."""
+    if one[0] != other[0]:
+        raise ValueError(f"other has {other[0]} rows, expected {one[0]} as the state has")
+    if one[1] != other[1]:
+        raise TypeError(f"other is computed in {other[1]}, expected {one[1]} as the state is")
+    if one[2] != other[2]:
+        raise ValueError(f"other has temperature {other[2]}, expected {one[2]} as the state has")
 
 
 def shape(value) -> tuple[int, ...]:

@@ -34,10 +34,12 @@ OPS = (
     "sample",
     "top_k_mask_logits",
     "top_p_mask_logits",
+    "topk_softmax",
 )
 TOP = 8
-"""Tokens that a dry run asks of top_logprobs, or all there are."""
-ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", "top_logprobs")
+"""Columns that a dry run asks of top_logprobs and topk_softmax, or all there are."""
+OF_THE_LARGEST = ("top_logprobs", "topk_softmax")
+ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", *OF_THE_LARGEST)
 """Those that take no tuple of axes, which might cost a copy."""
 IMAGES = ("spatial_softmax", "spatial_softmax_backward")
 """Those whose rows run along the last two axes."""
@@ -100,7 +102,9 @@ def launches(op: str, shape: tuple[int, ...], dtype: str, arch: str, **options: 
 
 
 def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
-    """A launch of each kernel that calls of `op` can use, where input and output have the same dtype."""
+    """A launch of each kernel that calls of `op` can use, where input and output have the same dtype; with logsumexp
+    those of its states too.
+    """
     with imagined(arch) as found:
         if op in IMAGES:
             for shape, strides in _MAPS:
@@ -122,9 +126,21 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
             elif op == "sample":
                 _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
+                temperatures = _Imagined(_batch(shape, axis), _row_dtype(dtype))
+                _call(op, shape, dtype, {"axis": axis, "temperature": temperatures})
             elif axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
+        if op == "logsumexp":
+            _log_sum_exp_in_parts(dtype)
     yield from found
+
+
+def _log_sum_exp_in_parts(dtype: str) -> None:
+    """A whole chunk and a shorter one."""
+    columns = _Imagined((4, gpusoftmax.LogSumExpState.CHUNK_COLS + 64), _arrays.numpy_dtype(dtype))
+    state = gpusoftmax.LogSumExpState.empty(4, like=columns)
+    state.update(columns)
+    state.logsumexp()
 
 
 # Feature maps that one warp holds, larger ones, windows of either, which are copied, and maps that lie side by side.
@@ -179,7 +195,7 @@ def _call(
         arguments += (_Imagined((*shape[:-2], 2), _row_dtype(dtype)) for _ in range(2))
     elif op.endswith("_backward"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
-    elif op == "top_logprobs":
+    elif op in OF_THE_LARGEST:
         arguments.append(min(TOP, shape[options.get("axis", -1)]))
     elif op in _LIMITS:
         arguments.append(_LIMITS[op])

@@ -19,7 +19,7 @@ def compile(
     arch : str or sequence of str, optional
         Architectures such as "sm_90". By default those of this machine's GPUs.
     ops : sequence of str, optional
-        Public functions, such as "softmax"; all by default.
+        Public functions, such as "softmax"; all by default. LogSumExpState comes with "logsumexp".
     dtypes : sequence of dtype, optional
         Of the arrays; by default float16, bfloat16, float32 and float64. Results of another dtype than the input's are
         compiled when they are first asked for.

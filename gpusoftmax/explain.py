@@ -14,7 +14,8 @@ def explain(op: str, shape: tuple[int, ...], *, dtype: Any = "float32", arch: st
     Parameters
     ----------
     op : str
-        A public function, such as "softmax", called with its defaults; "top_logprobs" for 8 tokens.
+        A public function, such as "softmax", called with its defaults; "top_logprobs" and "topk_softmax" for
+        8 columns.
     shape : tuple of int
         Of the logits; rows run along the last axis. Of the features of spatial_softmax, whose rows are feature maps.
     dtype : dtype
@@ -71,7 +72,7 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     number = 8 if dtype == "float64" else 4
     read, written = _PER_ROW.get(op, (0, 0))
     label = 8 if op.startswith(("cross_entropy", "token_logprobs", "sample")) else 0  # or the seed
-    top = min(_dry_run.TOP, n_cols) if op == "top_logprobs" else 0
+    top = min(_dry_run.TOP, n_cols) if op in _dry_run.OF_THE_LARGEST else 0
     sources = 2 if op in ("softmax_backward", "log_softmax_backward") else 1
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
@@ -83,7 +84,10 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     }
 
 
-_NO_ROWS = ("logsumexp", "cross_entropy", "token_logprobs", "top_logprobs", "soft_argmax", "spatial_softmax")
+_NO_ROWS = (
+    *("logsumexp", "cross_entropy", "token_logprobs", "soft_argmax", "spatial_softmax"),
+    *_dry_run.OF_THE_LARGEST,
+)
 """Those whose results have no row of their own."""
 _PER_ROW = {
     "logsumexp": (0, 1),

@@ -1,22 +1,36 @@
 """Sampling from rows of logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _replay, _tokens, _transform
 from gpusoftmax.kernels.operands import Limits, one_value
+
+
+class Sample(NamedTuple):
+    """What `sample` returns if more than the columns is asked for; None for what is not."""
+
+    index: Any
+    logprob: Any = None
+    entropy: Any = None
 
 
 def sample(
     logits: Any,
     axis: int = -1,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    temperature: Any = 1.0,
+    top_k: Any = None,
+    top_p: Any = None,
+    min_p: Any = None,
+    bias: Any = None,
+    softcap: float | None = None,
+    mask: Any = None,
+    n_valid: Any = None,
     rng: Any,
+    return_logprob: bool = False,
+    return_entropy: bool = False,
 ) -> Any:
     """An index for each row of `logits`, drawn with the probabilities of softmax(logits / temperature).
 
@@ -29,26 +43,39 @@ def sample(
         float16, bfloat16, float32 or float64, of NumPy, CuPy, torch or JAX, with any strides. Not modified.
     axis : int
         The axis of the classes.
-    temperature : float
-        Divides the logits; finite. 0 takes the largest logit, the first of equal ones.
-    top_k : int, optional
-        Only the so many largest logits are drawn. All that equal the last of these are among them.
-    top_p : float above 0, at most 1, optional
+    temperature : float or array of floats
+        Divides the logits; finite. 0 takes the largest logit, the first of equal ones, whatever the limits. Like the
+        limits below, one number for all rows or an array of one for each row (the shape of `logits` without `axis`),
+        which lives where `logits` does: requests of different kinds in one batch.
+    top_k : int or array of integers, optional
+        Only the so many largest logits are drawn. All that equal the last of these are among them. In an array 0 or
+        less stands for all.
+    top_p : float above 0, at most 1, or array of floats, optional
         Only the fewest largest logits whose probabilities add up to this or more are drawn (nucleus sampling: Holtzman
         et al., arXiv:1904.09751), with all that equal the last of these.
-    min_p : float, 0 to 1, optional
+    min_p : float, 0 to 1, or array of floats, optional
         Only columns are drawn whose probability is at least this times the largest (Nguyen et al., arXiv:2407.01082).
+    bias, softcap, mask, n_valid
+        What the logits go through before, as in `softmax`; columns are left out of what comes of it. At temperature 0
+        logits are not divided first. With bias or softcap, temperatures in an array have to be above 0.
     rng : seed or (seed, step)
         Each an int or an array of integers, which has one for each row (the shape of `logits` without `axis`) or a
         single element, and lives where `logits` does. A step is what tells the draws of one seed apart, 0 where none is
         given: the position of a token in its sequence, for instance. In arrays, both may change between the replays of
         a CUDA graph. **Rows of one seed and step get the same noise: for independent draws give each row its own.**
+    return_logprob, return_entropy : bool
+        Whether to return the log-probability of the column drawn, and the entropy of its row: those of softmax(logits /
+        temperature) over all columns, whatever the limits, as `token_logprobs` has them and bit for bit. They cost
+        another read of the logits, and one temperature above 0 for all rows.
 
     Returns
     -------
     array of int64 (of int32 where JAX has no int64) or NumPy scalar, the shape of `logits` without `axis`
         The column drawn, whose logit is never -inf. -1 for a row that has no softmax: it holds NaN or +inf, or nothing
-        but -inf.
+        but -inf; and for one whose number in an array is none that could be given for all: a temperature of -1.
+    Sample
+        Instead, where more is asked for: a named tuple of that array as `index`, of `logprob` and of `entropy`, each
+        in nats, float32 (float64 for float64 logits), of the same shape, or None. NaN where the column is -1.
 
     Raises
     ------
@@ -56,7 +83,8 @@ def sample(
         Unsupported dtypes; arrays of different libraries or devices; an `rng` of another kind; a torch tensor that
         requires grad.
     ValueError
-        Bad axis, temperature, top_k, top_p, min_p or shape of `rng`; no columns.
+        Bad axis, temperature, top_k, top_p, min_p or shape of an array; no columns; a log-probability or an entropy at
+        temperature 0 (with an array of them: TypeError).
 
     Notes
     -----
@@ -77,40 +105,83 @@ def sample(
     >>> sample(logits, temperature=0, rng=0)
     array([ 2, -1])
     """
+    more = return_logprob or return_entropy
+    if more:
+        temperature = _checks.temperature(temperature)
+    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    index = _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, arrays[1:], options[1:])
+    if not more:
+        return index
+    # -1 is no column: its log-probability is NaN, unless it is checked.
+    flags = False, return_entropy, False, False, False
+    found = _replay.call(_tokens.token_logprobs, (logits, index, *arrays), axis, _NO_INDEX, *flags, *options)
+    return Sample(index, found[0] if return_logprob else None, found[2])
+
+
+_NO_INDEX = -(2**63)
+"""No column is ignored."""
+
+
+def _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, beside, transform):
     seed, step = _checks.rng(rng)
     if type(logits) is np.ndarray:  # an array is no option: what differs by it alone is replayed
         seed, step = (np.asarray(_signed(one)) if type(one) is int else one for one in (seed, step))
+    arrays, of_all = zip(*(_array_or_number(one) for one in (temperature, top_k, top_p, min_p)), strict=True)
     if int in (type(seed), type(step)):
-        return _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p)
-    return _replay.call(_sample, (logits, seed, step), axis, temperature, top_k, top_p, min_p)
+        return _sample(logits, seed, step, *arrays, *beside, axis, *of_all, *transform)
+    return _replay.call(_sample, (logits, seed, step, *arrays, *beside), axis, *of_all, *transform)
 
 
 def _signed(value: int) -> int:
     return one_value(value).pointer
 
 
-def _sample(logits, seed, step, axis, temperature, top_k, top_p, min_p):
+def _array_or_number(given) -> tuple:
+    """(array, None), or (None, what is given for all rows)."""
+    return (given, None) if getattr(given, "shape", ()) else (None, given)
+
+
+def _sample(
+    logits, seed, step, temperatures, top_ks, top_ps, min_ps, bias, mask, valid,
+    axis, temperature, top_k, top_p, min_p, *transform,
+):  # fmt: skip
     x = _arrays.logits(logits, "logits")
     axes = _checks.class_axis(axis, x.ndim)
     _checks.class_count(x.shape[axes[0]])
-    temperature = _checks.temperature_or_zero(temperature, _arrays.compute_dtype(x))
-    limits = Limits(_checks.top_k(top_k), _checks.top_p(top_p), _checks.min_p(min_p))
-    words = [_words(one, name, x, axes) for one, name in ((seed, "seed"), (step, "step"))]
-    arrays = [one for one in words if isinstance(one, _arrays.Array)]
+    compute = _arrays.compute_dtype(x)
+    numbers = {
+        "seed": _words(seed, "seed", x, axes),
+        "step": _words(step, "step", x, axes),
+        "temperature": _floats(temperatures, "temperature", x, axes)
+        or _checks.temperature_or_zero(temperature, compute),
+        "top_k": _words(top_ks, "top_k", x, axes) or _checks.top_k(top_k),
+        "top_p": _floats(top_ps, "top_p", x, axes) or _checks.top_p(top_p),
+        "min_p": _floats(min_ps, "min_p", x, axes) or _checks.min_p(min_p),
+    }
+    first = None, 1.0
+    if (bias is not None or transform[0] is not None) and numbers["temperature"] != 0:  # softcap
+        # Divided first, the logits are drawn from at temperature 1.
+        first = (temperatures, 1.0) if temperatures is not None else (None, temperature)
+        numbers["temperature"] = 1.0
+    x, _ = _transform.applied(x, axes, compute, (first[0], bias, mask, valid), (first[1], *transform), name="logits")
+    arrays = {name: one for name, one in numbers.items() if isinstance(one, _arrays.Array)}
     ids = _arrays.empty(x, _arrays.without_axes(x, axes), "int64")
     kernel = _arrays.kernels(x.place, "sample").sample
 
     def rows_of_batch(rows, x_rows, *others):
-        others = iter(others)
-        seeds, steps = (next(others) if isinstance(one, _arrays.Array) else one for one in words)
-        kernel(rows, x_rows, seeds, steps, next(others), temperature, limits, x.place)
+        *given, id_rows = others
+        own = {**numbers, **dict(zip(arrays, given, strict=True))}
+        limits = Limits(own["top_k"], own["top_p"], own["min_p"])
+        kernel(rows, x_rows, own["seed"], own["step"], id_rows, own["temperature"], limits, x.place)
 
-    _arrays.for_rows(rows_of_batch, axes, [x, *arrays], [_arrays.per_row(ids, axes, x.ndim)])
+    _arrays.for_rows(rows_of_batch, axes, [x, *arrays.values()], [_arrays.per_row(ids, axes, x.ndim)])
     return _arrays.result(ids)
 
 
 def _words(given, name, logits, axes):
-    """Seeds or steps as the kernels take them, or as an array to be walked beside the logits."""
+    """Integers as the kernels take them, or as an array to be walked beside the logits; None for none."""
+    if given is None:
+        return None
     if type(given) is int:
         return one_value(given)
     array = _arrays.wrap(given, name)
@@ -118,6 +189,21 @@ def _words(given, name, logits, axes):
     _checks.seeds(array, name, _arrays.without_axes(logits, axes))
     if array.dtype == "uint64":
         array = array._replace(dtype="int64")  # the same bits
+    return _beside(array, logits, axes)
+
+
+def _floats(given, name, logits, axes):
+    """Numbers of rows in the format of the arithmetic, to be walked beside the logits; None for none."""
+    if given is None:
+        return None
+    array = _arrays.wrap(given, name)
+    _checks.same_home(logits, array, "logits", name)
+    _checks.number_of_rows(array, name, _arrays.without_axes(logits, axes))
+    compute = _arrays.compute_dtype(logits)
+    return _beside(array if array.dtype == compute else _arrays.contiguous(array, compute), logits, axes)
+
+
+def _beside(array, logits, axes):
     if array.size == 1:
         return array._replace(strides=(0,) * logits.ndim)
     return _arrays.per_row(array, axes, logits.ndim)

@@ -18,7 +18,7 @@ import math
 
 from llvmlite import ir
 
-from gpusoftmax.kernels.formulas import SINGLE, Arithmetic, two_sum
+from gpusoftmax.kernels.formulas import SINGLE, Arithmetic, log1p, two_sum
 
 WORD, LONG = ir.IntType(32), ir.IntType(64)
 COLS_OF_BLOCK = 4
@@ -160,3 +160,40 @@ def score(a: Arithmetic, x, word, unit, noise):
     low = a.select(a.is_infinite(x), a.number(0), low)
     is_nan = a.is_nan(x)
     return a.select(is_nan, a.number(math.inf), high), a.select(is_nan, a.number(0), low)
+
+
+# ---------------------------------------------------------------- rows with numbers of their own
+
+
+def _exponent_bias(a: Arithmetic) -> int:
+    return (1 << (a.format.integer.width - a.format.mantissa_bits - 2)) - 1
+
+
+def noise_scales(a: Arithmetic, temperature):
+    """(unit, noise) of a temperature, as operands.noise_scales has them: the exponent of the unit is that of the
+    temperature, rounded up, taken from 0 and no less than the least normal number's.
+    """
+    f, b = a.format, a.builder
+    bits = b.add(b.bitcast(temperature, a.integers), a.integer((1 << f.mantissa_bits) - 1))
+    steps = b.sub(b.lshr(bits, a.integer(f.mantissa_bits)), a.integer(_exponent_bias(a)))
+    zero, most = a.integer(0), a.integer(_exponent_bias(a) - 1)
+    steps = b.select(b.icmp_signed("<", steps, zero), zero, steps)
+    steps = b.select(b.icmp_signed("<", most, steps), most, steps)
+    unit = a.power_of_two(b.sub(zero, steps))
+    return unit, a.mul(temperature, unit)
+
+
+def scale_of(a: Arithmetic, numerator, temperature):
+    """(high, low) with high + low = numerator / temperature, as operands.scale_of, for numerators of 1 and 2; finite:
+    temperatures below the least normal number count as that.
+    """
+    temperature = a.larger(a.number(2.0 ** (1 - _exponent_bias(a))), temperature)
+    high = a.div(numerator, temperature)
+    return high, a.div(a.fma(a.negative(high), temperature, numerator), temperature)
+
+
+def distance_of_ratio(a: Arithmetic, min_p, temperature):
+    """temperature log(min_p): so far from the maximum on a probability is less than min_p times the largest."""
+    log, _ = log1p(a, a.sub(a.div(a.number(1), min_p), a.number(1)), a.number(0))
+    is_none = a.less(min_p, a.number(2.0 ** (1 - _exponent_bias(a))))
+    return a.select(is_none, a.number(-math.inf), a.mul(a.negative(log), temperature))

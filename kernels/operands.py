@@ -24,6 +24,11 @@ ONE_VALUE = len(LABELS)
 NO_BAD_LABEL = 2**63 - 1
 """What find_bad_label reports when every label is a class or ignore_index."""
 
+STATE_COLS = 2048
+"""Columns of a chunk whose state can be kept: that of a row which comes in parts, see cpu/logsumexp_state.py."""
+STATE_NUMBERS = 4
+"""Numbers of such a state: max, sum, low, ties."""
+
 
 class Rows(NamedTuple):
     """The rows of one call, numbered along the inner batch axis first: row = outer * n_inner + inner."""
@@ -105,7 +110,8 @@ def noise_scales(temperature: float, dtype: str):
 
 class Limits(NamedTuple):
     """Which logits of a row are kept, in this order: the top_k largest (0: all); of these the largest that have the
-    part top_p of the probability; those whose probability is min_p times the largest one's, or more.
+    part top_p of the probability; those whose probability is min_p times the largest one's, or more. Where rows have
+    their own, Labels or Operands of them.
     """
 
     top_k: int = 0
@@ -116,10 +122,36 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 
+def own_numbers(temperature, limits: Limits, dtype: str) -> tuple:
+    """What a kernel takes where rows have numbers of their own, as arrays: temperature, top_k, top_p and min_p, each as
+    an array, of which none is told by pointer 0, and the number of all rows.
+    """
+    top_k = limits.top_k if isinstance(limits.top_k, Labels) else one_value(limits.top_k)
+    return (
+        *_array_and_number(temperature, dtype),
+        top_k,
+        *(part for one in (limits.top_p, limits.min_p) for part in _array_and_number(one, dtype)),
+    )
+
+
+def _array_and_number(given, dtype: str) -> tuple:
+    number = np.dtype(dtype).type
+    if isinstance(given, Operand):
+        return given, number(0)
+    return Operand(0, 0, 0, 0, dtype), number(min(given, float(np.finfo(dtype).max)))
+
+
+def have_own_numbers(temperature, limits: Limits) -> bool:
+    """Whether any of them is an array of one for each row."""
+    return any(isinstance(one, Operand | Labels) for one in (temperature, *limits))
+
+
 def limits_in(limits: Limits, temperature: float, dtype: str):
     """(top_k, top_p, from_max) for a kernel: logits are kept from the maximum plus from_max on."""
     number = np.dtype(dtype).type
     from_max = temperature * math.log(limits.min_p) if limits.min_p else -math.inf
+    if from_max < float(np.finfo(dtype).min):
+        from_max = -math.inf
     return limits.top_k, number(limits.top_p), number(from_max)
 
 

@@ -28,6 +28,10 @@ def _top_logprobs(logits, axis=-1, **options):
     return gpusoftmax.top_logprobs(logits, min(8, logits.shape[axis]), axis=axis, **options)
 
 
+def _topk_softmax(logits, axis=-1, **options):
+    return gpusoftmax.topk_softmax(logits, min(8, logits.shape[axis]), axis=axis, **options)
+
+
 EVERY_FIELD = {"return_lse": True, "return_entropy": True, "return_rank": True, "return_argmax": True}
 
 
@@ -52,6 +56,7 @@ CALLS = {
         partial(gpusoftmax.token_logprobs, **EVERY_FIELD), ("logits",), ("target",), takes_out=False, per_row=True
     ),
     "top_logprobs": Call(_top_logprobs, ("logits",), takes_out=False, per_row=True),
+    "topk_softmax": Call(_topk_softmax, ("logits",), takes_out=False, per_row=True),
     "token_logprobs_backward": Call(
         gpusoftmax.token_logprobs_backward, ("logits",), ("target", "dlogprob", "dentropy")
     ),

@@ -34,14 +34,17 @@ SPLITS = (((4, 64), -1), ((4, 4096), -1), ((64, 64), 0))
 # Kernels whose results are a number or two for each row.
 NUMBERS_PER_ROW = (
     "logsumexp_rows",
+    "measure_rows",
     "argmax_rows",
     "soft_argmax_rows",
     "spatial_softmax_rows",
     "token_logprobs_rows",
     "token_logprobs_and_entropy_rows",
     "top_logprobs_rows",
+    "topk_softmax_rows",
     "sample_rows",
     "sample_kept_rows",
+    "sample_mixed_rows",
 )
 # Approximate instructions that kernels may use: the exponentials of device/exponential.py that say so.
 APPROXIMATE = frozenset({"ex2.approx.ftz.f32"})
@@ -64,7 +67,7 @@ class Specialisation(NamedTuple):
     @property
     def reads_rows(self):
         """Whether it reads whole rows of logits; the others read one number or label for each row."""
-        return self.name not in ("normalise_rows", "total_rows", "find_bad_label_rows")
+        return self.name not in ("normalise_rows", "total_rows", "find_bad_label_rows", "fold_rows")
 
     @property
     def writes_rows(self):
@@ -133,6 +136,7 @@ def _calls(dtype, out_dtype, shape, axis):
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
     yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}
+    yield "topk_softmax", (x, min(8, n_cols)), {"axis": axis}
     gradient = _Array(batch, np.float64 if np.float64 in (dtype, out_dtype) else np.float32)
     for entropy in (False, True):
         yield "token_logprobs", (x, target), {"axis": axis, "return_entropy": entropy}
@@ -141,7 +145,8 @@ def _calls(dtype, out_dtype, shape, axis):
     yield "top_k_mask_logits", (x, 5), like
     yield "top_p_mask_logits", (x, 0.9), like
     if dtype == out_dtype:
-        for limits in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}):
+        own = {"temperature": _Array(batch, row_dtype)}
+        for limits in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}, own):
             yield "sample", (x,), {"axis": axis, "rng": (_Array(batch, np.int64), 0), **limits}
     if axis == -1:
         yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies
@@ -169,6 +174,10 @@ def _launches(dtype, out_dtype):
         for shape, axis in SPLITS:
             for function, arguments, options in _calls(dtype, out_dtype, shape, axis):
                 getattr(gpusoftmax, function)(*arguments, **options)
+        if dtype == out_dtype:
+            state = gpusoftmax.LogSumExpState.empty(4, like=_Array((4, 0), dtype))
+            state.update(_Array((4, state.CHUNK_COLS + 64), dtype))
+            state.logsumexp()
     return recorded
 
 

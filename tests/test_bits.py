@@ -37,12 +37,16 @@ OPERATIONS = {
     ),
     "token_logprobs": lambda x, g, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD, validate=False),
     "top_logprobs": lambda x, g, y: gpusoftmax.top_logprobs(x, min(5, x.shape[-1])),
+    "topk_softmax": lambda x, g, y: gpusoftmax.topk_softmax(x, min(5, x.shape[-1])),
     "token_logprobs_backward": lambda x, g, y: (
         gpusoftmax.token_logprobs_backward(x, y, gpusoftmax.logsumexp(g), gpusoftmax.logsumexp(g), validate=False),
     ),
     "sample": lambda x, g, y: (gpusoftmax.sample(x, rng=y),),
     "top_p_mask_logits": lambda x, g, y: (gpusoftmax.top_p_mask_logits(x, 0.9),),
     "limited_sample": lambda x, g, y: (gpusoftmax.sample(x, rng=y, top_k=40, top_p=0.9, min_p=1e-3),),
+    "mixed_sample": lambda x, g, y: (
+        gpusoftmax.sample(x, rng=y, temperature=gpusoftmax.logsumexp(x), top_k=y, top_p=0.9),
+    ),
 }
 NEVER_IN_BLOCKS = ("argmax", "soft_argmax", "soft_argmax_backward")
 # dtype, n_cols, n_rows: every dtype; a few lanes, half a warp, and five chunks of the GPU, which are three of the CPU.

@@ -27,6 +27,7 @@ def host_arrays():
         "x": inputs.make("spread", (3, 4), F32),
         "half": inputs.make("spread", (3, 4), np.float16),
         "integers": np.ones((3, 4), np.int64),
+        "doubles": inputs.make("spread", (3, 4), np.float64),
         "short": inputs.make("spread", (3, 3), F32),
         "cube": inputs.make("spread", (2, 3, 4), F32),
         "scalar": np.array(2, F32),
@@ -51,6 +52,14 @@ softmax, log_softmax, logsumexp = gpusoftmax.softmax, gpusoftmax.log_softmax, gp
 softmax_backward, log_softmax_backward = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
 cross_entropy, with_grad = gpusoftmax.cross_entropy, gpusoftmax.cross_entropy_with_grad
 sample = gpusoftmax.sample
+State = gpusoftmax.LogSumExpState
+
+
+def state_with(columns, first_col=0, **options):
+    state = State.empty(3, like=columns, **options)
+    state.update(columns, first_col)
+    return state
+
 
 # name -> (type of the error, its text or the beginning of it, the call)
 CASES = {
@@ -186,10 +195,72 @@ CASES = {
         "temperature is [1.0, 2.0, 3.0], expected one number",
         lambda a: softmax(a.x, temperature=[1.0, 2.0, 3.0], out=a.out),
     ),
-    "an array of temperatures": (
+    "a temperature for each column": (
         ValueError,
-        "temperature has shape (99,), expected (3,) one for each row, or a single number",
-        lambda a: softmax(a.x, temperature=np.linspace(1, 2, 99), out=a.out),
+        "temperature has shape (4,), expected (3,) one for each row, or a single number",
+        lambda a: softmax(a.x, temperature=a.weight, out=a.out),
+    ),
+    # what logits go through
+    "bias of the wrong length": (
+        ValueError,
+        "bias has shape (3,), expected (4,), one for each column, or (3, 4), where sizes of 1 stand for all",
+        lambda a: softmax(a.x, bias=a.short_weight, out=a.out),
+    ),
+    "bias in the memory of the result": (
+        ValueError,
+        "out shares memory with bias, which is read while out is written",
+        lambda a: softmax(a.x, bias=a.out, out=a.out),
+    ),
+    "mask of numbers": (
+        TypeError,
+        "mask has dtype float32, expected bool, or int32 with a bit for each column along one axis; True, or 1, keeps",
+        lambda a: log_softmax(a.x, mask=a.x, out=a.out),
+    ),
+    "mask of too many words": (
+        ValueError,
+        "mask has shape (3, 4), expected (1,), one for each column, or (3, 1), where sizes of 1 stand for all",
+        lambda a: logsumexp(a.x, mask=a.integer_out, out=a.row_out),
+    ),
+    "softcap 0": (
+        ValueError,
+        "softcap is 0.0, expected a finite number above 0; None leaves it out",
+        lambda a: softmax(a.x, softcap=0, out=a.out),
+    ),
+    "softcap of text": (
+        TypeError,
+        "softcap is '30', expected a number",
+        lambda a: softmax(a.x, softcap="30", out=a.out),
+    ),
+    "more valid columns than there are": (
+        ValueError,
+        "n_valid is 5, expected 0 to 4, the number of columns",
+        lambda a: softmax(a.x, n_valid=5, out=a.out),
+    ),
+    "half a valid column": (
+        TypeError,
+        "n_valid is 2.5, expected an int or an array of ints, one for each row",
+        lambda a: softmax(a.x, n_valid=2.5, out=a.out),
+    ),
+    "valid columns of floats": (
+        TypeError,
+        "n_valid has dtype float32, expected an integer dtype",
+        lambda a: softmax(a.x, n_valid=a.row_out, out=a.out),
+    ),
+    "valid columns of other rows": (
+        ValueError,
+        "n_valid has shape (4,), expected (3,) one for each row, or a single int",
+        lambda a: softmax(a.x, n_valid=a.four_labels, out=a.out),
+    ),
+    "empty_row": (
+        ValueError,
+        "empty_row is 'one', expected one of nan, zero",
+        lambda a: softmax(a.x, empty_row="one", out=a.out),
+    ),
+    "a transform along axes that need a copy": (
+        ValueError,
+        "axis is (0, 2), which no single stride walks; with a transform of the logits (bias, mask, n_valid, ...), "
+        "expected one axis, or axes that lie together: reshape or copy the logits first",
+        lambda a: softmax(a.cube, axis=(0, 2), n_valid=2),
     ),
     "complex temperature": (
         TypeError,
@@ -432,6 +503,21 @@ CASES = {
         "top_p is 1.5, expected a number above 0, at most 1",
         lambda a: gpusoftmax.top_p_mask_logits(a.x, 1.5, out=a.out),
     ),
+    "temperatures of integers": (
+        TypeError,
+        f"temperature has dtype int64, {FLOATING}; convert it first",
+        lambda a: sample(a.x, temperature=a.labels, rng=0),
+    ),
+    "minima of another shape": (
+        ValueError,
+        "min_p has shape (4,), expected (3,), one for each row, or a single one",
+        lambda a: sample(a.x, min_p=a.weight, rng=0),
+    ),
+    "counts of floats": (
+        TypeError,
+        "top_k has dtype float64, expected an integer dtype",
+        lambda a: sample(a.x, top_k=a.float_labels, rng=0),
+    ),
     "no rng": (
         TypeError,
         "rng is None, expected a seed or (seed, step): ints or arrays of integers",
@@ -467,6 +553,94 @@ CASES = {
         "logits has 0 classes, expected at least 1",
         lambda a: sample(a.no_classes, rng=0),
     ),
+    # states of log-sum-exp
+    "half a row": (TypeError, "n_rows is 0.5, expected an int", lambda a: State.empty(0.5, like=a.x)),
+    "fewer rows than none": (ValueError, "n_rows is -1, expected 0 or more", lambda a: State.empty(-1, like=a.x)),
+    "columns of other rows": (
+        ValueError,
+        "columns has shape (2, 3, 4), expected (3, n_cols): the rows of the state",
+        lambda a: state_with(a.x).update(a.cube),
+    ),
+    "columns of float64": (
+        TypeError,
+        "columns has dtype float64, but the state is computed in float32: convert them, or make the state with "
+        "like= of float64",
+        lambda a: State.empty(3, like=a.x).update(a.doubles),
+    ),
+    "columns inside a chunk": (
+        ValueError,
+        "first_col is 100, expected a multiple of 2048, where a chunk begins",
+        lambda a: state_with(a.x, 100),
+    ),
+    "columns before the first": (
+        ValueError,
+        "first_col is -2048, expected a multiple of 2048, where a chunk begins",
+        lambda a: state_with(a.x, -2048),
+    ),
+    "a first column of a float": (
+        TypeError,
+        "first_col is 0.0, expected an int",
+        lambda a: state_with(a.x, 0.0),
+    ),
+    "columns that are there": (
+        ValueError,
+        "columns are 2048 to 2050, but the state has 2048 to 2051 already",
+        lambda a: state_with(a.x, 2048).update(a.short, 2048),
+    ),
+    "columns behind the last": (
+        ValueError,
+        "columns are 4096 to 4099 and the state has 2048 to 2051: only the last columns of all may end elsewhere than "
+        "at a multiple of 2048",
+        lambda a: state_with(a.x, 2048).update(a.x, 4096),
+    ),
+    "last columns before others": (
+        ValueError,
+        "other has 0 to 3 and the state has 2048 to 2051: only the last columns of all may end elsewhere than at a "
+        "multiple of 2048",
+        lambda a: state_with(a.x, 2048).merge(state_with(a.x)),
+    ),
+    "an array for a state": (
+        TypeError,
+        "other is 3, expected a LogSumExpState",
+        lambda a: state_with(a.x).merge(3),
+    ),
+    "a state of other rows": (
+        ValueError,
+        "other has 2 rows, expected 3 as the state has",
+        lambda a: state_with(a.x).merge(State.empty(2, like=a.x)),
+    ),
+    "a state of another dtype": (
+        TypeError,
+        "other is computed in float64, expected float32 as the state is",
+        lambda a: state_with(a.x).merge(State.empty(3, like=a.doubles)),
+    ),
+    "a state of another temperature": (
+        ValueError,
+        "other has temperature 0.5, expected 1.0 as the state has",
+        lambda a: state_with(a.x).merge(State.empty(3, like=a.x, temperature=0.5)),
+    ),
+    "a table of half types": (
+        TypeError,
+        "table has dtype float16, expected float32 or float64, as it was made",
+        lambda a: State.from_table(a.half, ((0, 4),)),
+    ),
+    "a table of another shape": (
+        ValueError,
+        "table has shape (2, 3, 4), expected (n_rows, 2, 4) for its columns",
+        lambda a: State.from_table(a.cube, ((0, 4000),)),
+    ),
+    "columns that are no pairs": (
+        TypeError,
+        "columns is (0, 4000), expected ((first, stop), ...) in ascending order, at multiples of 2048 but for the last "
+        "stop",
+        lambda a: State.from_table(a.cube, (0, 4000)),
+    ),
+    "columns that end inside a chunk": (
+        ValueError,
+        "columns is ((0, 100), (2048, 4096)), expected ((first, stop), ...) in ascending order, at multiples of 2048 "
+        "but for the last stop",
+        lambda a: State.from_table(a.cube, ((0, 100), (2048, 4096))),
+    ),
     # names
     "an op that there is not": (
         ValueError,
@@ -474,7 +648,7 @@ CASES = {
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
         "token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
         "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward, sample, "
-        "top_k_mask_logits, top_p_mask_logits",
+        "top_k_mask_logits, top_p_mask_logits, topk_softmax",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

@@ -32,10 +32,14 @@ OPERATIONS = {
     ),
     "token_logprobs": lambda x, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD),
     "top_logprobs": lambda x, y: gpusoftmax.top_logprobs(x, 5),
+    "topk_softmax": lambda x, y: gpusoftmax.topk_softmax(x, 5),
     "token_logprobs_backward": lambda x, y: (gpusoftmax.token_logprobs_backward(x, y, *_gradients(x)),),
     "sample": lambda x, y: (gpusoftmax.sample(x, rng=y),),
     "top_p_mask_logits": lambda x, y: (gpusoftmax.top_p_mask_logits(x, 0.9),),
     "limited_sample": lambda x, y: (gpusoftmax.sample(x, rng=y, top_k=40, top_p=0.9, min_p=1e-3),),
+    "mixed_sample": lambda x, y: (
+        gpusoftmax.sample(x, rng=y, temperature=gpusoftmax.logsumexp(x), top_k=y, top_p=0.9),
+    ),
 }
 
 

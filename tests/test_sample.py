@@ -224,6 +224,147 @@ def test_limits_do_not_count_at_temperature_0():
     assert np.array_equal(ids, logits.argmax(-1))
 
 
+# ---------------------------------------------------------------- rows with numbers of their own
+
+
+def own_numbers(n_rows, seed=0):
+    """A temperature and limits for each row, among them those that are none, and what they are for a row by itself."""
+    rng = np.random.default_rng(seed)
+    return {
+        "temperature": rng.choice(np.array([0, 1e-37, 0.3, 1, 1.7, 1e5, 3e38], F32), n_rows),
+        "top_k": rng.choice([0, -1, 1, 5, 40, 10**6], n_rows),
+        "top_p": rng.choice(np.array([1, 0.9, 0.5, 1e-6], F32), n_rows),
+        "min_p": rng.choice(np.array([0, 0.01, 0.3, 1], F32), n_rows),
+    }
+
+
+def one_by_one(logits, seeds, own):
+    """The samples of rows that are drawn by themselves, with numbers for all."""
+    found = []
+    for k, row in enumerate(logits):
+        mine = {name: array[k].item() for name, array in own.items()}
+        if mine.get("top_k", 1) <= 0:
+            del mine["top_k"]
+        found.append(gpusoftmax.sample(row, rng=int(seeds[k]), **mine))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("temperature",), ("top_k",), ("temperature", "min_p"), ("temperature", "top_k", "top_p", "min_p")],
+    ids=str,
+)
+@pytest.mark.parametrize(("n_cols", "dtype"), [(40, "bfloat16"), (1500, "float32"), (300, "float64")])
+def test_own_numbers_are_those_of_a_row_by_itself(target, names, n_cols, dtype):
+    """Rows that share a warp or a block differ in what they are asked for."""
+    logits = inputs.every_family(4, n_cols, dtype, seed=n_cols)
+    seeds, own = seeds_of(len(logits)), own_numbers(len(logits))
+    own = {name: own[name] for name in names}
+    given = {name: target.array(array) for name, array in own.items()}
+    ids = target.get(gpusoftmax.sample(target.array(logits), rng=target.array(seeds), **given))
+    assert np.array_equal(ids, one_by_one(logits, seeds, own))
+
+
+def test_own_numbers_side_by_side(target):
+    """Rows along the first axis, whose columns a block of the GPU reads together."""
+    logits = inputs.make("spread", (140, 40), F32)
+    seeds, own = seeds_of(140), own_numbers(140)
+    given = {name: target.array(array) for name, array in own.items()}
+    side_by_side = target.array(np.ascontiguousarray(logits.T))
+    ids = target.get(gpusoftmax.sample(side_by_side, axis=0, rng=target.array(seeds), **given))
+    assert np.array_equal(ids, gpusoftmax.sample(logits, rng=seeds, **own))
+
+
+def test_own_numbers_beside_those_of_all_rows(target):
+    logits = inputs.make("spread", (6, 500), F32)
+    seeds, top_k = seeds_of(6), np.array([1, 2, 3, 4, 5, 0])
+    given = {"rng": target.array(seeds), "top_p": 0.8, "min_p": 0.01, "temperature": 1.5}
+    ids = target.get(gpusoftmax.sample(target.array(logits), top_k=target.array(top_k), **given))
+    limits = {"top_p": np.full(6, 0.8), "min_p": np.full(6, 0.01), "temperature": np.full(6, 1.5), "top_k": top_k}
+    assert np.array_equal(ids, one_by_one(logits, seeds, limits))
+
+
+def test_forms_of_own_numbers(target):
+    """Any floating and integer dtype, any strides, one for each row or one for all."""
+    logits = inputs.make("spread", (6, 500), F32)
+    seeds = seeds_of(6)
+    expected = gpusoftmax.sample(logits, temperature=1.5, top_k=20, rng=seeds)
+    for dtype, integers in ((np.float16, np.uint8), (np.float64, np.int32), (F32, np.int64)):
+        for shape in ((6,), (1,)):
+            temperature, top_k = np.full((*shape, 2), 1.5, dtype)[:, 0], np.full((*shape, 2), 20, integers)[:, 1]
+            given = {"temperature": target.array(temperature), "top_k": target.array(top_k)}
+            ids = target.get(gpusoftmax.sample(target.array(logits), rng=target.array(seeds), **given))
+            assert np.array_equal(ids, expected), (dtype, shape)
+
+
+def test_numbers_that_are_none(target):
+    """What a single number raises for, of whose value a GPU cannot be asked in time."""
+    own = {
+        "temperature": np.array([1, -1, np.nan, np.inf] + [1] * 6, F32),
+        "top_p": np.array([1] * 4 + [0, 1.5, np.nan] + [1] * 3, F32),
+        "min_p": np.array([0] * 7 + [-0.1, 1.5, np.nan], F32),
+    }
+    given = {name: target.array(array) for name, array in own.items()}
+    for n_cols in (5, 3000):
+        logits = np.zeros((10, n_cols), F32)
+        ids = target.get(gpusoftmax.sample(target.array(logits), rng=3, **given))
+        assert 0 <= ids[0] < n_cols and ids[1:].tolist() == [-1] * 9
+        ids = target.get(gpusoftmax.sample(target.array(logits), rng=3, temperature=given["temperature"]))
+        assert (ids[4:] >= 0).all() and ids[1:4].tolist() == [-1] * 3
+
+
+def test_own_numbers_change_a_replayed_call():
+    logits = inputs.make("spread", (5, 300), F32)
+    temperatures = [np.full(5, 0.1, F32), np.full(5, 50, F32)]
+    with emulated_gpu("sm_90", track=False) as gpu:
+        x, seeds = gpu.array(logits), gpu.array(seeds_of(5))
+        found = [gpu.get(gpusoftmax.sample(x, temperature=gpu.array(one), rng=seeds)) for one in temperatures]
+    for one, ids in zip(temperatures, found, strict=True):
+        assert np.array_equal(ids, gpusoftmax.sample(logits, temperature=one, rng=seeds_of(5)))
+    assert not np.array_equal(found[0], found[1])
+
+
+# ---------------------------------------------------------------- what is known of a sample
+
+
+@pytest.mark.parametrize("n_cols", [31, 4099])
+def test_log_probability_and_entropy(target, n_cols):
+    """Over all columns, whatever the limits: the bits of token_logprobs."""
+    logits = inputs.every_family(1, n_cols, F32, seed=n_cols)
+    logits[0], logits[1, 3] = -np.inf, np.nan
+    x, rng = target.array(logits), target.array(seeds_of(len(logits)))
+    options = {"temperature": 0.7, "top_k": 5, "rng": rng}
+    drawn = target.get(gpusoftmax.sample(x, return_logprob=True, return_entropy=True, **options))
+    assert isinstance(drawn, gpusoftmax.Sample)
+    assert np.array_equal(drawn.index, target.get(gpusoftmax.sample(x, **options))) and drawn.index[:2].tolist() == [
+        -1,
+        -1,
+    ]
+    known = target.get(
+        gpusoftmax.token_logprobs(
+            x, target.array(np.maximum(drawn.index, 0)), temperature=0.7, return_entropy=True, ignore_index=-5
+        )
+    )
+    assert np.isnan(drawn.logprob[:2]).all() and np.isnan(drawn.entropy[:2]).all()
+    assert drawn.logprob[2:].tobytes() == known.logprob[2:].tobytes() and (drawn.logprob[2:] <= 0).all()
+    assert drawn.entropy[2:].tobytes() == known.entropy[2:].tobytes()
+
+
+def test_either_of_them():
+    logits = inputs.make("spread", (3, 40, 5), F32)
+    both = gpusoftmax.sample(logits, 1, rng=4, return_logprob=True, return_entropy=True)
+    assert both.index.shape == both.logprob.shape == both.entropy.shape == (3, 5)
+    assert gpusoftmax.sample(logits, 1, rng=4, return_logprob=True).entropy is None
+    entropy = gpusoftmax.sample(logits, 1, rng=4, return_entropy=True)
+    assert entropy.logprob is None and np.array_equal(entropy.entropy, both.entropy)
+    one = gpusoftmax.sample(logits[0, :, 0], rng=4, return_logprob=True)
+    assert one.index == both.index[0, 0] and one.logprob == both.logprob[0, 0]
+    with pytest.raises(ValueError, match="temperature is 0.0, expected a finite number above 0"):
+        gpusoftmax.sample(logits, rng=4, temperature=0, return_entropy=True)
+    with pytest.raises(TypeError, match="temperature is .*, expected one number"):
+        gpusoftmax.sample(logits, 1, rng=4, temperature=np.ones((3, 5), F32), return_logprob=True)
+
+
 # ---------------------------------------------------------------- fair draws
 
 

@@ -55,7 +55,7 @@ def _arguments(operation, shape):
 
 
 # What is not in slots these read as often as they need.
-MANY_PASSES = ("top_logprobs", "top_k_mask_logits", "top_p_mask_logits")
+MANY_PASSES = ("top_logprobs", "topk_softmax", "top_k_mask_logits", "top_p_mask_logits")
 CASES = [
     (name, regime)
     for name, regime in itertools.product(OPERATIONS, REGIMES)

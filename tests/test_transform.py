@@ -395,42 +395,49 @@ def test_a_row_of_a_cluster():
     np.testing.assert_allclose(probs, oracle.softmax(transformed(logits, **options)), rtol=1e-4, atol=1e-30)
 
 
-# ---------------------------------------------------------------- errors
+# ---------------------------------------------------------------- sampling
 
 
-ERRORS = {
-    "bias of the wrong length": ({"bias": np.zeros(3)}, ValueError, r"bias has shape \(3,\), expected \(6,\)"),
-    "bias of integers in text": ({"bias": np.array(["a"] * 6)}, TypeError, "bias has dtype"),
-    "mask of floats": ({"mask": np.ones(6, np.float32)}, TypeError, "mask has dtype float32, expected bool"),
-    "mask of too many words": ({"mask": np.zeros(2, np.int32)}, ValueError, r"mask has shape \(2,\), expected \(1,\)"),
-    "softcap 0": ({"softcap": 0}, ValueError, "softcap is 0.0, expected a finite number above 0"),
-    "softcap of text": ({"softcap": "30"}, TypeError, "softcap is '30', expected a number"),
-    "n_valid too large": ({"n_valid": 7}, ValueError, "n_valid is 7, expected 0 to 6"),
-    "n_valid negative": ({"n_valid": -1}, ValueError, "n_valid is -1, expected 0 to 6"),
-    "n_valid a float": ({"n_valid": 2.5}, TypeError, "n_valid is 2.5, expected an int or an array of ints"),
-    "n_valid of floats": ({"n_valid": np.ones(2)}, TypeError, "n_valid has dtype float64, expected an integer dtype"),
-    "n_valid of the wrong shape": ({"n_valid": np.ones(3, int)}, ValueError, r"n_valid has shape \(3,\), expected"),
-    "temperatures of the wrong shape": ({"temperature": np.ones(3)}, ValueError, r"temperature has shape \(3,\), exp"),
-    "empty_row": ({"empty_row": "one"}, ValueError, "empty_row is 'one', expected one of nan, zero"),
-}
+def drawn(target, logits, **options):
+    seeds = target.array(np.arange(len(logits)))
+    return target.get(gpusoftmax.sample(target.array(logits), rng=(seeds, 3), **on(target, options)))
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors(name):
-    options, error, message = ERRORS[name]
-    out = np.full((2, 6), 7, np.float32)
-    with pytest.raises(error, match=message):
-        gpusoftmax.softmax(np.zeros((2, 6), np.float32), out=out, **options)
-    assert (out == 7).all()
+def test_sampling(target):
+    """From logits that go through a transform as from those that have gone through it before."""
+    logits = inputs.make("ties", (60, 90), np.float32)
+    options = options_for(logits)
+    mask, n_valid = options["mask"], options["n_valid"]
+    bias = np.arange(90, dtype=np.float32) % 5
+    kept = np.where(mask & (np.arange(90) < n_valid[:, None]), logits, -INF).astype(np.float32)
+    given = {"mask": packed(mask), "n_valid": n_valid}
+    assert np.array_equal(drawn(target, logits, **given), drawn(target, kept))
+    assert np.array_equal(drawn(target, logits, top_k=9, **given), drawn(target, kept, top_k=9))
+    halved = (2 * kept + bias).astype(np.float32)
+    assert np.array_equal(drawn(target, logits, bias=bias, temperature=0.5, **given), drawn(target, halved))
+    temperature = np.full(60, 0.5, np.float32)
+    own = drawn(target, logits, bias=bias, temperature=temperature, top_k=9, **given)
+    assert np.array_equal(own, drawn(target, halved, top_k=9))
+    assert np.array_equal(drawn(target, logits, bias=bias, temperature=0, **given), (kept + bias).argmax(axis=1))
 
 
-def test_out_must_not_be_what_is_read():
-    x = np.zeros((2, 6), np.float32)
-    with pytest.raises(ValueError, match="out shares memory with bias"):
-        gpusoftmax.softmax(x, bias=x, out=x)
+def test_log_probability_of_what_was_drawn(target):
+    logits = inputs.make("spread", (6, 90), np.float32)
+    options = {**options_for(logits, temperature=False), "temperature": 0.7}
+    seeds = target.array(np.arange(6))
+    found = gpusoftmax.sample(
+        target.array(logits), rng=(seeds, 0), return_logprob=True, return_entropy=True, **on(target, options)
+    )
+    again = gpusoftmax.token_logprobs(target.array(logits), found.index, return_entropy=True, **on(target, options))
+    for one, other in ((found.logprob, again.logprob), (found.entropy, again.entropy)):
+        assert np.isfinite(target.get(one)).all() and np.array_equal(target.get(one), target.get(other))
 
 
-def test_axes_that_need_a_copy():
-    x = np.zeros((2, 3, 4), np.float32)
-    with pytest.raises(ValueError, match="which no single stride walks"):
-        gpusoftmax.softmax(x, axis=(0, 2), n_valid=2)
+def test_experts(target):
+    logits = inputs.make("spread", (5, 64), np.float32)
+    bias, mask = np.arange(64, dtype=np.float32) % 3, np.arange(64) % 4 != 0
+    kept = np.where(mask, logits + bias, -INF).astype(np.float32)
+    given = on(target, {"bias": bias, "mask": mask})
+    probs, indices = map(target.get, gpusoftmax.topk_softmax(target.array(logits), 4, **given))
+    other, others = map(target.get, gpusoftmax.topk_softmax(target.array(kept), 4))
+    assert np.array_equal(indices, others) and np.array_equal(probs, other)

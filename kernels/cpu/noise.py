@@ -8,6 +8,7 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from gpusoftmax.kernels import formulas, noise
+from gpusoftmax.kernels.cpu.vector import formula
 
 
 class Words(types.Type):
@@ -129,3 +130,10 @@ def first_equal(typingctx, x, number):
         return lane if lane.type == noise.LONG else builder.zext(lane, noise.LONG)
 
     return types.intp(x, number), codegen
+
+
+# ---------------------------------------------------------------- rows with numbers of their own
+
+noise_scales_of = formula(noise.noise_scales, n_results=2)
+scale_of_temperature = formula(noise.scale_of, n_results=2)
+distance_of_ratio = formula(noise.distance_of_ratio)

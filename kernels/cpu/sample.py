@@ -16,12 +16,32 @@ import math
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.noise import any_reaches, first_equal, lowest, score, score_bound, where_equal, words_of
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, row_offset, save_maxima
+from gpusoftmax.kernels.cpu.noise import (
+    any_reaches,
+    distance_of_ratio,
+    first_equal,
+    lowest,
+    noise_scales_of,
+    scale_of_temperature,
+    score,
+    score_bound,
+    where_equal,
+    words_of,
+)
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import MAX, save, saved
 from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of, nothing_measured
-from gpusoftmax.kernels.cpu.vector import cols_of, load_cols, load_label, max_per_row, maximum, number, pointer_to
+from gpusoftmax.kernels.cpu.vector import (
+    cols_of,
+    load,
+    load_cols,
+    load_label,
+    max_per_row,
+    maximum,
+    number,
+    pointer_to,
+)
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import (
     NO_LIMITS,
@@ -32,8 +52,10 @@ from gpusoftmax.kernels.operands import (
     Place,
     Rows,
     compute_dtype,
+    have_own_numbers,
     limits_in,
     noise_scales,
+    own_numbers,
     scale_of,
     unless_one,
 )
@@ -48,12 +70,23 @@ def sample(
     seeds: Labels,
     steps: Labels,
     ids: Labels,
-    temperature: float,
+    temperature: float | Operand,
     limits: Limits,
     place: Place,
 ) -> None:
-    """temperature 0: the largest logit. ids are int64; -1 for a row that holds NaN or +inf, or nothing but -inf."""
+    """temperature 0: the largest logit. ids are int64; -1 for a row that holds NaN or +inf, or nothing but -inf, and
+    for one whose own numbers, where rows have such, are none.
+    """
     compute = compute_dtype(logits.dtype)
+    if have_own_numbers(temperature, limits):
+        own = own_numbers(temperature, limits, compute)
+        keeps = limits.top_p != 1
+        run(
+            *(sample_mixed_rows, rows, logits, None, None, seeds, steps, ids, *own),
+            whole_rows=True,
+            keeps_exponentials=keeps,
+        )
+        return
     numbers = seeds, steps, ids, *noise_scales(temperature, compute)
     if limits == NO_LIMITS or temperature == 0:
         run(sample_rows, rows, logits, None, None, *numbers, only_along=True)
@@ -77,6 +110,43 @@ def sample_kept_rows(call):
     )
     numbers = rows, seeds, steps, ids, unit, noise, top_k, top_p, from_max, scale, low
     walk(way, job, rows, logits, same, none, save_maxima, nothing_measured, draw_kept, write, numbers, unit)
+
+
+@kernel
+def sample_mixed_rows(call):
+    way, job, rows, logits, same, none, seeds, steps, ids, temperatures, t, top_k, top_ps, p, min_ps, m = arguments(
+        call
+    )
+    numbers = rows, seeds, steps, ids, ((temperatures, t), top_k, (top_ps, p), (min_ps, m))
+    walk(way, job, rows, logits, same, none, save_maxima, nothing_measured, draw_mixed, write, numbers, t)
+
+
+@device
+def draw_mixed(here, numbers):
+    """As draw_kept, with the row's own numbers."""
+    rows, seeds, steps, ids, own = numbers
+    temperature, top_p = own_number(own[0], here.row, rows), own_number(own[2], here.row, rows)
+    min_p, top_k = own_number(own[3], here.row, rows), word_of(own[1], here.row, rows)
+    zero, one = number(temperature, 0.0), number(temperature, 1.0)
+    is_one = temperature >= zero and temperature < number(temperature, math.inf)
+    if not (is_one and top_p > zero and top_p <= one and min_p >= zero and min_p <= one):
+        return -1
+    unit, noise = noise_scales_of(temperature)
+    limit = number(temperature, -math.inf)
+    if temperature > zero:
+        scale, low = scale_of_temperature(one, temperature)
+        limit = limit_of(here, top_k, top_p, distance_of_ratio(min_p, temperature), scale, low)
+    measure_kept(here, 0, count_of_chunks(here.n_cols), (rows, seeds, steps, ids, unit, noise), limit)
+    return fold(here, numbers)
+
+
+@device
+def own_number(given, row, rows):
+    """A row's own number, or that of all rows."""
+    array, of_all = given
+    if array.address == 0:
+        return of_all
+    return load(element(array, row, rows), 0, of_all)
 
 
 @device

@@ -100,9 +100,18 @@ def row_max(states, n_chunks, like):
 
 
 @device
+def anchor_of_chunk(largest, shift, exponent, scale):
+    """The anchor of a chunk with this maximum, or that of its row where it is -inf: the sums are 0 whatever they refer
+    to, but 0 times a ratio that overflows would be NaN.
+    """
+    own_shift, own_exponent = anchor(largest, scale)
+    return where_finite(largest, own_shift, shift), where_finite(largest, own_exponent, exponent)
+
+
+@device
 def chunk_ratio(states, chunk, shift, exponent, like, scale, scale_low):
     """What brings the exponentials of a chunk to the anchor of the row."""
-    own_shift, own_exponent = anchor(saved(states, chunk, MAX, like), scale)
+    own_shift, own_exponent = anchor_of_chunk(saved(states, chunk, MAX, like), shift, exponent, scale)
     return ratio(own_shift, own_exponent, shift, exponent, scale, scale_low)
 
 
@@ -130,7 +139,7 @@ def fold_state(states, n_chunks, like, scale, scale_low):
         others, low, ties = like, like, like
         for chunk in range(n_chunks):
             own_max = saved(states, chunk, MAX, like)
-            own_shift, own_exponent = anchor(own_max, scale)
+            own_shift, own_exponent = anchor_of_chunk(own_max, shift, exponent, scale)
             factor = ratio(own_shift, own_exponent, shift, exponent, scale, scale_low)
             own = exp_from(own_max, own_shift, own_exponent, floor(own_exponent), scale, scale_low)
             # What tied inside the chunk ties in the row too, or joins the others.

@@ -1,8 +1,7 @@
 """The largest log-probabilities of each row, on the CPU.
 
-A row is walked alone, by one thread: its k largest logits so far lie in order where the results go, and a vector of
-columns is looked at closer only if one of them is larger than the last of these. Equal logits stay in the order of
-their columns. With the sum of the exponentials at hand the logits become log-probabilities, as in log_softmax.py.
+A row is walked alone, by one thread, and its k largest logits are kept where the results go (largest.py). With the sum
+of the exponentials at hand they become log-probabilities, as in log_softmax.py.
 """
 
 import math
@@ -11,22 +10,19 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import sum_of_exponentials
+from gpusoftmax.kernels.cpu.largest import begin_largest, take_largest
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import MAX, fold_state, save_state, saved
 from gpusoftmax.kernels.cpu.vector import (
     advance,
-    lanes_not_below,
     load,
-    load_cols,
     load_label,
     log_probability,
     log_sum,
-    lowest_bit,
     number,
     pointer_to,
     store,
-    stripe_of,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Labels, Operand, Place, Rows, scale_of, unless_one
@@ -91,50 +87,8 @@ def prepare(here, first, last, top):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         if chunk == 0:
-            for j in range(top.k):
-                store(values, j, number(top.scale, math.nan))
-                columns[j] = -1
-        take_largest(here, col, count, values, columns, top)
-
-
-@device
-def take_largest(here, first, count, values, columns, top):
-    """The k largest of the columns before and of these; a NaN stands for none yet."""
-    step = stripe_of(here.zeros)
-    full = first + count - count % step
-    for col in range(first, full, step):
-        take_from_vector(here, col, load_cols(here.first, col, None, here.nothing), step, values, columns, top)
-    left = first + count - full
-    if left > 0:
-        take_from_vector(here, full, load_cols(here.first, full, left, here.nothing), left, values, columns, top)
-
-
-@device
-def take_from_vector(here, col, vector, count, values, columns, top):
-    least = load(values, top.k - 1, top.scale)
-    candidates = lanes_not_below(vector, least, count)
-    while candidates != 0:
-        lane = lowest_bit(candidates)
-        candidates &= candidates - 1
-        x = load(here.first.pointer, col + lane, top.scale)
-        if comes_before(x, load(values, top.k - 1, top.scale)):
-            insert(values, columns, x, col + lane, top)
-
-
-@device
-def comes_before(x, other):
-    return x > other or other != other
-
-
-@device
-def insert(values, columns, x, col, top):
-    j = top.k - 1
-    while j > 0 and comes_before(x, load(values, j - 1, top.scale)):
-        store(values, j, load(values, j - 1, top.scale))
-        columns[j] = columns[j - 1]
-        j -= 1
-    store(values, j, x)
-    columns[j] = col
+            begin_largest(values, columns, top.k, top.scale)
+        take_largest(here, col, count, values, columns, top.k, top.scale)
 
 
 @device

@@ -122,18 +122,27 @@ def _add_transform(transform: Transform | None, words: list, addresses: list[int
 
 
 def launch_rows(
-    kernel: str, place: Place, rows: Rows, *arguments, reads: int = 1, passes: int = 2, side_by_side: bool = True
+    kernel: str,
+    place: Place,
+    rows: Rows,
+    *arguments,
+    reads: int = 1,
+    passes: int = 2,
+    side_by_side: bool = True,
+    writes_rows: bool = True,
 ) -> None:
     """Starts a kernel that goes over rows: those of the first `reads` arguments, once or (passes) twice.
 
-    With two passes, it writes rows of the last argument that is an array. side_by_side: whether it can take rows that
-    lie so together: it cannot where logits go through a transform, which a thread knows for its own row.
+    With two passes, it writes rows of the last argument that is an array, unless it writes none. side_by_side: whether
+    it can take rows that lie so together: it cannot where logits go through a transform, which a thread knows for its
+    own row.
     """
     device = device_of(place)
     formats = tuple(argument.dtype for argument in arguments[:reads])
     compute = "float64" if any(isinstance(argument, np.float64) for argument in arguments) else "float32"
     transformed = any(type(argument) is Operand and argument.transform for argument in arguments)
-    neighbours = _neighbours(rows, arguments, reads, passes) if side_by_side and not transformed else 1
+    side_by_side = side_by_side and not transformed
+    neighbours = _neighbours(rows, arguments, reads, passes == 2 and writes_rows) if side_by_side else 1
     shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes, neighbours
     plan = row_plan(rows.n_rows, *shape)
     for start in range(0, rows.n_rows, plan.rows):  # once, unless there are more rows than blocks
@@ -141,8 +150,8 @@ def launch_rows(
         launch(kernel, last, place, rows, last.split, start, *arguments)
 
 
-def _neighbours(rows: Rows, arguments: tuple, reads: int, passes: int) -> int:
+def _neighbours(rows: Rows, arguments: tuple, reads: int, writes_rows: bool) -> int:
     """How many rows lie side by side, in each array whose rows are read or written."""
     arrays = [argument for argument in arguments if type(argument) is Operand]
-    walked = arrays[:reads] + (arrays[-1:] if passes == 2 else [])
+    walked = arrays[:reads] + (arrays[-1:] if writes_rows else [])
     return rows.n_inner if all(one.inner_stride == 1 and one.col_stride != 1 for one in walked) else 1

@@ -11,6 +11,8 @@ format alone, and with it the bits. `row_plan` decides who computes what, and ma
     columns   neighbouring rows lie side by side in memory (axis != -1): a block takes 4 to 64 of them, which its
               threads read and write together, sector by sector; its warps sum them up one by one. `held` tells whether
               the rows are read once
+    single    one block, for numbers of all rows
+    warps     a warp for each row, where a row is a few numbers
 
 The regimes walk one tree: a row has the same bits in each.
 """
@@ -199,6 +201,11 @@ class Plan:
 
 SINGLE_BLOCK = Plan(regime="single", threads=MAX_THREADS, blocks=1, chunk_cols=0)
 """For the small kernels around a loss: a sum over all rows in a fixed order."""
+
+
+def warps_plan(n_rows: int) -> Plan:
+    """A warp for each row: of kernels that read a few numbers of it."""
+    return Plan(regime="warps", threads=MAX_THREADS, blocks=_ratio(n_rows, MAX_THREADS // WARP_SIZE), chunk_cols=0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,8 +9,10 @@ from gpusoftmax.kernels.operands import (
     Place,
     Rows,
     compute_dtype,
+    have_own_numbers,
     limits_in,
     noise_scales,
+    own_numbers,
     scale_of,
 )
 
@@ -21,11 +23,16 @@ def sample(
     seeds: Labels,
     steps: Labels,
     ids: Labels,
-    temperature: float,
+    temperature: float | Operand,
     limits: Limits,
     place: Place,
 ) -> None:
     compute = compute_dtype(logits.dtype)
+    if have_own_numbers(temperature, limits):
+        has_limits = int(limits != NO_LIMITS)
+        arguments = logits, seeds, steps, ids, *own_numbers(temperature, limits, compute), has_limits
+        launch_rows("sample.sample_mixed_rows", place, rows, *arguments, writes_rows=False)
+        return
     arguments = logits, seeds, steps, ids, *noise_scales(temperature, compute)
     if limits == NO_LIMITS or temperature == 0:
         launch_rows("sample.sample_rows", place, rows, *arguments, passes=1)

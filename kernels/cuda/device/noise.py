@@ -5,7 +5,7 @@ from llvmlite import ir
 
 from gpusoftmax.kernels import noise
 from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
-from gpusoftmax.kernels.cuda.device.arithmetic import Rounded
+from gpusoftmax.kernels.cuda.device.arithmetic import Rounded, formula
 from gpusoftmax.kernels.cuda.device.memory import VECTOR_BYTES
 
 
@@ -67,6 +67,9 @@ def _of_word(emit, n_results=1):
     return formula
 
 
+noise_scales_of = formula(noise.noise_scales, n_results=2)
+scale_of_temperature = formula(noise.scale_of, n_results=2)
+distance_of_ratio = formula(noise.distance_of_ratio)
 score_bound = _of_word(noise.score_bound)
 score = _of_word(noise.score, n_results=2)
 

@@ -8,6 +8,8 @@
 Every block_* function ends with all threads holding the result and with `scratch` free for the next call.
 """
 
+from numpy import int32
+
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
 from gpusoftmax.kernels.cuda.device.shared_numbers import put, put_in_block, put_pair, put_pair_in_block
@@ -52,6 +54,12 @@ def warp_sum_pair(total, low):
 def any_lane(condition):
     """Whether the condition holds in any lane of the warp."""
     return cuda.any_sync(FULL_WARP, condition)
+
+
+@device
+def any_thread(condition):
+    """Whether the condition holds in any thread of the block; a barrier."""
+    return cuda.syncthreads_or(int32(condition)) != 0
 
 
 @device

@@ -17,7 +17,7 @@ from gpusoftmax.kernels.cuda.device.exponential import anchor, cheap_exp_from, c
 from gpusoftmax.kernels.cuda.device.granules import granule_sum, granules_with
 from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE
 from gpusoftmax.kernels.cuda.device.piece_state import halved, is_near, of_cheap
-from gpusoftmax.kernels.cuda.device.reduce import any_lane, publish, warp_max, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.reduce import any_lane, any_thread, publish, warp_max, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import state_place
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
@@ -45,24 +45,46 @@ from gpusoftmax.kernels.cuda.device.split import (
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 kept_from = formula(ordering.kept_from)
+ALL = 2**62
+"""More logits than any row has: no limit is reached by so many."""
 BEST_PLACE = 2
 """The first of a chunk's numbers in shared memory that nothing here touches."""
 
 
-@device
-def limit_of(source, n_cols, all_cols, limits, team, split, params):
-    """The limit of a row, the same for all threads that share it. all_cols: of the rows that there are."""
-    top_k, top_p, from_max = limits
-    largest = row_max(source, n_cols, team, split, from_max)
-    limit, turn = number(largest, -math.inf), int32(1)
-    if top_k > 0 and top_k < all_cols:
-        limit, turn = limit_of_count(source, n_cols, limit, largest, top_k, turn, team, split, None)
-    if top_p < number(largest, 1.0):
-        mass = mass_params(largest, params)
-        total, low = mass_reaching(source, n_cols, limit, turn, team, split, mass)
-        wanted, turn = mul(top_p, add(total, low)), int32(turn + 1)
-        limit, turn = limit_of_mass(source, n_cols, limit, largest, wanted, turn, team, split, mass)
-    return maximum(limit, add(largest, from_max))
+def limit_with_own(has_own):
+    """A device function: the limit of a row, the same for all threads that share it. all_cols: of the rows that there
+    are. has_own: whether rows that go together may have different numbers.
+    """
+
+    @device
+    def agreed(condition, split):
+        """Whether the rows that go together take a step, since one of them needs it."""
+        if not has_own or is_long(split):
+            return condition
+        if is_columns(split):
+            return any_thread(condition)
+        return any_lane(condition)
+
+    @device
+    def limit_of(source, n_cols, all_cols, limits, team, split, params):
+        top_k, top_p, from_max = limits
+        largest = row_max(source, n_cols, team, split, from_max)
+        limit, turn = number(largest, -math.inf), int32(1)
+        needed = top_k > 0 and top_k < all_cols
+        if agreed(needed, split):
+            wanted = top_k if needed else int64(ALL)
+            limit, turn = limit_of_count(source, n_cols, limit, largest, wanted, turn, team, split, None)
+        needed = top_p < number(largest, 1.0)
+        if agreed(needed, split):
+            mass, before = mass_params(largest, params), limit
+            total, low = mass_reaching(source, n_cols, limit, turn, team, split, mass)
+            wanted_mass, turn = mul(top_p, add(total, low)), int32(turn + 1)
+            limit, turn = limit_of_mass(source, n_cols, limit, largest, wanted_mass, turn, team, split, mass)
+            if not needed:
+                limit = before
+        return maximum(limit, add(largest, from_max))
+
+    return limit_of
 
 
 # ---------------------------------------------------------------- passes
@@ -223,6 +245,8 @@ def mass_surplus(total, low, wanted):
 
 limit_of_count = limit_with(count_reaching, count_surplus)
 limit_of_mass = limit_with(mass_reaching, mass_surplus)
+limit_of = limit_with_own(has_own=False)
+limit_of_own = limit_with_own(has_own=True)
 
 
 @device

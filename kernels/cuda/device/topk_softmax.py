@@ -1,0 +1,72 @@
+"""Softmax over the largest logits of each row, by the tournament of largest.py.
+
+The mathematics stands in kernels/cpu/topk_softmax.py. Probabilities among all columns have the bits of softmax.py.
+"""
+
+import math
+
+from numpy import int64
+
+from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device.arithmetic import add_pair, div, mul, number, row_inverse
+from gpusoftmax.kernels.cuda.device.exponential import (
+    anchor,
+    cheap_exp_from,
+    corrected_inverse,
+    exact_exp_gap,
+    lowest_of,
+    ordered_exp_from,
+)
+from gpusoftmax.kernels.cuda.device.largest import largest_with
+from gpusoftmax.kernels.cuda.device.memory import load, store, store_integer
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
+from gpusoftmax.kernels.cuda.device.row_state import softmax_state
+from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_offset, team_of
+
+
+@device
+def write_probability(j, x, col, numbers):
+    target, indices, first, half, exponent, lowest, factor, params = numbers
+    scale, scale_low, c, c_low = params
+    if is_near(exponent):
+        e = ordered_exp_from(x, exponent, lowest, c, c_low)
+    else:
+        e = exact_exp_gap(x, half, scale, scale_low, c, c_low)
+    store(target, j, mul(e, factor))
+    store_integer(indices.pointer, first + j, int64(col) if factor == factor else int64(-1))
+
+
+write_largest = largest_with(write_probability)
+
+
+@device
+def renormalise(target, k, like):
+    """Divides k exponentials by their sum."""
+    total, low = number(like, 0.0), number(like, 0.0)
+    for j in range(k):
+        total, low = add_pair(total, low, load(target, j, like), number(like, 0.0))
+    inverse = div(number(like, 1.0), total)
+    for j in range(k):
+        store(target, j, mul(load(target, j, like), inverse))
+
+
+def topk_softmax_rows(rows, split, start, logits, probs, indices, k, renormalize, scale, scale_low):
+    params = gap_params(scale, scale_low)
+    team = team_of(split, 1)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    source, target = row_of(logits, row, rows), row_of(probs, row, rows).pointer
+    writes = row < rows.n_rows and team.rank == 0 and team.lane == 0
+    row_max, total = softmax_state(source, n_cols, team, split, params)
+    exponent = anchor(row_max, params[2])
+    lowest = lowest_of(exponent, params[2])
+    if total == cheap_exp_from(row_max, exponent, lowest, params[2], params[3]):
+        # Nothing but one maximum counts. Relative to itself it is exactly 1.
+        exponent, total = number(total, math.inf), number(total, 1.0)
+    factor = corrected_inverse(row_inverse(row_max, total, number(total, 0.0)), row_max, exponent, params[3])
+    if renormalize != 0 and factor == factor:
+        factor = number(total, 1.0)
+    numbers = target, indices, row_offset(indices, row, rows), halved(row_max), exponent, lowest, factor, params
+    write_largest(source, k, n_cols, writes, team, split, params, numbers)
+    if writes and renormalize != 0:
+        renormalise(target, k, scale)
