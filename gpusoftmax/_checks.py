@@ -181,9 +181,9 @@ def floating(dtype: str, name: str) -> None:
         raise TypeError(f"{name} has dtype {dtype}, expected one of {', '.join(FLOATING)}; convert it first")
 
 
-def integer(dtype: str, name: str) -> None:
+def integer(dtype: str, name: str, meaning: str = "class indices, not probabilities") -> None:
     if dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {dtype}, expected an integer dtype: class indices, not probabilities")
+        raise TypeError(f"{name} has dtype {dtype}, expected an integer dtype: {meaning}")
 
 
 def indices(dtype: str, name: str) -> None:

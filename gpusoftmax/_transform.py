@@ -65,7 +65,7 @@ def applied(
         mask = mask._replace(strides=strides, dtype="bool" if per_word == 1 else "bits")
     if valid_of_rows is not None:
         valid = _beside(valid_of_rows, x, "n_valid", name, result)
-        _checks.integer(valid.dtype, "n_valid")
+        _checks.integer(valid.dtype, "n_valid", "numbers of columns")
         _checks.same_shape(valid, batch_shape, "n_valid", "one for each row, or a single int")
         valid = _arrays.per_row(valid, axes, x.ndim)
     else:

@@ -213,7 +213,8 @@ CASES = {
     ),
     "mask of numbers": (
         TypeError,
-        "mask has dtype float32, expected bool, or int32 with a bit for each column along one axis; True, or 1, keeps",
+        "mask has dtype float32, expected bool, or int32 with a bit for each column along one axis; True, or 1, keeps "
+        "a logit",
         lambda a: log_softmax(a.x, mask=a.x, out=a.out),
     ),
     "mask of too many words": (
@@ -243,7 +244,7 @@ CASES = {
     ),
     "valid columns of floats": (
         TypeError,
-        "n_valid has dtype float32, expected an integer dtype",
+        "n_valid has dtype float32, expected an integer dtype: numbers of columns",
         lambda a: softmax(a.x, n_valid=a.row_out, out=a.out),
     ),
     "valid columns of other rows": (
