@@ -12,7 +12,7 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_of_exponentials
-from gpusoftmax.kernels.cpu.largest import begin_largest, take_largest
+from gpusoftmax.kernels.cpu.largest import find_largest
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, anchor_of_chunk, fold_sum, row_max, save, saved
@@ -88,9 +88,7 @@ def prepare(here, first, last, top):
     values, columns = results_of(here, top)
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        if chunk == 0:
-            begin_largest(values, columns, top.k, top.scale)
-        take_largest(here, col, count, values, columns, top.k, top.scale)
+        find_largest(here, col, count, values, columns, top.k, top.scale)
 
 
 @device

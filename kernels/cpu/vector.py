@@ -611,6 +611,18 @@ def lanes_not_below(typingctx, vector, least, count):
 
 
 @intrinsic
+def lanes_equal(typingctx, vector, value):
+    """A bit for each lane that equals a number."""
+
+    def codegen(context, builder, signature, args):
+        of = formulas.Arithmetic(builder, context.get_value_type(vector))
+        mask, long = builder.bitcast(of.equal(args[0], of.splat(args[1])), ir.IntType(vector.lanes)), ir.IntType(64)
+        return mask if vector.lanes == 64 else builder.zext(mask, long)
+
+    return types.int64(vector, vector.element), codegen
+
+
+@intrinsic
 def lowest_bit(typingctx, mask):
     """The position of the lowest bit that is set."""
 
