@@ -66,7 +66,7 @@ def sample(
     return_logprob, return_entropy : bool
         Whether to return the log-probability of the column drawn, and the entropy of its row: those of softmax(logits /
         temperature) over all columns, whatever the limits, as `token_logprobs` has them and bit for bit. They cost
-        another read of the logits, and one temperature above 0 for all rows.
+        another read of the logits. There are none at temperature 0: NaN for such a row of an array.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def sample(
         requires grad.
     ValueError
         Bad axis, temperature, top_k, top_p, min_p or shape of an array; no columns; a log-probability or an entropy at
-        temperature 0 (with an array of them: TypeError).
+        temperature 0 for all rows.
 
     Notes
     -----
@@ -106,9 +106,9 @@ def sample(
     array([ 2, -1])
     """
     more = return_logprob or return_entropy
-    if more:
-        temperature = _checks.temperature(temperature)
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    if more:
+        _checks.temperature(options[0])  # of all rows: at 0 there are samples, but no probabilities
     index = _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, arrays[1:], options[1:])
     if not more:
         return index

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpusoftmax
-from tests import inputs, oracle
+from tests import inputs, oracle, tolerances
 from tests.emulator import emulated_gpu
 
 F32 = np.dtype(np.float32)
@@ -350,6 +350,21 @@ def test_log_probability_and_entropy(target, n_cols):
     assert drawn.entropy[2:].tobytes() == known.entropy[2:].tobytes()
 
 
+def test_log_probability_at_own_temperatures(target):
+    logits = inputs.make("spread", (4, 700), F32)
+    temperatures = np.array([0.5, 1, 3, 0], F32)
+    x, given = target.array(logits), target.array(temperatures)
+    drawn = gpusoftmax.sample(x, rng=3, temperature=given, return_logprob=True, return_entropy=True)
+    drawn = target.get(drawn)
+    assert np.array_equal(drawn.index, target.get(gpusoftmax.sample(x, rng=3, temperature=given)))
+    assert np.isnan(drawn.logprob[3]) and np.isnan(drawn.entropy[3])
+    for k, temperature in enumerate(temperatures[:3].tolist()):
+        row = logits[k : k + 1]
+        tolerances.check_entropy(drawn.entropy[k : k + 1], row, temperature=temperature)
+        loss = -drawn.logprob[k : k + 1]
+        tolerances.check_loss(loss, row / F32.type(temperature), drawn.index[k : k + 1], reduction="none")
+
+
 def test_either_of_them():
     logits = inputs.make("spread", (3, 40, 5), F32)
     both = gpusoftmax.sample(logits, 1, rng=4, return_logprob=True, return_entropy=True)
@@ -361,8 +376,6 @@ def test_either_of_them():
     assert one.index == both.index[0, 0] and one.logprob == both.logprob[0, 0]
     with pytest.raises(ValueError, match="temperature is 0.0, expected a finite number above 0"):
         gpusoftmax.sample(logits, rng=4, temperature=0, return_entropy=True)
-    with pytest.raises(TypeError, match="temperature is .*, expected one number"):
-        gpusoftmax.sample(logits, 1, rng=4, temperature=np.ones((3, 5), F32), return_logprob=True)
 
 
 # ---------------------------------------------------------------- fair draws
