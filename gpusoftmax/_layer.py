@@ -1,0 +1,124 @@
+"""A linear layer in chunks of rows: their logits, and what the gradient of these gives for input, weights and bias.
+
+Z = X W^T + b        dX = dZ W        dW = dZ^T X        db = the sum of the rows of dZ
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from gpusoftmax import _arrays
+from gpusoftmax._arrays import Array
+from gpusoftmax._products import add_product, adds, blocks, is_factor, multiply, taken
+
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
+"""Of the logits of a chunk where no size is given."""
+_ROOM_SHARE = 16
+_ROOM_BYTES = {"cpu": 2**21, "cuda": 2**25}
+_LEAST_ROOM_BYTES = 2**16
+"""Copies of a part of the weights, and of a part of a sum that is made beside it, take one part in _ROOM_SHARE of the
+bytes of a chunk of logits, and not more than stays in a core's cache until it is read again.
+"""
+
+
+def chunks(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    gradients: Sequence[Array | None],
+    ignored: Any | None,
+    chunk_size: int | None,
+) -> Iterator[tuple[slice, Array]]:
+    """Yields one chunk of rows after the other with its logits, C-contiguous and always in the same memory.
+
+    Whoever takes them puts their gradient in their place before the next turn. The `gradients` of x, weight and bias
+    (None: not wanted) are made of it; they are complete when the chunks are through. Rows that are `ignored` must have
+    a gradient of zeros, and add nothing to the others' whatever x holds there.
+    """
+    n_classes, n_features = weight.shape
+    n_rows = math.prod(x.shape[:-1])
+    sum_dtype = _arrays.compute_dtype(x)
+    # cuBLAS multiplies half types at full speed and adds in float32; on the CPU nothing does.
+    dtype = sum_dtype if x.place.target == "cpu" else x.dtype
+    size, step = _sizes(n_rows, n_classes, n_features, dtype, chunk_size, x.place.target)
+    new = partial(_new, x, dtype=dtype)
+    dx, dweight, dbias = gradients
+
+    x = _arrays.reshaped(x, (n_rows, n_features), "input")
+    x_rows, x_room = x.library_array, None
+    if ignored is not None or not is_factor(x, dtype):
+        x_room = new((size, n_features))
+    weight = _arrays.reshaped(weight, weight.shape, "linear_weight")
+    weight_rows, weight_room, classes = weight.library_array, None, [slice(0, n_classes)]
+    if not is_factor(weight, dtype):
+        weight_room, classes = new((step, n_features)), list(blocks(n_classes, step))
+    if bias is not None:
+        bias = _arrays.contiguous(bias, dtype).library_array
+    dx_rows, dx_room = None, None
+    if dx is not None:
+        dx_rows = dx.library_array.reshape(n_rows, n_features)
+        dx_room = None if dx.dtype == dtype else new((size, n_features))
+    weight_sum, bias_sum = _sum_of(dweight, sum_dtype), _sum_of(dbias, sum_dtype)
+    room, bias_room, ones = None, None, None
+    if not adds(x, dtype, sum_dtype):
+        room = new((step, n_features)) if dweight is not None or (dx is not None and len(classes) > 1) else None
+        bias_room = None if dbias is None else new((1, n_classes))
+    if dbias is not None:
+        ones = new((1, size))
+        ones[...] = 1
+
+    logits = _arrays.empty(x, (size, n_classes), dtype)
+    for rows in blocks(n_rows, size):
+        z = logits.library_array[: rows.stop - rows.start]
+        features = taken(x_rows, rows, x_room)
+        if ignored is not None:
+            features[ignored[rows]] = 0
+        for some in classes:
+            multiply(features, taken(weight_rows, some, weight_room).T, z[:, some])
+        if bias is not None:
+            z += bias
+        yield rows, logits
+        if dx is not None:
+            product = dx_rows[rows] if dx_room is None else dx_room[: len(z)]
+            for some in classes:
+                put = multiply if some.start == 0 else partial(add_product, room=room)
+                put(z[:, some], taken(weight_rows, some, weight_room), product)
+            if dx_room is not None:
+                _arrays.copy_into(_arrays.wrap(product, "product"), _arrays.wrap(dx_rows[rows], "dinput"))
+        if dweight is not None:
+            add_product(z.T, features, weight_sum.library_array, room)
+        if dbias is not None:
+            add_product(ones[:, : len(z)], z, bias_sum.library_array[None], bias_room)
+    for total, gradient in ((weight_sum, dweight), (bias_sum, dbias)):
+        if total is not gradient:
+            _arrays.copy_into(total, gradient)
+
+
+def _sizes(
+    n_rows: int, n_classes: int, n_features: int, dtype: str, chunk_size: int | None, target: str
+) -> tuple[int, int]:
+    """The rows of a chunk, and the rows of the weights that are copied, or of a sum that are made, at a time."""
+    itemsize = _arrays.numpy_dtype(dtype).itemsize
+    if chunk_size is None:
+        most = max(1, CHUNK_BYTES[target] // (n_classes * itemsize))
+        n_chunks = -(-n_rows // most)
+        chunk_size = -(-n_rows // max(n_chunks, 1))  # all of nearly one size
+    size = max(1, min(chunk_size, n_rows))
+    room_bytes = max(_LEAST_ROOM_BYTES, min(_ROOM_BYTES[target], size * n_classes * itemsize // _ROOM_SHARE))
+    step = room_bytes // max(n_features * itemsize, 1)
+    return size, max(1, min(step, n_classes))
+
+
+def _new(like: Array, shape: tuple[int, ...], dtype: str) -> Any:
+    """A new array of the library by which `like` is reached."""
+    return _arrays.empty(like, shape, dtype).library_array
+
+
+def _sum_of(gradient: Array | None, dtype: str) -> Array | None:
+    """Zeros to which a gradient is summed up: in its own memory, if it has that dtype."""
+    if gradient is None:
+        return None
+    total = gradient if gradient.dtype == dtype else _arrays.empty(gradient, gradient.shape, dtype)
+    total.library_array[...] = 0
+    return total
