@@ -39,8 +39,7 @@ def chunks(
     n_classes, n_features = weight.shape
     n_rows = math.prod(x.shape[:-1])
     sum_dtype = _arrays.compute_dtype(x)
-    # cuBLAS multiplies half types at full speed and adds in float32; on the CPU nothing does.
-    dtype = sum_dtype if x.place.target == "cpu" else x.dtype
+    dtype = _factor_dtype(x)
     size, step = _sizes(n_rows, n_classes, n_features, dtype, chunk_size, x.place.target)
     new = partial(_new, x, dtype=dtype)
     dx, dweight, dbias = gradients
@@ -93,6 +92,13 @@ def chunks(
     for total, gradient in ((weight_sum, dweight), (bias_sum, dbias)):
         if total is not gradient:
             _arrays.copy_into(total, gradient)
+
+
+def _factor_dtype(x: Array) -> str:
+    """Of the logits, and of all that is multiplied. cuBLAS multiplies half types at full speed and adds in float32; on
+    the CPU nothing does.
+    """
+    return _arrays.compute_dtype(x) if x.place.target == "cpu" else x.dtype
 
 
 def _sizes(
