@@ -10,7 +10,7 @@ from typing import Any
 
 from gpusoftmax import _arrays
 from gpusoftmax._arrays import Array
-from gpusoftmax._products import add_product, adds, blocks, is_factor, multiply, taken
+from gpusoftmax._products import add_product, adds, blocks, factor, is_factor, multiply
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """Of the logits of a chunk where no size is given."""
@@ -27,54 +27,53 @@ def chunks(
     weight: Array,
     bias: Array | None,
     gradients: Sequence[Array | None],
+    row_scale: Array | None,
     ignored: Any | None,
     chunk_size: int | None,
 ) -> Iterator[tuple[slice, Array]]:
     """Yields one chunk of rows after the other with its logits, C-contiguous and always in the same memory.
 
     Whoever takes them puts their gradient in their place before the next turn. The `gradients` of x, weight and bias
-    (None: not wanted) are made of it; they are complete when the chunks are through. Rows that are `ignored` must have
-    a gradient of zeros, and add nothing to the others' whatever x holds there.
+    (None: not wanted) are made of it, times `row_scale` (one number per row), and complete when the chunks are through.
+    Rows that are `ignored` must have a gradient of zeros, and add nothing to the others' whatever x holds there.
     """
     n_classes, n_features = weight.shape
     n_rows = math.prod(x.shape[:-1])
-    sum_dtype = _arrays.compute_dtype(x)
-    dtype = _factor_dtype(x)
+    sum_dtype, dtype = _arrays.compute_dtype(x), _factor_dtype(x)
     size, step = _sizes(n_rows, n_classes, n_features, dtype, chunk_size, x.place.target)
     new = partial(_new, x, dtype=dtype)
     dx, dweight, dbias = gradients
 
     x = _arrays.reshaped(x, (n_rows, n_features), "input")
-    x_rows, x_room = x.library_array, None
-    if ignored is not None or not is_factor(x, dtype):
-        x_room = new((size, n_features))
+    x_rows = factor(x, dtype, size, copied=ignored is not None or row_scale is not None)
     weight = _arrays.reshaped(weight, weight.shape, "linear_weight")
-    weight_rows, weight_room, classes = weight.library_array, None, [slice(0, n_classes)]
-    if not is_factor(weight, dtype):
-        weight_room, classes = new((step, n_features)), list(blocks(n_classes, step))
+    weight_rows = factor(weight, dtype, step)
+    classes = [slice(0, n_classes)] if is_factor(weight, dtype) else list(blocks(n_classes, step))
     if bias is not None:
         bias = _arrays.contiguous(bias, dtype).library_array
-    dx_rows, dx_room = None, None
     if dx is not None:
         dx_rows = dx.library_array.reshape(n_rows, n_features)
         dx_room = None if dx.dtype == dtype else new((size, n_features))
     weight_sum, bias_sum = _sum_of(dweight, sum_dtype), _sum_of(dbias, sum_dtype)
-    room, bias_room, ones = None, None, None
+    room, bias_room = None, None
     if not adds(x, dtype, sum_dtype):
         room = new((step, n_features)) if dweight is not None or (dx is not None and len(classes) > 1) else None
         bias_room = None if dbias is None else new((1, n_classes))
-    if dbias is not None:
+    row_factors = None
+    if row_scale is not None:
+        row_factors = _arrays.reshaped(_arrays.contiguous(row_scale, dtype), (n_rows, 1), "grad_scale").library_array
+    elif dbias is not None:
         ones = new((1, size))
         ones[...] = 1
 
     logits = _arrays.empty(x, (size, n_classes), dtype)
     for rows in blocks(n_rows, size):
         z = logits.library_array[: rows.stop - rows.start]
-        features = taken(x_rows, rows, x_room)
+        features = x_rows(rows)
         if ignored is not None:
             features[ignored[rows]] = 0
         for some in classes:
-            multiply(features, taken(weight_rows, some, weight_room).T, z[:, some])
+            multiply(features, weight_rows(some).T, z[:, some])
         if bias is not None:
             z += bias
         yield rows, logits
@@ -82,13 +81,18 @@ def chunks(
             product = dx_rows[rows] if dx_room is None else dx_room[: len(z)]
             for some in classes:
                 put = multiply if some.start == 0 else partial(add_product, room=room)
-                put(z[:, some], taken(weight_rows, some, weight_room), product)
+                put(z[:, some], weight_rows(some), product)
+            if row_factors is not None:
+                product *= row_factors[rows]
             if dx_room is not None:
                 _arrays.copy_into(_arrays.wrap(product, "product"), _arrays.wrap(dx_rows[rows], "dinput"))
         if dweight is not None:
+            if row_factors is not None:  # the features are fewer than the classes
+                features *= row_factors[rows]
             add_product(z.T, features, weight_sum.library_array, room)
         if dbias is not None:
-            add_product(ones[:, : len(z)], z, bias_sum.library_array[None], bias_room)
+            scales = ones[:, : len(z)] if row_factors is None else row_factors[rows].T
+            add_product(scales, z, bias_sum.library_array[None], bias_room)
     for total, gradient in ((weight_sum, dweight), (bias_sum, dbias)):
         if total is not gradient:
             _arrays.copy_into(total, gradient)

@@ -4,7 +4,7 @@ They are NumPy arrays, CuPy arrays or torch tensors. NumPy and CuPy cannot add a
 is made a few rows at a time beside it, in a `room`: never a second matrix of the size of the sum.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import array_api_compat
@@ -46,13 +46,21 @@ def is_factor(matrix: Array, dtype: str) -> bool:
     return matrix.dtype == dtype and (by_rows or by_cols)
 
 
-def taken(matrix: Any, rows: slice, room: Any | None) -> Any:
-    """Some rows of a matrix as a factor: as they are, or copied into a room in its dtype."""
-    if room is None:
-        return matrix[rows]
-    copied = room[: rows.stop - rows.start]
-    _arrays.copy_into(_arrays.wrap(matrix[rows], "rows"), _arrays.wrap(copied, "room"))
-    return copied
+def factor(matrix: Array, dtype: str, most: int, copied: bool = False) -> Callable[[slice], Any]:
+    """What gives rows of a matrix, up to `most`, as a factor of this dtype: as they are if BLAS takes them, else copied
+    into a room that the next ones are copied into; always `copied` where they are to be changed.
+    """
+    rows_of = matrix.library_array
+    if is_factor(matrix, dtype) and not copied:
+        return lambda rows: rows_of[rows]
+    room = _arrays.empty(matrix, (most, matrix.shape[1]), dtype).library_array
+
+    def copy(rows: slice) -> Any:
+        part = room[: rows.stop - rows.start]
+        _arrays.copy_into(_arrays.wrap(rows_of[rows], "rows"), _arrays.wrap(part, "room"))
+        return part
+
+    return copy
 
 
 def blocks(size: int, step: int) -> Iterator[slice]:

@@ -120,7 +120,7 @@ def linear_cross_entropy_with_grad(
     label_smoothing: float = 0.0,
     validate: bool | None = None,
     chunk_size: int | None = None,
-    grad_scale: float = 1.0,
+    grad_scale: Any = 1.0,
     return_dinput: bool = True,
     return_dlinear_weight: bool = True,
     return_dlinear_bias: bool = True,
@@ -134,8 +134,9 @@ def linear_cross_entropy_with_grad(
     ----------
     input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, validate, chunk_size
         As in `linear_cross_entropy`.
-    grad_scale : float
-        Multiplies the gradients (not the loss): the loss scale of mixed-precision training, for instance.
+    grad_scale : float, or array of floats, the shape of `target`
+        Multiplies the gradients (not the loss): the loss scale of mixed-precision training, for instance. One number
+        for each row is the gradient with respect to its loss, as backpropagation has it for "none".
     return_dinput, return_dlinear_weight, return_dlinear_bias : bool
         Which gradients to compute; without a `linear_bias` there is none of it. The first two cost a product each.
 
@@ -174,7 +175,6 @@ def linear_cross_entropy_with_grad(
            [-0.75, -0.75, -0.75],
            [ 0.25,  0.25,  0.25]])
     """
-    grad_scale = _checks.scalar(grad_scale, "grad_scale")
     arrays = input, linear_weight, target, linear_bias, weight
     options = ignore_index, reduction, label_smoothing, validate, chunk_size
     wanted = return_dinput, return_dlinear_weight, return_dlinear_bias and linear_bias is not None
@@ -198,15 +198,18 @@ def _linear_cross_entropy(
     x = _arrays.logits(input, "input")
     layer_weight = _arrays.logits(linear_weight, "linear_weight")
     labels = _arrays.wrap(target, "target")
-    bias, class_weight = (
+    row_scale = grad_scale if getattr(grad_scale, "ndim", 0) else None
+    grad_scale = _checks.scalar(grad_scale, "grad_scale") if row_scale is None else 1.0
+    bias, class_weight, row_scale = (
         None if array is None else _arrays.logits(array, name)
-        for array, name in ((linear_bias, "linear_bias"), (weight, "weight"))
+        for array, name in ((linear_bias, "linear_bias"), (weight, "weight"), (row_scale, "grad_scale"))
     )
     for array, name in (
         (layer_weight, "linear_weight"),
         (labels, "target"),
         (bias, "linear_bias"),
         (class_weight, "weight"),
+        (row_scale, "grad_scale"),
     ):
         if array is not None:
             _checks.same_home(x, array, "input", name)
@@ -220,6 +223,8 @@ def _linear_cross_entropy(
     _checks.column_count(n_classes)
     batch_shape = x.shape[:-1]
     _checks.same_shape(labels, batch_shape, "target", f"to match input {x.shape} without its last axis")
+    if row_scale is not None:
+        _checks.same_shape(row_scale, batch_shape, "grad_scale", "one number for each row")
     if bias is not None:
         _checks.same_shape(bias, (n_classes,), "linear_bias", "one number for each class")
     if class_weight is not None:
@@ -257,7 +262,7 @@ def _linear_cross_entropy(
     ]
     ignored = _labels.ignored(labels, ignore_index) if any(wanted) else None
     with np.errstate(all="ignore"), _arrays.current_device(x):
-        for chunk, logits in _layer.chunks(x, layer_weight, bias, gradients, ignored, chunk_size):
+        for chunk, logits in _layer.chunks(x, layer_weight, bias, gradients, row_scale, ignored, chunk_size):
             rows, label_rows = _rows_of(labels, chunk, n_classes)
             loss_rows = Operand(losses.pointer + chunk.start * losses.itemsize, 0, 1, 0, dtype)
             logit_rows = Operand(logits.pointer, 0, n_classes, 1, logits.dtype)

@@ -675,6 +675,11 @@ CASES = {
         "target has shape (4,), expected (3,) to match input (3, 4) without its last axis",
         lambda a: linear(a.x, a.x, a.four_labels),
     ),
+    "gradients of losses of another shape": (
+        ValueError,
+        "grad_scale has shape (4,), expected (3,) one number for each row",
+        lambda a: linear(a.x, a.x, a.labels, grad_scale=a.weight),
+    ),
     "a chunk of no rows": (
         ValueError,
         "chunk_size is 0, expected at least 1; None chooses it",

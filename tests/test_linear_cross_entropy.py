@@ -135,6 +135,26 @@ def test_gradients_as_asked(wanted):
         assert same_bits(gradient, expected) if is_wanted else gradient is None
 
 
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTION)
+def test_a_gradient_for_the_loss_of_each_row(dtype, reduction):
+    """What backpropagation hands on for reduction "none"."""
+    arguments = problem(24, 16, 57, dtype)
+    scale = np.random.default_rng(1).standard_normal(24).astype("float64" if dtype == np.float64 else "float32")
+    for chunk_size in (None, 7):
+        options = {"reduction": reduction, "grad_scale": scale, "chunk_size": chunk_size}
+        result = run(*arguments, **options)
+        check(result, *arguments, **options)
+        x, linear_weight, target, bias = arguments
+        shaped = x.reshape(4, 6, 16), linear_weight, target.reshape(4, 6), bias
+        again = run(*shaped, **{**options, "grad_scale": scale.reshape(4, 6)[:, ::-1][:, ::-1]})
+        assert all(same_bits(one.reshape(other.shape), other) for one, other in zip(again, result, strict=True))
+    alone = run(*arguments, **options, return_dinput=False, return_dlinear_weight=False)
+    assert same_bits(alone.dlinear_bias, result.dlinear_bias)
+    alone = run(*arguments, **options, return_dlinear_weight=False, return_dlinear_bias=False)
+    assert same_bits(alone.dinput, result.dinput)
+
+
 def test_half_types_lose_nothing_but_their_own_rounding():
     """The logits and all sums are float32: as if the inputs had been that, and the gradients were rounded."""
     for dtype in ("float16", "bfloat16"):

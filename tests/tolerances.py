@@ -252,6 +252,7 @@ def check_linear_cross_entropy(
     since moving the logits by at most e moves the loss and each probability p by 2 e and 2 e p at most.
     """
     target, (n_classes, n_features) = np.ravel(target), np.shape(linear_weight)
+    grad_scale = np.asarray(grad_scale, np.longdouble).reshape(-1, 1)
     expected = oracle.linear_cross_entropy(
         x, linear_weight, target, linear_bias, weight, grad_scale=grad_scale, **options
     )
