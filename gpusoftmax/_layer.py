@@ -10,7 +10,7 @@ from typing import Any
 
 from gpusoftmax import _arrays
 from gpusoftmax._arrays import Array
-from gpusoftmax._products import add_product, adds, blocks, factor, is_factor, multiply
+from gpusoftmax._products import add_product, adds, blocks, clear, factor, is_factor, multiply
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """Of the logits of a chunk where no size is given."""
@@ -71,7 +71,7 @@ def chunks(
         z = logits.library_array[: rows.stop - rows.start]
         features = x_rows(rows)
         if ignored is not None:
-            features[ignored[rows]] = 0
+            clear(features, ignored[rows])
         for some in classes:
             multiply(features, weight_rows(some).T, z[:, some])
         if bias is not None:

@@ -63,5 +63,13 @@ def factor(matrix: Array, dtype: str, most: int, copied: bool = False) -> Callab
     return copy
 
 
+def clear(matrix: Any, rows: Any) -> None:
+    """Makes zeros of the rows where `rows` is true, without waiting for a GPU to say how many they are."""
+    if array_api_compat.is_torch_array(matrix):
+        matrix.masked_fill_(rows[:, None], 0)
+    else:
+        matrix[rows] = 0
+
+
 def blocks(size: int, step: int) -> Iterator[slice]:
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
