@@ -18,7 +18,8 @@ _ROOM_SHARE = 16
 _ROOM_BYTES = {"cpu": 2**21, "cuda": 2**25}
 _LEAST_ROOM_BYTES = 2**16
 """Copies of a part of the weights, and of a part of a sum that is made beside it, take one part in _ROOM_SHARE of the
-bytes of a chunk of logits, and not more than stays in a core's cache until it is read again.
+bytes of a chunk of logits, and not more than stays in a core's cache until it is read again; nor so little that small
+chunks would be worked on in crumbs.
 """
 
 

@@ -209,7 +209,7 @@ def test_default_chunks():
 
 def test_memory():
     """One chunk of logits, a quarter of it beside it, and the results; measured by tracemalloc, which sees NumPy's."""
-    n_rows, n_features, n_classes, chunk_size = 1024, 64, 4096, 128
+    n_rows, n_features, n_classes, chunk_size = 300, 32, 4096, 128
     x, linear_weight, target, bias = problem(n_rows, n_features, n_classes)
     for dtype, beside in (("float32", 0), ("float16", n_classes * (n_features + 1) * 4)):
         # Half types: their gradients are summed up beside them, in float32.
