@@ -20,9 +20,7 @@ from benchmarks.measure import Effort
 _GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
 """Seconds for the whole suite and for the quick one: what is left then is named instead of measured."""
 _WITHOUT_CASES = {
-    "layer": lambda arguments: layer.run(
-        Effort(arguments.attempts or 3, samples=3, threads=arguments.threads), arguments.save, print
-    ),
+    "layer": lambda arguments: layer.run(arguments.attempts or 7, arguments.threads, arguments.save, print),
     "launch": lambda _: launch.run(print),
     "predict": lambda _: importlib.import_module("benchmarks.predict").run(print),  # needs what links kernels
     "report": lambda _: report.write(),

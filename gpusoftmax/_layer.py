@@ -14,12 +14,10 @@ from gpusoftmax._products import add_product, adds, blocks, clear, factor, is_fa
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """Of the logits of a chunk where no size is given."""
-_ROOM_SHARE = 16
-_ROOM_BYTES = {"cpu": 2**21, "cuda": 2**25}
-_LEAST_ROOM_BYTES = 2**16
-"""Copies of a part of the weights, and of a part of a sum that is made beside it, take one part in _ROOM_SHARE of the
-bytes of a chunk of logits, and not more than stays in a core's cache until it is read again; nor so little that small
-chunks would be worked on in crumbs.
+_ROOM_SHARE = 8
+_LEAST_ROOM_BYTES = 2**17
+"""Copies of a part of the weights, and a part of a sum that is made beside it, together take one part in _ROOM_SHARE
+of the bytes of a chunk of logits, and not less than this, so that small chunks are not worked on in crumbs.
 """
 
 
@@ -41,7 +39,9 @@ def chunks(
     n_classes, n_features = weight.shape
     n_rows = math.prod(x.shape[:-1])
     sum_dtype, dtype = _arrays.compute_dtype(x), _factor_dtype(x)
-    size, step = _sizes(n_rows, n_classes, n_features, dtype, chunk_size, x.place.target)
+    n_rooms = 1 if is_factor(weight, dtype) else 2
+    size = _chunk_rows(n_rows, n_classes, dtype, chunk_size, x.place.target)
+    step = _room_rows(size, n_classes, n_features, dtype, n_rooms)
     new = partial(_new, x, dtype=dtype)
     dx, dweight, dbias = gradients
 
@@ -49,7 +49,7 @@ def chunks(
     x_rows = factor(x, dtype, size, copied=ignored is not None or row_scale is not None)
     weight = _arrays.reshaped(weight, weight.shape, "linear_weight")
     weight_rows = factor(weight, dtype, step)
-    classes = [slice(0, n_classes)] if is_factor(weight, dtype) else list(blocks(n_classes, step))
+    classes = [slice(0, n_classes)] if n_rooms == 1 else list(blocks(n_classes, step))
     if bias is not None:
         bias = _arrays.contiguous(bias, dtype).library_array
     if dx is not None:
@@ -106,19 +106,19 @@ def _factor_dtype(x: Array) -> str:
     return _arrays.compute_dtype(x) if x.place.target == "cpu" else x.dtype
 
 
-def _sizes(
-    n_rows: int, n_classes: int, n_features: int, dtype: str, chunk_size: int | None, target: str
-) -> tuple[int, int]:
-    """The rows of a chunk, and the rows of the weights that are copied, or of a sum that are made, at a time."""
-    itemsize = _arrays.numpy_dtype(dtype).itemsize
+def _chunk_rows(n_rows: int, n_classes: int, dtype: str, chunk_size: int | None, target: str) -> int:
     if chunk_size is None:
-        most = max(1, CHUNK_BYTES[target] // (n_classes * itemsize))
+        most = max(1, CHUNK_BYTES[target] // (n_classes * _arrays.numpy_dtype(dtype).itemsize))
         n_chunks = -(-n_rows // most)
         chunk_size = -(-n_rows // max(n_chunks, 1))  # all of nearly one size
-    size = max(1, min(chunk_size, n_rows))
-    room_bytes = max(_LEAST_ROOM_BYTES, min(_ROOM_BYTES[target], size * n_classes * itemsize // _ROOM_SHARE))
-    step = room_bytes // max(n_features * itemsize, 1)
-    return size, max(1, min(step, n_classes))
+    return max(1, min(chunk_size, n_rows))
+
+
+def _room_rows(chunk_rows: int, n_classes: int, n_features: int, dtype: str, n_rooms: int) -> int:
+    """The rows of each of the rooms, as wide as the weights."""
+    itemsize = _arrays.numpy_dtype(dtype).itemsize
+    room_bytes = max(_LEAST_ROOM_BYTES, chunk_rows * n_classes * itemsize // _ROOM_SHARE) // n_rooms
+    return max(1, min(room_bytes // max(n_features * itemsize, 1), n_classes))
 
 
 def _new(like: Array, shape: tuple[int, ...], dtype: str) -> Any:

@@ -195,7 +195,7 @@ def test_default_chunks():
     """As many rows as have CHUNK_BYTES, all chunks of nearly one size; at least a row."""
 
     def sizes(n_rows, n_classes, dtype="float32", target="cpu"):
-        size, _ = _layer._sizes(n_rows, n_classes, 512, dtype, None, target)
+        size = _layer._chunk_rows(n_rows, n_classes, dtype, None, target)
         return [part.stop - part.start for part in _layer.blocks(n_rows, size)]
 
     assert sizes(4096, 32768) == [512] * 8
