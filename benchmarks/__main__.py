@@ -2,6 +2,7 @@
 
 python -m benchmarks cpu | gpu [--quick]                      the whole suite for a target
 python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
+python -m benchmarks layer                                    a linear layer with its loss: seconds and memory
 python -m benchmarks launch                                   what a call on a GPU costs on the host; needs no GPU
 python -m benchmarks predict                                  what an H200 should do: predicted on paper, not measured
 python -m benchmarks report                                   tables and plots from the saved results
@@ -12,16 +13,17 @@ import importlib
 import time
 from collections.abc import Sequence
 
-from benchmarks import gpu_timing, launch, measure, report, results, suites
+from benchmarks import gpu_timing, launch, layer, measure, report, results, suites
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 
 _GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
 """Seconds for the whole suite and for the quick one: what is left then is named instead of measured."""
 _WITHOUT_CASES = {
-    "launch": lambda: launch.run(print),
-    "predict": lambda: importlib.import_module("benchmarks.predict").run(print),  # needs what links kernels
-    "report": report.write,
+    "layer": lambda arguments: layer.run(arguments.attempts or 7, arguments.threads, arguments.save, print),
+    "launch": lambda _: launch.run(print),
+    "predict": lambda _: importlib.import_module("benchmarks.predict").run(print),  # needs what links kernels
+    "report": lambda _: report.write(),
 }
 _COMPILED = "torch.compile"
 
@@ -29,7 +31,7 @@ _COMPILED = "torch.compile"
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.what in _WITHOUT_CASES:
-        _WITHOUT_CASES[arguments.what]()
+        _WITHOUT_CASES[arguments.what](arguments)
         return
     if arguments.what in ("cpu", "gpu"):
         target = arguments.what
@@ -79,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=("cpu", "gpu", *_WITHOUT_CASES, *OPS), metavar="cpu | gpu | launch | predict | report | OP"
+        "what",
+        choices=("cpu", "gpu", *_WITHOUT_CASES, *OPS),
+        metavar="cpu | gpu | layer | launch | predict | report | OP",
     )
     parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
     parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")

@@ -40,7 +40,7 @@ def available(target: str, report: Report) -> dict[str, Calls]:
 
 def on_cpu(case: Case, providers: dict[str, Calls], effort: Effort, report: Report) -> list[dict]:
     calls, errors = {}, {}
-    with _threads(effort.threads):
+    with threads(effort.threads):
         for name, ops in _taking_part(case, providers):
             call = ops[case.op](arrays.on_cpu(case, PROVIDERS[name].library["cpu"]))
             with _reported(case, name, report):
@@ -61,7 +61,7 @@ def _copy_on_cpu(size: int) -> Callable[[], object]:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """As many threads for every provider (NumPy and SciPy use one in any case)."""
     numba = importlib.import_module("numba")
     count = min(count, os.cpu_count() or 1)

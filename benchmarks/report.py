@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import plots, results
+from benchmarks import layer, plots, results
 from benchmarks.cases import OPS
 from benchmarks.providers import COPY, OURS, PROVIDERS
 
@@ -32,6 +32,9 @@ def write(root: Path = results.RESULTS, readme: Path = README) -> None:
             print(f"no plots: pip install 'gpusoftmax[bench]' ({error})")
             figures = sorted(path.name for path in directory.glob("*.svg"))
         text = "\n\n".join([f"# {directory.name}", _circumstances(ops), *_details(ops), *map(_figure, figures)])
+        layers = results.load(directory / f"{layer.OP}.jsonl")
+        if layers:
+            text += f"\n\n{_layer(layers)}"
         (directory / "README.md").write_text(text + "\n")
         link = f"[{directory.name}](benchmarks/results/{directory.name}/README.md)"
         sections.append(f"{link}: {_circumstances(ops)}\n\n" + table(_summary(ops)))
@@ -69,6 +72,13 @@ def _circumstances(ops: dict[str, list[Measured]]) -> str:
     shown = commits[0] if len(commits) == 1 else f"{len(commits)} commits"
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return ", ".join([when, shown, *sorted(threads), counted, *sorted(versions)])
+
+
+def _layer(records: Sequence[dict]) -> str:
+    first = records[0]
+    shape = f"{first['n_rows']} rows x {first['n_features']} features x {first['n_cols']} classes, {first['dtype']}"
+    circumstances = _circumstances({layer.OP: [{OURS: record} for record in records]})
+    return f"## {layer.OP}\n\n{shape}: {circumstances}\n\n{table(layer.lines(records))}"
 
 
 def _rivals(ops: dict[str, list[Measured]]) -> list[str]:

@@ -17,7 +17,7 @@ _VERSIONS = {
     "gpu": ("gpusoftmax", "numpy", "numba-cuda", "cuda-core", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x")
     + ("liger-kernel",),
 }
-_KEY = ("op", "dtype", "n_cols", "n_rows", "provider", "threads")
+_KEY = ("op", "dtype", "n_cols", "n_features", "n_rows", "provider", "threads")
 
 
 @functools.cache

@@ -4,6 +4,11 @@ from gpusoftmax.argmax import argmax
 from gpusoftmax.compile import compile
 from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
 from gpusoftmax.explain import explain
+from gpusoftmax.linear_cross_entropy import (
+    LinearCrossEntropyGrad,
+    linear_cross_entropy,
+    linear_cross_entropy_with_grad,
+)
 from gpusoftmax.log_softmax import log_softmax, log_softmax_backward
 from gpusoftmax.logsumexp import logsumexp
 from gpusoftmax.logsumexp_state import LogSumExpState
@@ -19,6 +24,7 @@ from gpusoftmax.topk_softmax import TopkSoftmax, topk_softmax
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearCrossEntropyGrad",
     "LogSumExpState",
     "Sample",
     "TokenLogprobs",
@@ -29,6 +35,8 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_grad",
     "explain",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_grad",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",

@@ -477,6 +477,22 @@ def copy_into(source: Array, target: Array) -> None:
     for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), [source], [target])
 
 
+def reshaped(array: Array, shape: tuple[int, ...], name: str) -> Array:
+    """The array in another shape, by its own library: a view, or a copy where no strides walk it. One of JAX becomes
+    the NumPy or CuPy array by which it is reached.
+    """
+    if array.shape == shape and array.kind != "jax":
+        return array
+    return wrap(array.library_array.reshape(shape), name)
+
+
+def current_device(array: Array) -> contextlib.AbstractContextManager:
+    """Where CuPy works, which has a current device; torch works where its tensors are."""
+    if array.place.target == "cuda" and array.kind in ("cupy", "jax"):
+        return sys.modules["cupy"].cuda.Device(array.place.device)
+    return contextlib.nullcontext()
+
+
 # ---------------------------------------------------------------- from arrays to rows
 
 

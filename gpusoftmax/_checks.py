@@ -327,9 +327,41 @@ def class_axis(axis, ndim: int) -> tuple[int]:
     return axes(axis, ndim)
 
 
-def class_count(n_cols: int) -> None:
+def class_count(n_cols: int, name: str = "logits") -> None:
     if n_cols == 0:
-        raise ValueError("logits has 0 classes, expected at least 1")
+        raise ValueError(f"{name} has 0 classes, expected at least 1")
+
+
+def layer(input_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> None:
+    """Rows of features, and for each class as many weights."""
+    if not input_shape:
+        raise ValueError("input has shape (), expected (..., n_features)")
+    if len(weight_shape) != 2 or weight_shape[1] != input_shape[-1]:
+        raise ValueError(
+            f"linear_weight has shape {weight_shape}, expected (n_classes, {input_shape[-1]}) to match input "
+            f"{input_shape}"
+        )
+
+
+def chunk_size(value) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"chunk_size is {_short(value)}, expected an int or None") from None
+    if number < 1:
+        raise ValueError(f"chunk_size is {number}, expected at least 1; None chooses it")
+    return number
+
+
+def multiplies_matrices(array) -> None:
+    """A device array of another library says where its memory is, but not how matrices are multiplied there."""
+    if array.kind == "device":
+        raise TypeError(
+            f"input is {array.home} of a library that is not known to multiply matrices, expected CuPy arrays or torch "
+            f"tensors: convert it by DLPack"
+        )
 
 
 def bad_label(row: int, label: int, n_cols: int, ignore_index: int) -> IndexError:

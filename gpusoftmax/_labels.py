@@ -1,4 +1,8 @@
-"""Whether labels are classes: the one check that looks at values."""
+"""Whether labels are classes: the one check that looks at values; and which are ignored."""
+
+from typing import Any
+
+import numpy as np
 
 from gpusoftmax import _arrays, _checks
 from gpusoftmax._arrays import Array
@@ -18,3 +22,14 @@ def check(x: Array, rows: Rows, labels: Labels, ignore_index: int) -> None:
     if _arrays.to_python(bad_row) != NO_BAD_LABEL:
         row, label = _arrays.to_python(bad_row), _arrays.to_python(bad_label)
         raise _checks.bad_label(row, label, rows.n_cols, ignore_index)
+
+
+def ignored(labels: Array, ignore_index: int) -> Any | None:
+    """Which labels are ignore_index, by the labels' library. None where it is known that none is; on a GPU that would
+    wait for the device.
+    """
+    limits = np.iinfo(labels.dtype)
+    if not limits.min <= ignore_index <= limits.max:  # torch would compare with what the index wraps around to
+        return None
+    found = labels.library_array == ignore_index
+    return None if labels.place.target == "cpu" and not bool(found.any()) else found

@@ -185,6 +185,23 @@ def cross_entropy_grad(
 
 
 @_quiet
+def linear_cross_entropy(x, linear_weight, target, linear_bias=None, weight=None, *, grad_scale=1.0, **options):
+    """(loss, dinput, dlinear_weight, dlinear_bias) of cross_entropy(Z) with Z = X W^T + b: dZ W, dZ^T X, sum of dZ.
+
+    Rows that are ignored are zeros in X: they take no part whatever they hold.
+    """
+    shape, labels = np.shape(x), np.ravel(target)
+    ignored = labels == options.get("ignore_index", -100)
+    rows = np.where(ignored[:, None], 0, np.reshape(x, (labels.size, shape[-1])).astype(np.longdouble))
+    layer = np.asarray(linear_weight).astype(np.longdouble)
+    logits = rows @ layer.T + (0 if linear_bias is None else np.asarray(linear_bias).astype(np.longdouble))
+    loss = cross_entropy(logits, labels, weight, **options)
+    dlogits = cross_entropy_grad(logits, labels, weight, grad_scale=grad_scale, **options)
+    loss = loss.reshape(np.shape(target)) if options.get("reduction") == "none" else loss
+    return loss, (dlogits @ layer).reshape(shape), dlogits.T @ rows, dlogits.sum(axis=0)
+
+
+@_quiet
 def token_logprobs(logits, target, axis=-1, *, temperature=1.0, ignore_index=-100):
     """(logprob, lse, entropy, rank, argmax) of rows: (n_rows, n_targets) for those of a target, else (n_rows,).
 

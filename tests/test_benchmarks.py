@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import arrays, cases, gpu_timing, launch, measure, providers, report, results, suites, timing
+from benchmarks import arrays, cases, gpu_timing, launch, layer, measure, providers, report, results, suites, timing
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 
@@ -276,6 +276,49 @@ def test_launch_cost_is_measured_without_a_gpu(monkeypatch):
     costs = [line for line in said if line.endswith("us until the driver")]
     assert len(costs) == 7 and all(0 < float(line.split()[-5]) < 10_000 for line in costs)
     assert said[-1].startswith("whole calls") or "torch softmax" in "".join(said)
+
+
+# ---------------------------------------------------------------- a layer with its loss
+
+
+def test_a_layer_is_measured(monkeypatch, capsys):
+    saved = []
+    monkeypatch.setattr(results, "save", saved.extend)
+    monkeypatch.setattr(layer.run, "__defaults__", ((300, 64, 500),))
+    monkeypatch.setattr(layer, "peak_bytes", lambda call: 2**20)
+    command.main(["layer", "--attempts", "1", "--save"])
+    names = {record["provider"] for record in saved}
+    assert {"gpusoftmax", "NumPy"} <= names
+    assert all(record["error"] < 1e-5 and len(record["attempts_ms"]) == 1 for record in saved)
+    output = capsys.readouterr().out
+    assert all(name in output for name in names) and "median / ours" in output
+
+
+def test_wrong_answers_of_a_layer_are_not_timed(monkeypatch):
+    def wrong(x, weight, target):
+        loss, *gradients = layer._plain(x, weight, target)
+        return loss, *(1.001 * gradient for gradient in gradients)
+
+    monkeypatch.setattr(layer, "_calls", lambda *problem: {"gpusoftmax": lambda: wrong(*problem)})
+    with pytest.raises(ValueError, match="answer is wrong: off by 0.001"):
+        layer.run(1, 2, False, pytest.fail, (300, 8, 500))
+
+
+def test_the_peak_of_memory():
+    """Of what is freed before the end, too. Linux counts pages to some hundreds."""
+    peak = layer.peak_bytes(lambda: np.ones(2**25, np.uint8).sum())
+    assert 0.9 * 2**25 < peak < 1.1 * 2**25
+
+
+def test_a_page_on_a_layer(reported):
+    def of(provider, milliseconds, mebibytes):
+        peak = {"peak_bytes": mebibytes * 2**20, "n_features": 8}
+        return {**record(provider, milliseconds, op=layer.OP), **peak}
+
+    page, _ = reported(record("gpusoftmax", 2.0), of("torch", 3000.0, 500), of("gpusoftmax", 2000.0, 50))
+    assert "1000 rows x 8 features x 1024 classes, float32" in page
+    assert "| gpusoftmax | 2 | 2 | 50 | 1.00 | 1.00 | 1.00 |" in page
+    assert "| torch | 3 | 3 | 500 | 1.50 | 1.50 | 10.00 |" in page
 
 
 # ---------------------------------------------------------------- the report

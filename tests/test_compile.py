@@ -41,7 +41,9 @@ def test_an_op_has_a_bounded_number_of_kernels(op):
 
 
 def test_every_public_operation_is_known():
-    assert set(_dry_run.OPS) == {name for name in gpusoftmax.__all__ if name.islower()} - {"compile", "explain"}
+    operations = {name for name in gpusoftmax.__all__ if name.islower()} - {"compile", "explain"}
+    # These take the kernels of cross_entropy.
+    assert set(_dry_run.OPS) == operations - {"linear_cross_entropy", "linear_cross_entropy_with_grad"}
 
 
 @pytest.fixture(scope="module")

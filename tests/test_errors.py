@@ -32,6 +32,7 @@ def host_arrays():
         "cube": inputs.make("spread", (2, 3, 4), F32),
         "scalar": np.array(2, F32),
         "no_classes": np.empty((3, 0), F32),
+        "no_rows": np.empty((0, 4), F32),
         "labels": np.array([1, 2, 3]),
         "four_labels": np.array([1, 2, 3, 0]),
         "bad_labels": np.array([1, -1, 4]),
@@ -52,6 +53,7 @@ softmax, log_softmax, logsumexp = gpusoftmax.softmax, gpusoftmax.log_softmax, gp
 softmax_backward, log_softmax_backward = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
 cross_entropy, with_grad = gpusoftmax.cross_entropy, gpusoftmax.cross_entropy_with_grad
 sample = gpusoftmax.sample
+linear = gpusoftmax.linear_cross_entropy_with_grad
 State = gpusoftmax.LogSumExpState
 
 
@@ -642,6 +644,52 @@ CASES = {
         "but for the last stop",
         lambda a: State.from_table(a.cube, ((0, 100), (2048, 4096))),
     ),
+    # a linear layer
+    "features that do not fit": (
+        ValueError,
+        "linear_weight has shape (3, 3), expected (n_classes, 4) to match input (3, 4)",
+        lambda a: linear(a.x, a.short, a.labels),
+    ),
+    "input without features": (
+        ValueError,
+        "input has shape (), expected (..., n_features)",
+        lambda a: linear(a.scalar, a.x, a.labels),
+    ),
+    "a layer without classes": (
+        ValueError,
+        "linear_weight has 0 classes, expected at least 1",
+        lambda a: linear(a.x, a.no_rows, a.labels),
+    ),
+    "a layer of another dtype": (
+        TypeError,
+        "linear_weight has dtype float16, expected float32 to match input",
+        lambda a: linear(a.x, a.half, a.labels),
+    ),
+    "a bias of another shape": (
+        ValueError,
+        "linear_bias has shape (4,), expected (3,) one number for each class",
+        lambda a: linear(a.x, a.x, a.labels, linear_bias=a.weight),
+    ),
+    "labels of a layer of another shape": (
+        ValueError,
+        "target has shape (4,), expected (3,) to match input (3, 4) without its last axis",
+        lambda a: linear(a.x, a.x, a.four_labels),
+    ),
+    "gradients of losses of another shape": (
+        ValueError,
+        "grad_scale has shape (4,), expected (3,) one number for each row",
+        lambda a: linear(a.x, a.x, a.labels, grad_scale=a.weight),
+    ),
+    "a chunk of no rows": (
+        ValueError,
+        "chunk_size is 0, expected at least 1; None chooses it",
+        lambda a: linear(a.x, a.x, a.labels, chunk_size=0),
+    ),
+    "a chunk of half a row": (
+        TypeError,
+        "chunk_size is 0.5, expected an int or None",
+        lambda a: linear(a.x, a.x, a.labels, chunk_size=0.5),
+    ),
     # names
     "an op that there is not": (
         ValueError,
@@ -668,6 +716,10 @@ CASES = {
 
 # Text -> a call with NumPy arrays `a` and arrays `d` on an emulated device, which are the same otherwise.
 MIXED = {
+    "input is a CUDA array on GPU 0 of a library that is not known to multiply matrices, expected CuPy arrays or torch "
+    "tensors: convert it by DLPack": lambda a, d: linear(d.x, d.x, d.labels),
+    "input is a NumPy array on the CPU and linear_weight is a CUDA array on GPU 0; expected both from one library on "
+    "one device: move one of them first": lambda a, d: linear(a.x, d.x, a.labels),
     "logits is a CUDA array on GPU 0 and seed is a NumPy array on the CPU; expected both from one library on one "
     "device: move one of them first": lambda a, d: sample(d.x, rng=a.labels),
     "probs is a NumPy array on the CPU and dprobs is a CUDA array on GPU 0; expected both from one library on one "

@@ -12,6 +12,7 @@ gap = (max - second maximum) / T (0 for ties), a result may be off by
     loss, one row   (24 + gap) u S                     S: see check_loss; without smoothing it is the loss
     loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
     dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
+    a layer's loss  what is lost in products of matrices, see check_linear_cross_entropy
     entropy         (24 + gap) u log s + sum_c (24 + 3 d_c) u p_c d_c
     backwards       32 u times the magnitudes of the terms that are added: see each check
 
@@ -234,6 +235,62 @@ def check_dlogits(got, logits, target, weight=None, *, grad_scale=1.0, **options
     row_sum = (ROW_SUM / FORMATS["float32"].unit + 16) * computed.unit
     _compare_row_sums("dlogits", got, want, row_sum * upstream[:, 0] + rounding.sum(axis=1))
     return worst
+
+
+@_quiet
+def check_linear_cross_entropy(
+    got, x, linear_weight, target, linear_bias=None, weight=None, *, grad_scale=1.0, **options
+):
+    """(loss, dinput, dlinear_weight, dlinear_bias), the last three or None. With K features, N rows and V classes,
+
+        logits            may be off by (K + 2) u (|X| |W|^T + |b|), of which a row's largest is e
+        loss              by what it may be for the exact logits (see check_loss), and by 2 e upstream
+        their gradient    by (32 u + 2 e) upstream (p + [c = t] + eps), which is called T
+        dinput            by T |W| + (V + 2) u |dZ| |W|
+        dlinear_weight    by T^T |X| + (N + 2) u |dZ|^T |X|, dlinear_bias as for X = 1
+
+    since moving the logits by at most e moves the loss and each probability p by 2 e and 2 e p at most.
+    """
+    target, (n_classes, n_features) = np.ravel(target), np.shape(linear_weight)
+    grad_scale = np.asarray(grad_scale, np.longdouble).reshape(-1, 1)
+    expected = oracle.linear_cross_entropy(
+        x, linear_weight, target, linear_bias, weight, grad_scale=grad_scale, **options
+    )
+    ignored, _, safe = oracle.read_labels(target, n_classes, options.get("ignore_index", -100))
+    rows = np.where(ignored[:, None], 0, np.reshape(x, (target.size, n_features)).astype(np.longdouble))
+    layer = np.asarray(linear_weight).astype(np.longdouble)
+    bias = np.zeros(n_classes) if linear_bias is None else np.asarray(linear_bias).astype(np.longdouble)
+    logits = rows @ layer.T + bias
+    unit = FORMATS["float64" if np.asarray(x).dtype == np.float64 else "float32"].unit
+    moved = (n_features + 2) * unit * (np.abs(rows) @ np.abs(layer).T + np.abs(bias)).max(axis=1, keepdims=True)
+
+    upstream, _ = _upstream_and_zeros(logits, target, weight, 1.0, **options)
+    terms, own = _row_loss_bounds(logits, target, weight, _formats(got[0])[1], **options)
+    by_logits = np.where(ignored[:, None], 0, 2 * moved * upstream)
+    if options.get("reduction", "mean") == "none":
+        tolerance = np.where(ignored[:, None], 0, own + by_logits)
+    else:
+        tolerance = own.sum() + 24 * unit * terms.sum()
+        if options.get("reduction", "mean") == "mean":
+            tolerance /= oracle.mean_denominator(target, weight, n_classes, options.get("ignore_index", -100))
+        tolerance += by_logits.sum()
+    worst = [_compare("loss", *_as_column("loss", got[0].reshape(expected[0].shape), expected[0]), tolerance)]
+
+    upstream = np.abs(grad_scale) * upstream
+    shares = oracle.softmax(logits) + (np.arange(n_classes) == safe[:, None]) + options.get("label_smoothing", 0.0)
+    dlogits = oracle.cross_entropy_grad(logits, target, weight, grad_scale=grad_scale, **options)
+    off, dlogits = np.where(ignored[:, None], 0, (32 * unit + 2 * moved) * upstream * shares), np.abs(dlogits)
+    factors = np.abs(layer), np.abs(rows), np.ones((target.size, 1))
+    bounds = [
+        off @ factors[0] + (n_classes + 2) * unit * (dlogits @ factors[0]),
+        *(off.T @ factor + (target.size + 2) * unit * (dlogits.T @ factor) for factor in factors[1:]),
+    ]
+    for name, one, want, bound in zip(("dinput", "dweight", "dbias"), got[1:], expected[1:], bounds, strict=True):
+        if one is not None:
+            one, want = one.reshape(bound.shape), want.reshape(bound.shape)
+            bound = _or_flushed(bound, want, _formats(one)[1])
+            worst.append(_compare(name, one, want, _and_rounding(bound, want, one), np.abs(want).max(initial=0)))
+    return max(worst)
 
 
 @_quiet
