@@ -34,7 +34,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
 )
-from gpusoftmax.kernels.cuda.device.transform import transformed
+from gpusoftmax.kernels.cuda.device.transform import biased, capped, divided, masked
 from gpusoftmax.kernels.cuda.plan import GROUP
 
 
@@ -50,8 +50,15 @@ def read_logits(held, source, k, n_cols, team, split, params):
     """held = piece k, transformed; padding never becomes a maximum and adds nothing to a sum."""
     piece = piece_of(k, n_cols, team, split, params[0])
     read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
+    # One step after the other: LLVM unrolls no loop that does all of them, and `held` would not stay in registers.
     for j in range(n_values(params[0])):
-        held[j] = transformed(held[j], piece.first + col_of(j, team, split, source), source.through)
+        held[j] = divided(held[j], source.through)
+    for j in range(n_values(params[0])):
+        held[j] = biased(held[j], piece.first + col_of(j, team, split, source), source.through)
+    for j in range(n_values(params[0])):
+        held[j] = capped(held[j], source.through)
+    for j in range(n_values(params[0])):
+        held[j] = masked(held[j], piece.first + col_of(j, team, split, source), source.through)
     return piece
 
 

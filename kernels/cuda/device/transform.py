@@ -120,18 +120,20 @@ def transformed(x, col, through):
     """The logit x of a column. It is not yet multiplied by the scale that all rows have: exponential.py does that to
     differences, so that the maximum is subtracted first.
     """
-    return transformed_by(x, col, through.transform, through)
+    x = biased(divided(x, through), col, through)
+    return masked(capped(x, through), col, through)
 
 
 @device
-def transformed_by(x, col, transform, through):
+def divided(x, through):
+    return divided_by(x, through.transform, through.scale)
+
+
+@device
+def divided_by(x, transform, inverse):
     if transform is None:
         return x
-    if col >= through.n_valid:
-        return number(x, -math.inf)
-    x = of_scale(of_temperature(x, transform.temperature, through.scale), transform.scale, through.scale)
-    x = capped(biased(x, col, transform.bias, through.bias_start), transform.softcap)
-    return masked(x, col, transform.mask, through.mask_start)
+    return of_scale(of_temperature(x, transform.temperature, inverse), transform.scale, inverse)
 
 
 @device
@@ -149,21 +151,61 @@ def of_scale(x, scale, inverse):
 
 
 @device
-def biased(x, col, bias, start):
-    if bias is None:
-        return x
-    return add(x, load(bias.pointer, start + col * bias.col_stride, x))
+def biased(x, col, through):
+    return biased_by(x, col, through.transform, through)
 
 
 @device
-def capped(x, cap):
+def biased_by(x, col, transform, through):
+    if transform is None:
+        return x
+    return with_bias(x, col, transform.bias, through)
+
+
+@device
+def with_bias(x, col, bias, through):
+    if bias is None:
+        return x
+    if col >= through.n_valid:  # there may be none
+        return x
+    return add(x, load(bias.pointer, through.bias_start + col * bias.col_stride, x))
+
+
+@device
+def capped(x, through):
+    return capped_by(x, through.transform)
+
+
+@device
+def capped_by(x, transform):
+    if transform is None:
+        return x
+    return with_cap(x, transform.softcap)
+
+
+@device
+def with_cap(x, cap):
     if cap is None:
         return x
     return softcap(x, cap)
 
 
 @device
-def masked(x, col, mask, start):
+def masked(x, col, through):
+    return masked_by(x, col, through.transform, through)
+
+
+@device
+def masked_by(x, col, transform, through):
+    if transform is None:
+        return x
+    if col >= through.n_valid:
+        return number(x, -math.inf)
+    return with_mask(x, col, transform.mask, through.mask_start)
+
+
+@device
+def with_mask(x, col, mask, start):
     if mask is None:
         return x
     return x if is_kept(mask, start, col) else number(x, -math.inf)
