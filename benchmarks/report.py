@@ -60,14 +60,14 @@ def ratio(case: Measured, provider: str) -> float | None:
     return case[provider]["median_ms"] / case[OURS]["median_ms"]
 
 
-def _circumstances(ops: dict[str, list[Measured]]) -> str:
+def _circumstances(ops: dict[str, list[Measured]], chosen: str = "quietest") -> str:
     """When and with what, in a line; the extremes where cases differ."""
     records = [case[OURS] for cases in ops.values() for case in cases]
     days = sorted({record["date"][:10] for record in records})
     versions = {f"{name} {version}" for record in records for name, version in record["versions"].items()}
     threads = {f"{record['threads']} threads" for record in records if "threads" in record}
     attempts = sorted({len(record["attempts_ms"]) for record in records})
-    counted = f"quietest of {attempts[0]}" + (f" to {attempts[-1]}" if len(attempts) > 1 else "") + " attempts"
+    counted = f"{chosen} of {attempts[0]}" + (f" to {attempts[-1]}" if len(attempts) > 1 else "") + " attempts"
     commits = sorted({str(record["commit"]) for record in records})
     shown = commits[0] if len(commits) == 1 else f"{len(commits)} commits"
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
@@ -77,7 +77,7 @@ def _circumstances(ops: dict[str, list[Measured]]) -> str:
 def _layer(records: Sequence[dict]) -> str:
     first = records[0]
     shape = f"{first['n_rows']} rows x {first['n_features']} features x {first['n_cols']} classes, {first['dtype']}"
-    circumstances = _circumstances({layer.OP: [{OURS: record} for record in records]})
+    circumstances = _circumstances({layer.OP: [{OURS: record} for record in records]}, "best and median")
     return f"## {layer.OP}\n\n{shape}: {circumstances}\n\n{table(layer.lines(records))}"
 
 

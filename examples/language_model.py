@@ -43,6 +43,7 @@ def loss_and_gradients(
 
 def peak_mebibytes(parameters: Arrays, context: np.ndarray, target: np.ndarray, chunk_size: int) -> float:
     """Of the arrays that a step of training makes."""
+    loss_and_gradients(parameters, context, target, chunk_size)  # the first call of a kind may compile
     tracemalloc.start()
     loss_and_gradients(parameters, context, target, chunk_size)
     _, peak = tracemalloc.get_traced_memory()
