@@ -93,4 +93,4 @@ def log_softmax_backward(
     >>> log_softmax_backward(np.log([0.25, 0.75]), np.array([1.0, 0.0]))
     array([ 0.75, -0.75])
     """
-    return _rowwise.backward("log_softmax", log_probs, dlog_probs, "log_probs", axis, temperature, out)
+    return _rowwise.backward("log_softmax", log_probs, dlog_probs, ("log_probs", "dlog_probs"), axis, temperature, out)

@@ -1,4 +1,4 @@
-"""Softmax and its backward."""
+"""Softmax and the products with its Jacobian."""
 
 from typing import Any
 
@@ -93,8 +93,9 @@ def softmax_backward(
 ) -> Any:
     """Gradient with respect to the logits of `softmax`, from its result and the gradient with respect to that.
 
-    dlogits = probs * (dprobs - sum(probs * dprobs)) / temperature: the product with the Jacobian
-    (diag(probs) - probs probs^T) / temperature, without forming it.
+    dlogits = probs * (dprobs - sum(probs * dprobs)) / temperature: the product of dprobs with the Jacobian, whose entry
+    (i, j), the derivative of probs_i with respect to logit j, is probs_i ([i = j] - probs_j) / temperature. It is not
+    formed.
 
     Parameters
     ----------
@@ -121,4 +122,45 @@ def softmax_backward(
     >>> softmax_backward(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
     """
-    return _rowwise.backward("softmax", probs, dprobs, "probs", axis, temperature, out)
+    return _rowwise.backward("softmax", probs, dprobs, ("probs", "dprobs"), axis, temperature, out)
+
+
+def softmax_jvp(
+    probs: Any,
+    tangent: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    temperature: float = 1.0,
+    out: Any = None,
+) -> Any:
+    """How the result of `softmax` changes when its logits move along `tangent`: forward-mode differentiation.
+
+    dprobs = J tangent, with the Jacobian J = (diag(probs) - probs probs^T) / temperature. J is symmetric, so this is
+    the product that `softmax_backward` computes, by the same kernel and with the same bits.
+
+    Parameters
+    ----------
+    probs, tangent : array, shape (..., n_cols, ...)
+        The softmax and the direction of the logits: same shape, dtype, library and device; any strides.
+    axis, temperature
+        As given to `softmax`.
+    out : array, optional
+        Where to write the result; may be `probs` or `tangent` itself.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `probs`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softmax_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import softmax_jvp
+    >>> softmax_jvp(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    array([ 0.25, -0.25])
+    """
+    return _rowwise.backward("softmax", probs, tangent, ("probs", "tangent"), axis, temperature, out)
