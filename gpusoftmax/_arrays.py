@@ -96,6 +96,17 @@ class Array(NamedTuple):
         return _reach(self.shape, self.strides, self.itemsize)
 
 
+class RequiresGrad(TypeError):
+    """A torch tensor came where gradients are recorded. Functions that have a differentiable version go on there."""
+
+    def __init__(self, argument: str):
+        super().__init__(
+            f"{argument} is a tensor that requires grad, and this function records no gradient: use the functions of "
+            f"gpusoftmax.torch where they exist, or pass {argument}.detach()"
+        )
+        self.argument = argument
+
+
 _TITLES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "torch", "jax": "JAX", "device": "CUDA"}
 
 
@@ -253,7 +264,7 @@ def _from_torch(x, name: str) -> Array:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise TypeError(
             f"{name} is traced by torch: kernels need values, so call gpusoftmax outside of torch.compile and "
-            f"torch.jit.trace, or use torch.nn.functional inside"
+            f"torch.jit.trace, or use gpusoftmax.torch inside of torch.compile"
         )
     if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise TypeError(
@@ -261,10 +272,7 @@ def _from_torch(x, name: str) -> Array:
             f"pass {name}.detach()"
         )
     if x.requires_grad and torch.is_grad_enabled():
-        raise TypeError(
-            f"{name} is a tensor that requires grad, and this function records no gradient: use the functions of "
-            f"gpusoftmax.torch where they exist, or pass {name}.detach()"
-        )
+        raise RequiresGrad(name)
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}, expected a dense tensor: call .to_dense()")
     if x.device.type not in ("cpu", "cuda"):
@@ -375,7 +383,10 @@ def make_beside(
 def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "torch":
         torch = importlib.import_module("torch")
-        return _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
+        array = _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
+        if array.place.target == "cpu":
+            _memory.in_huge_pages(array.pointer, array.size * array.itemsize)
+        return array
     if like.kind == "device":
         return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)), "out")
     if like.place.target == "cpu":

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _rowwise
+from gpusoftmax import _arrays, _gradients, _rowwise
 
 
 def softmax(
@@ -51,13 +51,14 @@ def softmax(
     Returns
     -------
     array, the shape, kind and device of `x`
-        Probabilities. A logit of -inf gives exactly 0. A row that holds NaN, +inf or nothing but -inf is NaN.
+        Probabilities. A logit of -inf gives exactly 0. A row that holds NaN, +inf or nothing but -inf is NaN. Of a
+        torch tensor that requires grad they are differentiable, see gpusoftmax.torch.
 
     Raises
     ------
     TypeError
-        Unsupported dtype; `out` of another library or device than `x`; `out` and a different `dtype`; a torch tensor
-        that requires grad.
+        Unsupported dtype; `out` of another library or device than `x`; `out` and a different `dtype`; `out` where a
+        torch tensor requires grad.
     ValueError
         Bad axis, temperature, softcap or n_valid; `bias` or `mask` of the wrong shape; `out` of the wrong shape,
         read-only, or overlapping `x` in part or anything else that is read.
@@ -80,7 +81,11 @@ def softmax(
            [1. , 0. ]])
     """
     transform = temperature, bias, softcap, mask, n_valid, empty_row
-    return _rowwise.forward("softmax", x, axis, dtype, out, transform, any_temperature=True)
+    try:
+        return _rowwise.forward("softmax", x, axis, dtype, out, transform, any_temperature=True)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("softmax", argument, out, transform, x, axis, temperature, dtype)
 
 
 def softmax_backward(
@@ -122,7 +127,12 @@ def softmax_backward(
     >>> softmax_backward(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
     """
-    return _rowwise.backward("softmax", probs, dprobs, ("probs", "dprobs"), axis, temperature, out)
+    names = ("probs", "dprobs")
+    try:
+        return _rowwise.backward("softmax", probs, dprobs, names, axis, temperature, out)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("softmax_backward", argument, out, (), probs, dprobs, names, axis, temperature)
 
 
 def softmax_jvp(
@@ -163,4 +173,9 @@ def softmax_jvp(
     >>> softmax_jvp(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
     """
-    return _rowwise.backward("softmax", probs, tangent, ("probs", "tangent"), axis, temperature, out)
+    names = ("probs", "tangent")
+    try:
+        return _rowwise.backward("softmax", probs, tangent, names, axis, temperature, out)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("softmax_backward", argument, out, (), probs, tangent, names, axis, temperature)

@@ -233,33 +233,127 @@ def test_bad_outputs():
 # ---------------------------------------------------------------- what is refused
 
 
-def test_tensors_that_require_grad():
-    """No gradient is recorded, so such a tensor is refused, and never detached in silence."""
-    for name in CALLS:
-        for argument in CALLS[name].rows:
-            placed = tensors(name)
-            placed[argument].requires_grad_()
+RECORDED = {
+    "softmax",
+    "softmax_backward",
+    "softmax_jvp",
+    "log_softmax",
+    "log_softmax_backward",
+    "logsumexp",
+    "cross_entropy",
+    "token_logprobs",
+}
+INDICES = {"argmax", "sample"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_that_require_grad(name):
+    """A gradient is recorded, or the tensor is refused: it is never detached in silence, but for indices."""
+    for argument in CALLS[name].rows:
+        placed = tensors(name)
+        placed[argument].requires_grad_()
+        expected = CALLS[name].function(*(t.detach() for t in placed.values()))
+        if name in RECORDED:
+            result = CALLS[name].function(*placed.values())
+            for one, two in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True):
+                assert one.requires_grad == one.is_floating_point()
+                assert same_bits(one.detach(), two)
+        elif name in INDICES:
+            result = CALLS[name].function(*placed.values())
+            assert same_bits(result, expected) and not result.requires_grad
+        else:
             with pytest.raises(TypeError) as raised:
                 CALLS[name].function(*placed.values())
             message = str(raised.value)
             assert message.startswith(f"{argument} is a tensor that requires grad")
             assert "gpusoftmax.torch" in message and f"{argument}.detach()" in message
-            expected = CALLS[name].function(*(t.detach() for t in placed.values()))
-            for context in (torch.no_grad(), torch.inference_mode()):
-                with context:
-                    result = CALLS[name].function(*placed.values())
-                assert same_bits(result, expected)
-    weight = torch.ones(40, requires_grad=True)
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                result = CALLS[name].function(*placed.values())
+            assert same_bits(result, expected)
+            assert not any(one.requires_grad for one in (result if isinstance(result, tuple) else (result,)))
+
+
+def test_gradients_of_the_core():
+    """With the axes, dtypes and options of the core, and labels beside any axis."""
+    x = sample((4, 6, 3), torch.float64).requires_grad_()
+    labels = torch.tensor([[0, 5, -7], [1, 2, 3]] * 2)
+    for ours, theirs in (
+        (
+            gpusoftmax.softmax(x, (0, 2)),
+            torch.softmax(x.movedim(1, 0).reshape(6, -1), 1).reshape(6, 4, 3).movedim(0, 1),
+        ),
+        (gpusoftmax.softmax(x, None, temperature=0.5), torch.softmax(2 * x.flatten(), 0).reshape(4, 6, 3)),
+        (gpusoftmax.log_softmax(x, dtype="float32"), torch.log_softmax(x, -1).float()),
+        (gpusoftmax.logsumexp(x, 1, keepdims=True), torch.logsumexp(x, 1, keepdim=True)),
+        (gpusoftmax.logsumexp(x, dtype=torch.float32), torch.logsumexp(x, -1).float()),
+        (gpusoftmax.cross_entropy(x, labels, axis=1, ignore_index=-7), F.cross_entropy(x, labels, ignore_index=-7)),
+        (
+            gpusoftmax.cross_entropy(x.movedim(1, -1), labels, ignore_index=-7, reduction="none", label_smoothing=0.1),
+            F.cross_entropy(x, labels, ignore_index=-7, reduction="none", label_smoothing=0.1),
+        ),
+        (
+            gpusoftmax.token_logprobs(x, labels, axis=1, ignore_index=-7, temperature=0.5).logprob,
+            -F.cross_entropy(2 * x, labels, ignore_index=-7, reduction="none"),
+        ),
+    ):
+        torch.testing.assert_close(ours, theirs)
+        gradients = [torch.autograd.grad(one.pow(2).sum(), x, retain_graph=True)[0] for one in (ours, theirs)]
+        torch.testing.assert_close(*gradients)
+    narrow = sample((3, 4)).requires_grad_()
+    assert gpusoftmax.logsumexp(narrow, dtype="float64").dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):  # the core does what it was asked for
+        assert gpusoftmax.softmax(narrow.bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_that_are_refused():
+    x, labels = tensor(X).requires_grad_(), torch.tensor([1, 2, 3])
+    for call in (
+        lambda: gpusoftmax.softmax(x, out=torch.empty(3, 40)),
+        lambda: gpusoftmax.log_softmax(x, out=torch.empty(3, 40)),
+        lambda: gpusoftmax.logsumexp(x, out=torch.empty(3)),
+    ):
+        with pytest.raises(TypeError, match=r"^out is given and x requires grad, .*x\.detach\(\)"):
+            call()
     with pytest.raises(TypeError, match="^weight is a tensor that requires grad"):
-        gpusoftmax.cross_entropy(tensor(X), torch.tensor([1, 2, 3]), weight)
-    with pytest.raises(TypeError, match="^x is a tensor that requires grad"):
-        gpusoftmax.softmax(torch.nn.Parameter(tensor(X)))
-    hidden = torch.nn.Linear(40, 5)(tensor(X))  # not a leaf
-    with pytest.raises(TypeError, match="^x is a tensor that requires grad"):
-        gpusoftmax.softmax(hidden)
+        gpusoftmax.cross_entropy(tensor(X), labels, torch.ones(40, requires_grad=True))
+    with pytest.raises(TypeError, match="^weight requires grad"):
+        gpusoftmax.cross_entropy(x, labels, torch.ones(40, requires_grad=True))
+    with pytest.raises(TypeError, match="^target is a ndarray, expected a torch tensor"):
+        gpusoftmax.cross_entropy(x, np.array([1, 2, 3]))
+    with pytest.raises(TypeError, match="^dprobs is a ndarray, expected a torch tensor"):
+        gpusoftmax.softmax_backward(x, X)
+    with pytest.raises(IndexError, match=r"^target\[0\] .* is 40"):
+        gpusoftmax.cross_entropy(x, torch.tensor([40, 2, 3]))
+    loss = gpusoftmax.cross_entropy(x, torch.tensor([40, 2, 3]), reduction="none", validate=False)
+    assert loss[0].isnan() and loss[1:].isfinite().all()
+    with pytest.raises(ValueError, match="^temperature is 0"):
+        gpusoftmax.softmax(x, temperature=0)
+
+
+def test_layers_and_parameters():
+    parameter = torch.nn.Parameter(tensor(X))
+    gpusoftmax.softmax(parameter)[0, 0].backward()
+    assert parameter.grad[0].any() and not parameter.grad[1:].any()
+    layer = torch.nn.Linear(40, 5)
+    gpusoftmax.cross_entropy(layer(tensor(X)), torch.tensor([1, 2, 3])).backward()  # not a leaf
+    assert layer.weight.grad.any()
     with torch.inference_mode():
         made_there = tensor(X) * 1
     assert same_bits(gpusoftmax.softmax(made_there), gpusoftmax.softmax(tensor(X)))
+
+
+def test_the_core_imports_no_torch():
+    program = """
+        import sys
+        import numpy as np
+        import gpusoftmax
+        gpusoftmax.softmax(np.zeros((2, 3)))
+        assert "torch" not in sys.modules and "gpusoftmax.torch" not in sys.modules
+        print("done")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120).stdout == "done\n"
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

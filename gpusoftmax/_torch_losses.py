@@ -1,0 +1,220 @@
+"""cross_entropy and token_logprobs as functions of torch's autograd, which differentiates them as often as asked.
+
+In the words of kernels/cpu/cross_entropy.py, with u the gradient with respect to the loss of a row (what comes from
+above, for "mean" divided by the sum of the weights),
+
+    dlogits_c = u (a (p_c - [c = t]) + b (p_c W - w_c))        a = (1 - eps) w_t        b = eps / V
+
+comes from one of two kernels. On a GPU, in half precision and when compiled, the backward computes it from the logits,
+with u read from the device: one read and one write, nothing rounded before u is in it (float16 gradients would vanish
+before they meet the loss scale), and the forward only reads. Eager float32 and float64 on the CPU, where u can be
+looked at and is 1 as a rule, get loss and gradient from one read in the forward.
+
+Where the gradient is to be differentiated again, the same formula is written in operations of torch on p = softmax,
+which _torch_rows.py differentiates. The gradient of token_logprobs likewise, by the formula that stands at
+gpusoftmax.token_logprobs_backward.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpusoftmax import _torch_ops as ops
+from gpusoftmax import _torch_rows as rows
+
+
+class Loss(NamedTuple):
+    """Options of cross_entropy."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    validate: bool | None = None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise TypeError("weight requires grad, and class weights get no gradient: pass weight.detach()")
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return ops.cross_entropy(logits, target, weight, *loss)[0]
+    if _can_look(logits) and logits.dtype in (torch.float32, torch.float64):
+        return _FusedCrossEntropy.apply(logits, target, weight, loss)
+    return _CrossEntropy.apply(logits, target, weight, loss)
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether the tensor has values, and nobody waits when Python looks at them."""
+    real = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return real and not torch.compiler.is_compiling()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
+        value, divisor = ops.cross_entropy(logits, target, weight, *loss)
+        ctx.save_for_backward(logits, target, weight, divisor)
+        ctx.loss = loss
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple:
+        logits, target, weight, divisor = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _graph_of_dlogits(logits, target, weight, dloss, ctx.loss), None, None, None
+        ignore_index, reduction, label_smoothing, _ = ctx.loss
+        options = logits, target, weight, ignore_index, label_smoothing
+        if reduction != "none":
+            dlogits = ops.cross_entropy_backward(divisor / dloss, *options, logits.dtype)
+        else:
+            dlogits = ops.cross_entropy_backward(divisor, *options, dloss.dtype)
+            dlogits = dlogits.mul_(_per_row(dloss, logits, target, ignore_index)).to(logits.dtype)
+        return dlogits, None, None, None
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
+        value, ctx.dlogits = ops.cross_entropy_with_grad(logits, target, weight, *loss)
+        ctx.save_for_backward(logits, target, weight)
+        ctx.loss = loss
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            return _graph_of_dlogits(*ctx.saved_tensors, dloss, ctx.loss), None, None, None
+        # Handed out once: whoever gets it may write into it. The next backward of a retained graph computes it anew.
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if dlogits is None:
+            _, dlogits = ops.cross_entropy_with_grad(*ctx.saved_tensors, *ctx.loss)
+        if ctx.loss.reduction == "none":
+            logits, target, _ = ctx.saved_tensors
+            dlogits.mul_(_per_row(dloss, logits, target, ctx.loss.ignore_index))
+        elif not _can_look(dloss) or dloss.item() != 1:
+            dlogits.mul_(dloss)
+        return dlogits, None, None, None
+
+
+def _per_row(dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The gradients with respect to the losses, to be multiplied with rows; ignored rows stay 0 whatever theirs is."""
+    return torch.where(target == ignore_index, 0, dloss).unsqueeze(ops.class_dim(logits))
+
+
+def _graph_of_dlogits(logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor, loss: Loss) -> Tensor:
+    """The gradient with respect to the logits, as a function of these and of dloss that autograd knows."""
+    dim, dtype = ops.class_dim(logits), dloss.dtype
+    n_cols = logits.shape[dim]
+    target = target.long()
+    counts = target != loss.ignore_index
+    is_class = (target >= 0) & (target < n_cols)
+    column = target.clamp(0, n_cols - 1)
+    weight_of_row = counts.to(dtype) if weight is None else weight.to(dtype)[column] * counts
+    upstream = dloss / weight_of_row.sum() if loss.reduction == "mean" else dloss
+    upstream = torch.where(counts, upstream, 0)
+    upstream = torch.where(counts & ~is_class, torch.nan, upstream)  # as the kernels have it on a GPU
+    share = loss.label_smoothing / n_cols
+    of_target = upstream * (1 - loss.label_smoothing) * weight_of_row
+    of_all = upstream * share * (n_cols if weight is None else weight.to(dtype).sum())
+    probs = rows.softmax(logits, (dim,), 1.0, dtype)
+    dlogits = probs * (of_target + of_all).unsqueeze(dim)
+    dlogits = dlogits.scatter_add(dim, column.unsqueeze(dim), -of_target.unsqueeze(dim))
+    if share:
+        each = torch.ones(n_cols, dtype=dtype, device=logits.device) if weight is None else weight.to(dtype)
+        each = each.reshape([n_cols if axis == dim else 1 for axis in range(logits.ndim)])
+        dlogits = dlogits - (upstream * share).unsqueeze(dim) * each
+    return torch.where(counts.unsqueeze(dim), dlogits, 0).to(logits.dtype)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+class Tokens(NamedTuple):
+    """Options of token_logprobs; four of them say what is wanted beside the log-probabilities."""
+
+    dim: int
+    temperature: float
+    ignore_index: int
+    lse: bool
+    entropy: bool
+    rank: bool
+    argmax: bool
+    validate: bool | None = None
+
+
+def token_logprobs(logits: Tensor, target: Tensor, tokens: Tokens) -> tuple[Tensor | None, ...]:
+    """logprob, lse, entropy, rank, argmax."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        made = _TokenLogprobs.apply(logits, target, tokens)
+    else:
+        made = ops.token_logprobs(logits, target, *tokens)
+    made = iter(made)
+    return tuple([next(made) if wanted else None for wanted in (True, *tokens[3:7])])
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
+        made = ops.token_logprobs(logits, target, *tokens)
+        ctx.save_for_backward(logits, target)
+        ctx.tokens = tokens
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*made[1 + tokens.lse + tokens.entropy :])
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, dlogprob: Tensor | None, *others: Tensor | None) -> tuple:
+        (logits, target), tokens = ctx.saved_tensors, ctx.tokens
+        dlse = others[0] if tokens.lse else None
+        dentropy = others[tokens.lse] if tokens.entropy else None
+        dim, temperature, ignore_index = tokens[:3]
+        if torch.is_grad_enabled():
+            return _graph_of_tokens(logits, target, dlogprob, dlse, dentropy, tokens), None, None
+        dlogits = None
+        if dlogprob is not None or dentropy is not None:
+            dlogits = ops.token_logprobs_backward(logits, target, dlogprob, dentropy, dim, temperature, ignore_index)
+        if dlse is not None:
+            probs = ops.softmax(logits, (dim,), temperature, dlse.dtype)
+            of_lse = probs.mul_((dlse / temperature).unsqueeze(dim))
+            dlogits = (of_lse if dlogits is None else of_lse.add_(dlogits)).to(logits.dtype)
+        return dlogits, None, None
+
+
+def _graph_of_tokens(
+    logits: Tensor,
+    target: Tensor,
+    dlogprob: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    tokens: Tokens,
+) -> Tensor | None:
+    """As _graph_of_dlogits, for token_logprobs."""
+    given = [one for one in (dlogprob, dlse, dentropy) if one is not None]
+    if not given:
+        return None
+    dim, temperature, dtype = tokens.dim % logits.ndim, tokens.temperature, given[0].dtype
+    probs = rows.softmax(logits, (dim,), temperature, dtype)
+    of_row = torch.zeros((), dtype=dtype, device=logits.device)  # what the probabilities of a row are multiplied with
+    if dlse is not None:
+        of_row = of_row + dlse
+    at_targets = None
+    if dlogprob is not None:
+        target = target.long()
+        several = target.ndim == logits.ndim
+        targets, of_targets = (one if several else one.unsqueeze(-1) for one in (target, dlogprob))
+        counts = targets != tokens.ignore_index
+        is_class = (targets >= 0) & (targets < logits.shape[dim])
+        of_targets = torch.where(counts, of_targets, 0)
+        of_targets = torch.where(counts & ~is_class, torch.nan, of_targets)
+        of_row = of_row - of_targets.sum(-1)
+        columns = targets.clamp(0, logits.shape[dim] - 1)
+        at_targets = columns.movedim(-1, dim), of_targets.movedim(-1, dim)
+    dlogits = probs * of_row.unsqueeze(dim) if of_row.ndim else torch.zeros_like(probs)
+    if at_targets is not None:
+        dlogits = dlogits.scatter_add(dim, *at_targets)
+    if dentropy is not None:
+        log_probs = rows.log_softmax(logits, (dim,), temperature, dtype)
+        terms = probs * torch.where(probs > 0, log_probs, 0)  # 0 log 0 = 0
+        entropy = -terms.sum(dim, keepdim=True)
+        dlogits = dlogits - dentropy.unsqueeze(dim) * (terms + probs * entropy)
+    return (dlogits / temperature).to(logits.dtype)
