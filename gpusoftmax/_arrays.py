@@ -293,8 +293,8 @@ def _from_jax(x, name: str) -> Array:
     jax = importlib.import_module("jax")
     if isinstance(x, jax.core.Tracer):
         raise TypeError(
-            f"{name} is traced by jax: kernels need values, so call gpusoftmax outside of jit, grad and vmap, "
-            f"or use jax.nn inside"
+            f"{name} is traced by jax: kernels need values, so call gpusoftmax outside of jit and vmap, with jax.grad "
+            f"the functions of gpusoftmax.jax, or use jax.nn inside (jax.pure_callback copies the arrays)"
         )
     device, *others = x.devices()
     if others:
