@@ -34,13 +34,30 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise TypeError("weight requires grad, and class weights get no gradient: pass weight.detach()")
+    _check_weight(weight)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return ops.cross_entropy(logits, target, weight, *loss)[0]
     if _can_look(logits) and logits.dtype in (torch.float32, torch.float64):
         return _FusedCrossEntropy.apply(logits, target, weight, loss)
     return _CrossEntropy.apply(logits, target, weight, loss)
+
+
+def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
+    """As cross_entropy, with the gradient in the memory of the logits, where one is recorded."""
+    if not (logits.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return cross_entropy(logits, target, weight, loss)
+    if logits.is_leaf:
+        raise ValueError(
+            "input is a leaf that requires grad, whose values inplace=True would overwrite: expected the result of "
+            "other operations, or inplace=False"
+        )
+    _check_weight(weight)
+    return _InPlaceCrossEntropy.apply(logits, target, weight, loss)
+
+
+def _check_weight(weight: Tensor | None) -> None:
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise TypeError("weight requires grad, and class weights get no gradient: pass weight.detach()")
 
 
 def _can_look(tensor: Tensor) -> bool:
@@ -88,12 +105,42 @@ class _FusedCrossEntropy(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None:
             _, dlogits = ops.cross_entropy_with_grad(*ctx.saved_tensors, *ctx.loss)
-        if ctx.loss.reduction == "none":
-            logits, target, _ = ctx.saved_tensors
-            dlogits.mul_(_per_row(dloss, logits, target, ctx.loss.ignore_index))
-        elif not _can_look(dloss) or dloss.item() != 1:
-            dlogits.mul_(dloss)
-        return dlogits, None, None, None
+        target = ctx.saved_tensors[1] if ctx.loss.reduction == "none" else None
+        return _times(dlogits, dloss, target, ctx.loss.ignore_index), None, None, None
+
+
+class _InPlaceCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
+        value = ops.cross_entropy_in_place(logits, target, weight, *loss)
+        ctx.dlogits = logits.detach()
+        ctx.version = ctx.dlogits._version
+        if loss.reduction == "none":
+            ctx.save_for_backward(target)
+        ctx.loss = loss
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple:
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        if torch.is_grad_enabled() or dlogits is None:
+            raise RuntimeError(
+                "cross_entropy(..., inplace=True) was differentiated twice, but its logits are gone: inplace=False"
+            )
+        if dlogits._version != ctx.version:
+            raise RuntimeError(
+                "the logits of cross_entropy(..., inplace=True), which hold its gradient, were written to before the "
+                "backward: leave them alone, or inplace=False"
+            )
+        target = ctx.saved_tensors[0] if ctx.loss.reduction == "none" else None
+        return _times(dlogits, dloss, target, ctx.loss.ignore_index), None, None, None
+
+
+def _times(dlogits: Tensor, dloss: Tensor, target: Tensor | None, ignore_index: int) -> Tensor:
+    """dlogits, multiplied in place by one number, or, where there are targets, by one for each row."""
+    if target is not None:
+        return dlogits.mul_(_per_row(dloss, dlogits, target, ignore_index))
+    return dlogits if _can_look(dloss) and dloss.item() == 1 else dlogits.mul_(dloss)
 
 
 def _per_row(dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -175,6 +175,35 @@ def cross_entropy_with_grad(
     )
 
 
+def _fake_cross_entropy_in_place(logits, target, weight, ignore_index, reduction, label_smoothing, validate):
+    return _fake_loss(logits, target, reduction)
+
+
+@_define(f"(Tensor(a!) logits, {_LOSS}) -> Tensor", _fake_cross_entropy_in_place)
+def cross_entropy_in_place(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    validate: bool | None,
+) -> Tensor:
+    """The loss; the gradient overwrites the logits."""
+    loss, _ = gpusoftmax.cross_entropy_with_grad(
+        logits,
+        target,
+        weight,
+        axis=class_dim(logits),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        validate=validate,
+        out=logits,
+    )
+    return loss
+
+
 # ---------------------------------------------------------------- tokens
 
 

@@ -147,6 +147,7 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    inplace: bool = False,
 ) -> Tensor:
     """torch.nn.functional.cross_entropy, in nats, with one read of the logits for the loss and one for the gradient.
 
@@ -164,6 +165,10 @@ def cross_entropy(
     reduction : "mean", "sum" or "none"
     label_smoothing : float, 0 to 1
         Share of the probability that is spread evenly over all classes.
+    inplace : bool
+        Let the gradient overwrite `input`, where one is recorded: saves an array of its size. The result can then be
+        differentiated once, and torch reports whoever else needs the logits. float16 gradients are rounded before they
+        meet the scale of a GradScaler. Compiled code, which plans its memory itself, ignores it.
 
     Returns
     -------
@@ -175,7 +180,7 @@ def cross_entropy(
     IndexError
         On the CPU, a label out of range. On a GPU, where looking would wait, such a row gets a NaN loss and gradient.
     TypeError, ValueError
-        As gpusoftmax.cross_entropy; TypeError also for a `weight` that requires grad.
+        As gpusoftmax.cross_entropy; TypeError also for a `weight` that requires grad, ValueError for a leaf `inplace`.
 
     Examples
     --------
@@ -196,7 +201,8 @@ def cross_entropy(
         return torch.nn.functional.cross_entropy(input, target, weight, **options)
     _checks.reduction(reduction)
     loss = _torch_losses.Loss(_checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing))
-    return _torch_losses.cross_entropy(x, target, weight, loss)
+    function = _torch_losses.cross_entropy_in_place if inplace else _torch_losses.cross_entropy
+    return function(x, target, weight, loss)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

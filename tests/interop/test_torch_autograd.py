@@ -421,6 +421,61 @@ def test_no_gradient_is_recorded_where_none_is_wanted():
     assert not ours.sample(x, rng=0).requires_grad
 
 
+# ---------------------------------------------------------------- in place
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_in_place(dtype, reduction, scale):
+    """The same gradient, in the memory of the logits, whose version says so."""
+    leaf, target = random(6, 40, dtype=dtype), labels((6,), 40, ignored=-100)
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    expected = scale * ours.cross_entropy(leaf * 2, target, **options)
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    hidden = leaf * 2
+    version, handed = hidden._version, []
+    loss = ours.cross_entropy(hidden, target, inplace=True, **options)
+    assert hidden._version > version
+    hidden.register_hook(handed.append)
+    loss = scale * loss
+    (got,) = torch.autograd.grad(loss.sum(), leaf)
+    assert same_bits(loss.detach(), expected.detach())
+    close = {"rtol": 0.02, "atol": 1e-4} if dtype == torch.bfloat16 else {}  # rounded once more
+    torch.testing.assert_close(got, gradient, **close)
+    assert handed[0].data_ptr() == hidden.data_ptr()
+
+
+def test_what_is_in_place_can_be_used_once():
+    leaf, target = random(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="^input is a leaf"):
+        ours.cross_entropy(leaf, target, inplace=True)
+    loss = ours.cross_entropy(leaf * 2, target, inplace=True)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice.*inplace=False"):
+        torch.autograd.grad(loss, leaf)
+    with pytest.raises(RuntimeError, match="twice.*inplace=False"):
+        torch.autograd.grad(ours.cross_entropy(leaf * 2, target, inplace=True), leaf, create_graph=True)
+    hidden = leaf * 2
+    loss = ours.cross_entropy(hidden, target, inplace=True)
+    hidden.zero_()
+    with pytest.raises(RuntimeError, match="written to before the backward"):
+        torch.autograd.grad(loss, leaf)
+    saved = leaf.exp()  # whose backward needs the result, which is gone
+    loss = ours.cross_entropy(saved, target, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaf)
+    with torch.no_grad():
+        plain = leaf * 2
+        kept = plain.clone()
+        assert torch.equal(ours.cross_entropy(plain, target, inplace=True), F.cross_entropy(kept, target))
+        assert torch.equal(plain, kept)
+    bad = leaf * 2
+    with pytest.raises(IndexError):
+        ours.cross_entropy(bad, torch.tensor([0, 4, 1]), inplace=True)
+    assert torch.equal(bad, leaf * 2)
+
+
 # ---------------------------------------------------------------- modules, autocast, other tools
 
 
@@ -488,6 +543,7 @@ OPERATORS = {
         (X, TARGET, WEIGHT, 1, "sum", 0.1, True),
         (X.transpose(0, 2), TARGET.T, None, 1, "none", 0.0, None),
     ],
+    "cross_entropy_in_place": [(X.clone(), TARGET, WEIGHT, 1, "mean", 0.1, None)],
     "cross_entropy_backward": [(torch.tensor([2.0]), X, TARGET, WEIGHT, 1, 0.1, torch.float32)],
     "token_logprobs": [(X, TARGET, 1, 0.7, 1, *wanted, None) for wanted in ((False,) * 4, (True,) * 4)],
     "token_logprobs_backward": [
@@ -521,6 +577,7 @@ FULL = {
     "logsumexp": lambda x, t: ours.logsumexp(x, 1, True).pow(2).sum(),
     "cross_entropy": lambda x, t: 3 * ours.cross_entropy(x, t, WEIGHT, label_smoothing=0.1),
     "cross_entropy of rows": lambda x, t: ours.cross_entropy(x, t, reduction="none").pow(2).sum(),
+    "cross_entropy in place": lambda x, t: ours.cross_entropy(x, t, inplace=True),
     "module": lambda x, t: ours.CrossEntropyLoss(ignore_index=1)(x, t),
     "token_logprobs": lambda x, t: sum(s.sum() for s in ours.token_logprobs(x, t, 1, return_entropy=True)[0:3:2]),
 }
