@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -619,6 +620,15 @@ def test_compiled_samples():
         lambda x: ours.sample(x, 1, top_p=0.9, rng=(seeds, 2**64 - 1)), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(function(X), gpusoftmax.sample(X, 1, top_p=0.9, rng=(seeds, 2**64 - 1)))
+
+
+def test_the_training_loop_of_the_readme():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    programs = [code.split("```")[0] for code in readme.split("```python\n")[1:]]
+    (program,) = (code for code in programs if "gpusoftmax.torch" in code)
+    found = {}
+    exec(program.replace("32_000", "50"), found)
+    assert found["loss"].isfinite() and found["model"](torch.tensor([1])).shape == (1, 50)
 
 
 # ---------------------------------------------------------------- what is refused, and what is said
