@@ -185,6 +185,11 @@ def _reader(x) -> Callable[[Any, str], Array] | None:
     return _from_jax if array_api_compat.is_jax_array(x) else None
 
 
+def is_torch_on_cpu(x) -> bool:
+    """False for a tensor of a class that has not been met yet."""
+    return _readers.get(type(x)) is _from_torch and x.is_cpu
+
+
 def on_gpu(x) -> tuple[tuple, int]:
     """What tells the layout of an array on a GPU from any other, and its address; TypeError if it is not on one."""
     kind = type(x)
@@ -384,6 +389,8 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "torch":
         torch = importlib.import_module("torch")
         array = _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
+        if array.size and not array.pointer:
+            raise TypeError("torch makes fake tensors here, which have no memory for a result: leave FakeTensorMode")
         if array.place.target == "cpu":
             _memory.in_huge_pages(array.pointer, array.size * array.itemsize)
         return array

@@ -81,7 +81,11 @@ class _CrossEntropy(torch.autograd.Function):
             return _graph_of_dlogits(logits, target, weight, dloss, ctx.loss), None, None, None
         ignore_index, reduction, label_smoothing, _ = ctx.loss
         options = logits, target, weight, ignore_index, label_smoothing
-        if reduction != "none":
+        if reduction == "none" and weight is None and not label_smoothing:
+            # Minus the log-probabilities of the labels, whose backward takes a number for each row.
+            dim = ops.class_dim(logits)
+            dlogits = ops.token_logprobs_backward(logits, target, -dloss, None, dim, 1.0, ignore_index)
+        elif reduction != "none":
             dlogits = ops.cross_entropy_backward(divisor / dloss, *options, logits.dtype)
         else:
             dlogits = ops.cross_entropy_backward(divisor, *options, dloss.dtype)

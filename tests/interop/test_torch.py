@@ -1,5 +1,6 @@
 """torch tensors: tensors in, tensors out, of any strides; the results of torch where torch is exact enough to say."""
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpusoftmax
+from gpusoftmax import _replay_cpu, _replay_torch
 from tests import inputs, tolerances
 from tests.calls import CALLS, IN_PLACE, arguments
 
@@ -228,6 +231,85 @@ def test_bad_outputs():
         with pytest.raises(kind, match=message):
             gpusoftmax.softmax(x, out=out)
     assert not storage.any()
+
+
+# ---------------------------------------------------------------- calls that were made before
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A list that grows by each call that is replayed."""
+    found, start = [], _replay_cpu.start
+    monkeypatch.setattr(_replay_cpu, "start", lambda *arguments: found.append(start(*arguments)))
+    gpusoftmax.softmax(torch.zeros(2))  # torch's class has been met
+    _replay_torch._recipes.clear()
+    found.clear()
+    return found
+
+
+@pytest.mark.parametrize("dtype", TENSORS)
+@pytest.mark.parametrize("name", ["softmax", "softmax_backward", "log_softmax", "logsumexp", "soft_argmax", "argmax"])
+def test_replayed_calls(name, dtype, started):
+    """A kernel is started at once at the addresses of other tensors; the results are those of the first call."""
+    placed = {argument: t.clone() for argument, t in tensors(name, dtype).items()}  # at cache lines
+    started.clear()  # NumPy's calls
+    expected = CALLS[name].function(*placed.values())
+    assert not started
+    for _ in range(3):
+        elsewhere = [t.clone() for t in placed.values()]
+        result = CALLS[name].function(*elsewhere)
+        assert same_bits(result, expected) and type(result) is torch.Tensor and not result.requires_grad
+    assert len(started) == 3
+    CALLS[name].function(*(t[:, :-1] for t in placed.values()))  # another layout
+    assert len(started) == 3
+
+
+def test_replayed_calls_with_out(started):
+    x, out = tensor(X).clone(), torch.empty(3, 40)
+    expected = gpusoftmax.softmax(x, out=out).clone()
+    version = out.zero_()._version
+    assert gpusoftmax.softmax(x, out=out) is out
+    assert started and same_bits(out, expected) and out._version == version + 1
+    for _ in range(2):
+        in_place = x.clone()
+        assert gpusoftmax.softmax(in_place, out=in_place) is in_place
+        assert same_bits(in_place, expected)
+    storage = torch.zeros(300)
+    for start in (120, 140, 100):  # apart, and in parts the same memory
+        with pytest.raises(ValueError, match="overlaps") if start < 120 else contextlib.nullcontext():
+            gpusoftmax.softmax(storage[:120].view(3, 40), out=storage[start : start + 120].view(3, 40))
+
+
+def test_what_is_looked_at_again(started):
+    """Tensors of the layout of an earlier call, with something about them that only torch knows."""
+    x = tensor(X).clone()
+    expected = gpusoftmax.softmax(x)
+    assert gpusoftmax.softmax(x.clone().requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert not gpusoftmax.softmax(x.clone().requires_grad_()).requires_grad
+    assert len(started) == 1
+    negated = torch.complex(x, -x).conj().imag.expand(3, 40)
+    plain = torch.complex(x, x).imag
+    gpusoftmax.softmax(plain)
+    assert negated.is_neg() and same_bits(gpusoftmax.softmax(negated), gpusoftmax.softmax(plain))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(TypeError, match="tangent"):
+        gpusoftmax.softmax(torch.autograd.forward_ad.make_dual(x, torch.ones(3, 40)))
+    with pytest.raises(TypeError, match="^x has no memory"):
+        torch.func.vmap(gpusoftmax.softmax)(torch.stack([x, x]))
+    for t in (x, tensor(X)[:, 1:]):  # of a layout that was seen before, and not
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(TypeError, match="^torch makes fake tensors"):
+            gpusoftmax.softmax(t)
+    with pytest.raises(TypeError, match="^dtype is float32 but out"):
+        gpusoftmax.softmax(x, dtype="float32", out=x.double())
+    with torch.inference_mode():
+        assert same_bits(gpusoftmax.softmax(x.clone()), expected)
+
+
+def test_replayed_calls_with_other_thread_counts():
+    x = torch.randn(512, 2048, generator=torch.manual_seed(0))
+    expected = gpusoftmax.softmax(x)
+    for _ in range(3):
+        assert same_bits(gpusoftmax.softmax(x), expected)
 
 
 # ---------------------------------------------------------------- what is refused

@@ -304,7 +304,7 @@ def test_a_confident_row_has_a_gradient():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0, -0.5, 0.0])
 def test_a_graph_that_is_kept(reduction, dtype, scale):
     """Each backward hands out a gradient of its own, with the same bits: the first may be written into."""
     x, target = random(6, 40, dtype=dtype), labels((6,), 40, ignored=-100)
@@ -312,6 +312,8 @@ def test_a_graph_that_is_kept(reduction, dtype, scale):
     upstream = torch.full_like(loss, scale)
     (first,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
     kept = first.clone()
+    (unscaled,) = torch.autograd.grad(F.cross_entropy(x.double(), target, reduction=reduction).sum(), x)
+    torch.testing.assert_close(kept, scale * unscaled, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
     first.fill_(7)
     (second,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
     assert same_bits(second, kept) and second.data_ptr() != first.data_ptr()
