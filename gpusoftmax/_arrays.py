@@ -265,7 +265,7 @@ def _from_cupy(x, name: str) -> Array:
 
 
 def _from_torch(x, name: str) -> Array:
-    torch = importlib.import_module("torch")
+    torch = sys.modules["torch"]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise TypeError(
             f"{name} is traced by torch: kernels need values, so call gpusoftmax outside of torch.compile and "
@@ -280,12 +280,10 @@ def _from_torch(x, name: str) -> Array:
         raise RequiresGrad(name)
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}, expected a dense tensor: call .to_dense()")
-    if x.device.type not in ("cpu", "cuda"):
+    if not (x.is_cpu or x.is_cuda):
         raise TypeError(f"{name} is on device {x.device}, expected cpu or cuda")
     x = x.resolve_neg()
-    place = CPU
-    if x.device.type == "cuda":
-        place = _cuda(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+    place = CPU if x.is_cpu else _cuda(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
     dtype = str(x.dtype).removeprefix("torch.")
     try:
         pointer = x.data_ptr()
@@ -387,12 +385,15 @@ def make_beside(
 
 def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "torch":
-        torch = importlib.import_module("torch")
-        array = _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
-        if array.size and not array.pointer:
+        torch = sys.modules["torch"]
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device)
+        if type(tensor) is not torch.Tensor:
             raise TypeError("torch makes fake tensors here, which have no memory for a result: leave FakeTensorMode")
-        if array.place.target == "cpu":
-            _memory.in_huge_pages(array.pointer, array.size * array.itemsize)
+        array = Array(
+            tensor, tensor.data_ptr(), "torch", dtype, tuple(shape), _row_major(tuple(shape)), like.place, True
+        )
+        if like.place.target == "cpu":
+            _memory.in_huge_pages(array.pointer, tensor.nbytes)
         return array
     if like.kind == "device":
         return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)), "out")
@@ -449,7 +450,7 @@ def result(array: Array, given=None):
 def written(given) -> None:
     """What is due after a user's array was written to."""
     if _readers.get(type(given)) is _from_torch:
-        importlib.import_module("torch").autograd.graph.increment_version(given)
+        sys.modules["torch"].autograd.graph.increment_version(given)
 
 
 def _to_jax(array: Array):

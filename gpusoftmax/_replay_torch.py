@@ -12,6 +12,7 @@ from gpusoftmax import _memory, _replay_cpu
 class _Recipe(NamedTuple):
     numpy: Any  # of _replay_cpu, for NumPy arrays at the same addresses
     made: tuple[tuple[int, ...], Any] | None  # shape and dtype of the result, where it was not given
+    given: int | None  # which argument it is otherwise
 
 
 _recipes: dict[tuple, _Recipe | None] = {}
@@ -33,7 +34,6 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
         return _record(torch, key, function, arrays, options)
     if recipe is None or not _replay_cpu.apart(addresses, recipe.numpy.overlaps):
         return function(*arrays, *options)
-    result = arrays[-1]
     if recipe.made:
         shape, dtype = recipe.made
         result = torch.empty(shape, dtype=dtype, device="cpu")
@@ -43,6 +43,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
         _memory.in_huge_pages(addresses[-1], result.nbytes)
     _replay_cpu.start(recipe.numpy, addresses)
     if not recipe.made:
+        result = arrays[recipe.given]
         torch.autograd.graph.increment_version(result)
     return result
 
@@ -83,11 +84,10 @@ def _record(torch: Any, key: tuple, function: Callable, arrays: tuple, options: 
     _recipes[key] = None
     if type(result) is torch.Tensor:
         views = [None if array is None else _as_numpy(torch, array) for array in arrays]
-        given = next((view for view, array in zip(views, arrays, strict=True) if array is result), None)
-        recipe = _replay_cpu.recipe(starts, views, _as_numpy(torch, result) if given is None else given)
+        given = next((number for number, array in enumerate(arrays) if array is result), None)
+        recipe = _replay_cpu.recipe(starts, views, _as_numpy(torch, result) if given is None else views[given])
         if recipe is not None:
-            made = None if recipe.made is None else (result.shape, result.dtype)
-            _recipes[key] = _Recipe(recipe, made)
+            _recipes[key] = _Recipe(recipe, None if recipe.made is None else (result.shape, result.dtype), given)
     return result
 
 

@@ -118,7 +118,8 @@ def cross_entropy(
     validate: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and what "mean" has divided by; the other reductions divide by 1."""
-    divisor = torch.ones(1, dtype=row_dtype(logits.dtype), device=logits.device)
+    make = torch.empty if reduction == "mean" else torch.ones
+    divisor = make(1, dtype=row_dtype(logits.dtype), device=logits.device)
     options = class_dim(logits), ignore_index, reduction, label_smoothing, validate, 1.0, False
     loss, _ = _with_divisor(logits, target, weight, None, divisor, *options)
     return loss, divisor
