@@ -393,7 +393,7 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
             tensor, tensor.data_ptr(), "torch", dtype, tuple(shape), _row_major(tuple(shape)), like.place, True
         )
         if like.place.target == "cpu":
-            _memory.in_huge_pages(array.pointer, tensor.nbytes)
+            _memory.in_huge_pages(array.pointer, array.size * array.itemsize)
         return array
     if like.kind == "device":
         return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)), "out")

@@ -35,16 +35,17 @@ class Loss(NamedTuple):
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
     _check_weight(weight)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
+    if not rows.recorded(logits):
         return ops.cross_entropy(logits, target, weight, *loss)[0]
-    if _can_look(logits) and logits.dtype in (torch.float32, torch.float64):
+    backward_alone = torch.autograd.forward_ad._current_level < 0
+    if backward_alone and _can_look(logits) and logits.dtype in (torch.float32, torch.float64):
         return _FusedCrossEntropy.apply(logits, target, weight, loss)
-    return _CrossEntropy.apply(logits, target, weight, loss)
+    return rows.with_tangent(_CrossEntropy, _CrossEntropyWithTangent)(logits, target, weight, loss)[0]
 
 
 def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
     """As cross_entropy, with the gradient in the memory of the logits, where one is recorded."""
-    if not (logits.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not rows.recorded(logits) or torch.compiler.is_compiling():
         return cross_entropy(logits, target, weight, loss)
     if logits.is_leaf:
         raise ValueError(
@@ -61,23 +62,31 @@ def _check_weight(weight: Tensor | None) -> None:
 
 
 def _can_look(tensor: Tensor) -> bool:
-    """Whether the tensor has values, and nobody waits when Python looks at them."""
-    real = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    return real and not torch.compiler.is_compiling()
+    """Whether the tensor has values, and nobody waits when Python looks at them: no tracer, no transformation."""
+    if torch.compiler.is_compiling() or not tensor.is_cpu or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
 
 
 class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
-        value, divisor = ops.cross_entropy(logits, target, weight, *loss)
-        ctx.save_for_backward(logits, target, weight, divisor)
-        ctx.loss = loss
-        return value
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple:
+    def forward(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> tuple[Tensor, Tensor]:
+        return ops.cross_entropy(logits, target, weight, *loss)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+        logits, target, weight, ctx.loss = inputs
+        _, divisor = outputs
+        ctx.mark_non_differentiable(divisor)
+        ctx.save_for_backward(logits, target, weight, divisor)
+        ctx.save_for_forward(logits, target, weight, divisor)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: None) -> tuple:
         logits, target, weight, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if rows.recorded(logits, dloss):
             return _graph_of_dlogits(logits, target, weight, dloss, ctx.loss), None, None, None
         ignore_index, reduction, label_smoothing, _ = ctx.loss
         options = logits, target, weight, ignore_index, label_smoothing
@@ -93,6 +102,15 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, None, None
 
 
+class _CrossEntropyWithTangent(_CrossEntropy):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+        logits, target, weight, divisor = ctx.saved_tensors
+        options = logits, target, weight, ctx.loss.ignore_index, ctx.loss.label_smoothing
+        moved = ops.cross_entropy_backward(divisor, *options, divisor.dtype) * tangent
+        return moved.sum(dim=ops.class_dim(logits)) if ctx.loss.reduction == "none" else moved.sum(), None
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
@@ -103,7 +121,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # only then are the logits looked at, which may have been written over by now
             return _graph_of_dlogits(*ctx.saved_tensors, dloss, ctx.loss), None, None, None
         # Handed out once: whoever gets it may write into it. The next backward of a retained graph computes it anew.
         dlogits, ctx.dlogits = ctx.dlogits, None
@@ -195,8 +213,8 @@ class Tokens(NamedTuple):
 
 def token_logprobs(logits: Tensor, target: Tensor, tokens: Tokens) -> tuple[Tensor | None, ...]:
     """logprob, lse, entropy, rank, argmax."""
-    if logits.requires_grad and torch.is_grad_enabled():
-        made = _TokenLogprobs.apply(logits, target, tokens)
+    if rows.recorded(logits):
+        made = rows.with_tangent(_TokenLogprobs, _TokenLogprobsWithTangent)(logits, target, tokens)
     else:
         made = ops.token_logprobs(logits, target, *tokens)
     made = iter(made)
@@ -204,14 +222,20 @@ def token_logprobs(logits: Tensor, target: Tensor, tokens: Tokens) -> tuple[Tens
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
-        made = ops.token_logprobs(logits, target, *tokens)
+    def forward(logits: Tensor, target: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
+        return tuple(ops.token_logprobs(logits, target, *tokens))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, made: tuple[Tensor, ...]) -> None:
+        logits, target, tokens = inputs
         ctx.save_for_backward(logits, target)
+        ctx.save_for_forward(logits, target)
         ctx.tokens = tokens
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*made[1 + tokens.lse + tokens.entropy :])
-        return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, dlogprob: Tensor | None, *others: Tensor | None) -> tuple:
@@ -219,7 +243,7 @@ class _TokenLogprobs(torch.autograd.Function):
         dlse = others[0] if tokens.lse else None
         dentropy = others[tokens.lse] if tokens.entropy else None
         dim, temperature, ignore_index = tokens[:3]
-        if torch.is_grad_enabled():
+        if rows.recorded(logits, *(one for one in (dlogprob, dlse, dentropy) if one is not None)):
             return _graph_of_tokens(logits, target, dlogprob, dlse, dentropy, tokens), None, None
         dlogits = None
         if dlogprob is not None or dentropy is not None:
@@ -229,6 +253,32 @@ class _TokenLogprobs(torch.autograd.Function):
             of_lse = probs.mul_((dlse / temperature).unsqueeze(dim))
             dlogits = (of_lse if dlogits is None else of_lse.add_(dlogits)).to(logits.dtype)
         return dlogits, None, None
+
+
+class _TokenLogprobsWithTangent(_TokenLogprobs):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (logits, target), tokens = ctx.saved_tensors, ctx.tokens
+        dim, temperature, dtype = tokens.dim, tokens.temperature, ops.row_dtype(logits.dtype)
+        probs, moved = ops.softmax(logits, (dim,), temperature, dtype), tangent.to(dtype) / temperature
+        of_lse = (probs * moved).sum(dim)
+        several = target.ndim == logits.ndim
+        targets = (target if several else target.unsqueeze(-1)).long()
+        columns = targets.clamp(0, logits.shape[dim] - 1).movedim(-1, dim)
+        of_targets = moved.gather(dim, columns).movedim(dim, -1) - of_lse.unsqueeze(-1)
+        of_targets = torch.where(targets != tokens.ignore_index, of_targets, 0)
+        made = [of_targets if several else of_targets.squeeze(-1)]
+        if tokens.lse:
+            made.append(of_lse)
+        if tokens.entropy:
+            terms = _entropy_terms(probs, ops.log_softmax(logits, (dim,), temperature, dtype))
+            entropy = -terms.sum(dim, keepdim=True)
+            made.append(-((terms + probs * entropy) * moved).sum(dim))
+        return *made, *[None] * (tokens.rank + tokens.argmax)
+
+
+def _entropy_terms(probs: Tensor, log_probs: Tensor) -> Tensor:
+    return probs * torch.where(probs > 0, log_probs, 0)  # 0 log 0 = 0
 
 
 def _graph_of_tokens(
@@ -265,7 +315,7 @@ def _graph_of_tokens(
         dlogits = dlogits.scatter_add(dim, *at_targets)
     if dentropy is not None:
         log_probs = rows.log_softmax(logits, (dim,), temperature, dtype)
-        terms = probs * torch.where(probs > 0, log_probs, 0)  # 0 log 0 = 0
+        terms = _entropy_terms(probs, log_probs)
         entropy = -terms.sum(dim, keepdim=True)
         dlogits = dlogits - dentropy.unsqueeze(dim) * (terms + probs * entropy)
     return (dlogits / temperature).to(logits.dtype)

@@ -24,7 +24,7 @@ def _define(arguments: str, fake: Callable) -> Callable[[Callable], Callable]:
         name = function.__name__
         _LIBRARY.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, function, key)
+            _LIBRARY.impl(name, torch.no_grad()(function), key)
         torch.library.register_fake(f"gpusoftmax::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.gpusoftmax, name).default
 

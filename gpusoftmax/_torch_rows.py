@@ -16,6 +16,7 @@ The gradient of logsumexp is g p / T, a product of functions that are differenti
 The first backward is one kernel; what is beyond it is written in operations of torch, in float32 at least.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,27 +27,39 @@ from gpusoftmax import _torch_ops as ops
 Dims = tuple[int, ...]
 
 
+def recorded(*tensors: Tensor) -> bool:
+    """Whether torch wants to know of what is computed from these: for a gradient, or (which no tensor says) forward."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def with_tangent(function: type, forward: type) -> Callable[..., Any]:
+    """How to call a function of autograd: with forward mode where that is on. torch.compile takes none that has it."""
+    return (function if torch.autograd.forward_ad._current_level < 0 else forward).apply
+
+
 def softmax(x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Softmax.apply(x, dim, temperature, dtype)
+    if recorded(x):
+        return with_tangent(_Softmax, _SoftmaxWithTangent)(x, dim, temperature, dtype)
     return ops.softmax(x, dim, temperature, dtype)
 
 
 def log_softmax(x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        return _LogSoftmax.apply(x, dim, temperature, dtype)
+    if recorded(x):
+        return with_tangent(_LogSoftmax, _LogSoftmaxWithTangent)(x, dim, temperature, dtype)
     return ops.log_softmax(x, dim, temperature, dtype)
 
 
 def logsumexp(x: Tensor, dim: Dims, keepdim: bool, temperature: float) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        return _LogSumExp.apply(x, dim, keepdim, temperature)
+    if recorded(x):
+        return with_tangent(_LogSumExp, _LogSumExpWithTangent)(x, dim, keepdim, temperature)
     return ops.logsumexp(x, dim, keepdim, temperature)
 
 
 def softmax_backward(probs: Tensor, dprobs: Tensor, dim: Dims, temperature: float, dtype: torch.dtype) -> Tensor:
     """The gradient with respect to the logits, of `dtype`; itself differentiable where gradients are recorded."""
-    if torch.is_grad_enabled() and (probs.requires_grad or dprobs.requires_grad):
+    if recorded(probs, dprobs):
         return _SoftmaxBackward.apply(probs, dprobs, dim, temperature, dtype)
     return ops.softmax_backward(probs, dprobs, dim, temperature, dtype)
 
@@ -55,7 +68,7 @@ def log_softmax_backward(
     log_probs: Tensor, dlog_probs: Tensor, dim: Dims, temperature: float, dtype: torch.dtype
 ) -> Tensor:
     """As softmax_backward, for log_softmax."""
-    if torch.is_grad_enabled() and (log_probs.requires_grad or dlog_probs.requires_grad):
+    if recorded(log_probs, dlog_probs):
         return _LogSoftmaxBackward.apply(log_probs, dlog_probs, dim, temperature, dtype)
     return ops.log_softmax_backward(log_probs, dlog_probs, dim, temperature, dtype)
 
@@ -66,41 +79,73 @@ def wide(x: Tensor) -> Tensor:
 
 
 class _Softmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
-        probs = ops.softmax(x, dim, temperature, dtype)
+    def forward(x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
+        return ops.softmax(x, dim, temperature, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, probs: Tensor) -> None:
+        x, dim, temperature, _ = inputs
         ctx.save_for_backward(probs)
+        ctx.save_for_forward(probs)
         ctx.options = dim, temperature, x.dtype
-        return probs
 
     @staticmethod
     def backward(ctx: Any, dprobs: Tensor) -> tuple:
         return softmax_backward(*ctx.saved_tensors, dprobs, *ctx.options), None, None, None
 
 
-class _LogSoftmax(torch.autograd.Function):
+class _SoftmaxWithTangent(_Softmax):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
-        log_probs = ops.log_softmax(x, dim, temperature, dtype)
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (probs,), (dim, temperature, _) = ctx.saved_tensors, ctx.options
+        return ops.softmax_backward(probs, tangent.to(probs.dtype), dim, temperature, probs.dtype)  # J is symmetric
+
+
+class _LogSoftmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
+        return ops.log_softmax(x, dim, temperature, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, log_probs: Tensor) -> None:
+        x, dim, temperature, _ = inputs
         ctx.save_for_backward(log_probs)
+        ctx.save_for_forward(log_probs)
         ctx.options = dim, temperature, x.dtype
-        return log_probs
 
     @staticmethod
     def backward(ctx: Any, dlog_probs: Tensor) -> tuple:
         return log_softmax_backward(*ctx.saved_tensors, dlog_probs, *ctx.options), None, None, None
 
 
-class _SoftmaxBackward(torch.autograd.Function):
+class _LogSoftmaxWithTangent(_LogSoftmax):
     @staticmethod
-    def forward(ctx: Any, probs: Tensor, dprobs: Tensor, dim: Dims, temperature: float, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(probs, dprobs)
-        ctx.options = dim, temperature
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (log_probs,), (dim, temperature, _) = ctx.saved_tensors, ctx.options
+        moved = wide(tangent) - (wide(log_probs).exp() * wide(tangent)).sum(dim=dim, keepdim=True)
+        return (moved / temperature).to(log_probs.dtype)
+
+
+class _SoftmaxBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(probs: Tensor, dprobs: Tensor, dim: Dims, temperature: float, dtype: torch.dtype) -> Tensor:
         return ops.softmax_backward(probs, dprobs, dim, temperature, dtype)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        probs, dprobs, *ctx.options = inputs
+        ctx.save_for_backward(probs, dprobs)
+
+    @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:
-        (probs, dprobs), (dim, temperature) = ctx.saved_tensors, ctx.options
+        (probs, dprobs), (dim, temperature, _) = ctx.saved_tensors, ctx.options
         of_probs = of_dprobs = None
         if ctx.needs_input_grad[0]:
             p, g, wide_h = wide(probs), wide(dprobs), wide(h)
@@ -113,17 +158,20 @@ class _SoftmaxBackward(torch.autograd.Function):
 
 
 class _LogSoftmaxBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, log_probs: Tensor, dlog_probs: Tensor, dim: Dims, temperature: float, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.save_for_backward(log_probs, dlog_probs)
-        ctx.options = dim, temperature
+    def forward(log_probs: Tensor, dlog_probs: Tensor, dim: Dims, temperature: float, dtype: torch.dtype) -> Tensor:
         return ops.log_softmax_backward(log_probs, dlog_probs, dim, temperature, dtype)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        log_probs, dlog_probs, *ctx.options = inputs
+        ctx.save_for_backward(log_probs, dlog_probs)
+
+    @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:
-        (log_probs, dlog_probs), (dim, temperature) = ctx.saved_tensors, ctx.options
+        (log_probs, dlog_probs), (dim, temperature, _) = ctx.saved_tensors, ctx.options
         wide_h = wide(h)
         weighted = wide(log_probs).exp() * wide_h
         of_log_probs = of_dlog_probs = None
@@ -137,11 +185,18 @@ class _LogSoftmaxBackward(torch.autograd.Function):
 
 
 class _LogSumExp(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: Dims, keepdim: bool, temperature: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.options = dim, temperature
+    def forward(x: Tensor, dim: Dims, keepdim: bool, temperature: float) -> Tensor:
         return ops.logsumexp(x, dim, keepdim, temperature)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, lse: Tensor) -> None:
+        x, dim, _, temperature = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x, lse)
+        ctx.options = dim, temperature
 
     @staticmethod
     def backward(ctx: Any, dlse: Tensor) -> tuple:
@@ -150,5 +205,14 @@ class _LogSumExp(torch.autograd.Function):
         scale = dlse.reshape(per_row) / temperature
         probs = softmax(x, dim, temperature, dlse.dtype)
         # In place where nobody else has seen the probabilities: a large array less.
-        dx = probs * scale if probs.requires_grad else probs.mul_(scale)
+        seen = recorded(probs, scale) or torch._C._are_functorch_transforms_active()
+        dx = probs * scale if seen else probs.mul_(scale)
         return dx.to(x.dtype), None, None, None
+
+
+class _LogSumExpWithTangent(_LogSumExp):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (x, lse), (dim, temperature) = ctx.saved_tensors, ctx.options
+        probs = ops.softmax(x, dim, temperature, lse.dtype)
+        return ((probs * tangent).sum(dim=dim) / temperature).reshape(lse.shape).to(lse.dtype)

@@ -1,9 +1,9 @@
 """The softmax family for training with PyTorch: torch's names, arguments and defaults, differentiable.
 
 softmax, log_softmax, logsumexp, cross_entropy and CrossEntropyLoss stand in for torch's functions of these names;
-token_logprobs and sample are those of gpusoftmax. They are differentiable any number of times (sample is not at all),
-can be compiled by torch.compile with fullgraph=True, wait for no GPU and so can be captured in a CUDA graph, and take
-tensors of any strides without a copy.
+token_logprobs and sample are those of gpusoftmax. They are differentiable any number of times, once in forward mode,
+and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU and so
+can be captured in a CUDA graph, and take tensors of any strides without a copy.
 
 Sums are computed in float32 whatever the dtype of the logits, float64 in float64. Inside torch.autocast softmax and
 log_softmax of half types return float32, as torch's do on a GPU; losses, log-sum-exp and log-probabilities are float32
@@ -194,9 +194,10 @@ def cross_entropy(
     x, _ = _logits(input, None)
     _tensor(target, "target")
     if target.is_floating_point():
-        _warn_once(
-            "target holds probabilities of classes, which gpusoftmax has no kernel for: torch's function is used"
-        )
+        if not torch.compiler.is_compiling():  # which knows no warnings
+            _warn_once(
+                "target holds probabilities of classes, which gpusoftmax has no kernel for: torch's function is used"
+            )
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return torch.nn.functional.cross_entropy(input, target, weight, **options)
     _checks.reduction(reduction)

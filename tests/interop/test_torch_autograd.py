@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
+from torch.utils.checkpoint import checkpoint
 
 import gpusoftmax
 import gpusoftmax.torch as ours
@@ -185,6 +187,82 @@ def test_gradients_of_masked_tokens_are_finite():
         assert first.isfinite().all() and first[0, 1] == 0
         (second,) = torch.autograd.grad(again[0, 0], x)
         assert second.isfinite().all() and second[0, 1] == 0
+
+
+# ---------------------------------------------------------------- forward mode, and torch.func
+
+W = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+SCORED, SCORES = torch.tensor([0, -100, 4]), {"return_lse": True, "return_entropy": True, "return_rank": True}
+
+
+def their_scores(x):
+    log_probs = F.log_softmax(x / 0.7, -1)
+    return log_probs.gather(1, SCORED.clamp(0)[:, None])[:, 0] * (SCORED != -100), -(log_probs.exp() * log_probs).sum(
+        -1
+    )
+
+
+PAIRS = {
+    "softmax": (lambda x: ours.softmax(x, -1, temperature=0.7), lambda x: F.softmax(x / 0.7, -1)),
+    "log_softmax": (lambda x: ours.log_softmax(x, 0, temperature=0.7), lambda x: F.log_softmax(x / 0.7, 0)),
+    "logsumexp": (lambda x: ours.logsumexp(x, (0, 1), True), lambda x: torch.logsumexp(x, (0, 1), True)),
+    "cross_entropy": (
+        lambda x: ours.cross_entropy(x, SCORED, W, label_smoothing=0.1),
+        lambda x: F.cross_entropy(x, SCORED, W, label_smoothing=0.1),
+    ),
+    "cross_entropy of rows": (
+        lambda x: ours.cross_entropy(x, SCORED, reduction="none"),
+        lambda x: F.cross_entropy(x, SCORED, reduction="none"),
+    ),
+    "token_logprobs": (
+        lambda x: ours.token_logprobs(x, SCORED, temperature=0.7, **SCORES)[0:3:2],
+        their_scores,
+    ),
+}
+
+
+def squares(result):
+    return sum(one.pow(2).sum() for one in (result if isinstance(result, tuple) else (result,)))
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,)),
+    "grad": lambda f, x, v: torch.func.grad(lambda x: squares(f(x)))(x),
+    "grad of grad": lambda f, x, v: torch.func.grad(lambda x: squares(torch.func.grad(lambda x: squares(f(x)))(x)))(x),
+    "jacrev": lambda f, x, v: torch.func.jacrev(lambda x: squares(f(x)))(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its own functions
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_functional_transforms(name, transform):
+    x, v = random(3, 5).detach(), random(3, 5, seed=1).detach()
+    got, expected = (TRANSFORMS[transform](function, x, v) for function in PAIRS[name])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", PAIRS)
+def test_forward_mode(name, requires_grad):
+    """Also by the side of a gradient, and with a tangent that no tensor says it has."""
+    x, v = random(3, 5).detach().requires_grad_(requires_grad), random(3, 5, seed=1).detach()
+    tangents = []
+    for function in PAIRS[name]:
+        with torch.autograd.forward_ad.dual_level():
+            results = function(torch.autograd.forward_ad.make_dual(x, v))
+            results = results if isinstance(results, tuple) else (results,)
+            tangents.append([torch.autograd.forward_ad.unpack_dual(one).tangent for one in results])
+    torch.testing.assert_close(*tangents, rtol=1e-10, atol=1e-12)
+
+
+def test_forward_mode_of_several_targets():
+    x, target = random(3, 5), torch.tensor([[0, 1], [4, -100], [2, 2]])
+
+    def scores(x):
+        return ours.token_logprobs(x, target, return_lse=True).logprob
+
+    assert gradcheck(scores, x, check_forward_ad=True)
 
 
 # ---------------------------------------------------------------- torch's samples and torch's answers
@@ -646,6 +724,45 @@ def test_probabilities_of_classes_go_to_torch():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         ours.cross_entropy(x, probabilities)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: ours.cross_entropy(x, probabilities), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.cross_entropy(x, probabilities))
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.loss = torch.nn.Linear(5, 7), ours.CrossEntropyLoss()
+
+    def forward(self, x, target):
+        return self.loss(self.layer(x), target), ours.softmax(self.layer(x), -1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict):
+    model, given = Model(), (torch.randn(3, 5), torch.tensor([0, 6, 2]))
+    exported = torch.export.export(model, given, strict=strict).module()
+    for got, expected in zip(exported(*given), model(*given), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_traced_by_make_fx():
+    """No value is looked at, and forward and backward are the operators."""
+    x, target = random(3, 5), torch.tensor([0, 4, 2])
+    graph = make_fx(lambda x: torch.autograd.grad(ours.cross_entropy(x, target), x)[0])(x)
+    assert "gpusoftmax.cross_entropy_backward" in graph.code
+    torch.testing.assert_close(graph(x).detach(), torch.autograd.grad(F.cross_entropy(x, target), x)[0])
+
+
+def test_checkpointed():
+    x, target = random(3, 5), torch.tensor([0, 4, 2])
+
+    def function(x):
+        return ours.cross_entropy(x * 2, target) + ours.softmax(x, -1).pow(2).sum()
+
+    got = torch.autograd.grad(checkpoint(function, x, use_reentrant=False), x)[0]
+    assert same_bits(got, torch.autograd.grad(function(x), x)[0])
 
 
 def test_errors():
