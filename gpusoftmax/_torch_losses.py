@@ -81,7 +81,6 @@ class _CrossEntropy(torch.autograd.Function):
         _, divisor = outputs
         ctx.mark_non_differentiable(divisor)
         ctx.save_for_backward(logits, target, weight, divisor)
-        ctx.save_for_forward(logits, target, weight, divisor)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: None) -> tuple:
@@ -103,6 +102,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _CrossEntropyWithTangent(_CrossEntropy):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+        _CrossEntropy.setup_context(ctx, inputs, outputs)
+        ctx.save_for_forward(*inputs[:3], outputs[1])
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
         logits, target, weight, divisor = ctx.saved_tensors
@@ -232,7 +236,6 @@ class _TokenLogprobs(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, made: tuple[Tensor, ...]) -> None:
         logits, target, tokens = inputs
         ctx.save_for_backward(logits, target)
-        ctx.save_for_forward(logits, target)
         ctx.tokens = tokens
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*made[1 + tokens.lse + tokens.entropy :])
@@ -256,6 +259,11 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 class _TokenLogprobsWithTangent(_TokenLogprobs):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, made: tuple[Tensor, ...]) -> None:
+        _TokenLogprobs.setup_context(ctx, inputs, made)
+        ctx.save_for_forward(*inputs[:2])
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         (logits, target), tokens = ctx.saved_tensors, ctx.tokens

@@ -89,7 +89,6 @@ class _Softmax(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, probs: Tensor) -> None:
         x, dim, temperature, _ = inputs
         ctx.save_for_backward(probs)
-        ctx.save_for_forward(probs)
         ctx.options = dim, temperature, x.dtype
 
     @staticmethod
@@ -98,6 +97,11 @@ class _Softmax(torch.autograd.Function):
 
 
 class _SoftmaxWithTangent(_Softmax):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, probs: Tensor) -> None:
+        _Softmax.setup_context(ctx, inputs, probs)
+        ctx.save_for_forward(probs)
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (probs,), (dim, temperature, _) = ctx.saved_tensors, ctx.options
@@ -115,7 +119,6 @@ class _LogSoftmax(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, log_probs: Tensor) -> None:
         x, dim, temperature, _ = inputs
         ctx.save_for_backward(log_probs)
-        ctx.save_for_forward(log_probs)
         ctx.options = dim, temperature, x.dtype
 
     @staticmethod
@@ -124,6 +127,11 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 class _LogSoftmaxWithTangent(_LogSoftmax):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, log_probs: Tensor) -> None:
+        _LogSoftmax.setup_context(ctx, inputs, log_probs)
+        ctx.save_for_forward(log_probs)
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (log_probs,), (dim, temperature, _) = ctx.saved_tensors, ctx.options
@@ -195,7 +203,6 @@ class _LogSumExp(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, lse: Tensor) -> None:
         x, dim, _, temperature = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x, lse)
         ctx.options = dim, temperature
 
     @staticmethod
@@ -211,6 +218,11 @@ class _LogSumExp(torch.autograd.Function):
 
 
 class _LogSumExpWithTangent(_LogSumExp):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, lse: Tensor) -> None:
+        _LogSumExp.setup_context(ctx, inputs, lse)
+        ctx.save_for_forward(inputs[0], lse)
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (x, lse), (dim, temperature) = ctx.saved_tensors, ctx.options

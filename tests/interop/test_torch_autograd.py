@@ -1,10 +1,12 @@
 """gpusoftmax.torch: torch's answers, gradients of any order, and what torch's own tools say of the operators."""
 
 import copy
+import gc
 import io
 import itertools
 import pickle
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -399,6 +401,29 @@ def test_a_graph_that_is_kept(reduction, dtype, scale):
     assert same_bits(third, kept) and (first == 7).all()
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, x, upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "logsumexp", "token_logprobs"])
+def test_logits_are_given_back_by_the_backward(name, dtype):
+    """By counting references: no cycle keeps them until the garbage collector comes."""
+    x, target = random(6, 40, dtype=dtype), labels((6,), 40)
+    functions = {
+        "cross_entropy": lambda x: ours.cross_entropy(x, target),
+        "logsumexp": lambda x: ours.logsumexp(x, -1).sum(),
+        "token_logprobs": lambda x: ours.token_logprobs(x, target, return_lse=True).logprob.sum(),
+    }
+    gc.disable()
+    try:
+        hidden = x * 2
+        kept = weakref.ref(hidden)
+        result = functions[name](hidden)
+        del hidden
+        assert kept() is not None
+        result.backward()
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_add_up():
