@@ -5,10 +5,11 @@ above, for "mean" divided by the sum of the weights),
 
     dlogits_c = u (a (p_c - [c = t]) + b (p_c W - w_c))        a = (1 - eps) w_t        b = eps / V
 
-comes from one of two kernels. On a GPU, in half precision and when compiled, the backward computes it from the logits,
-with u read from the device: one read and one write, nothing rounded before u is in it (float16 gradients would vanish
-before they meet the loss scale), and the forward only reads. Eager float32 and float64 on the CPU, where u can be
-looked at and is 1 as a rule, get loss and gradient from one read in the forward.
+comes from one of two kernels. On a GPU and when compiled, the backward computes it from the logits, with u read from
+the device: one read and one write, nothing is rounded before u is in it, and the forward only reads. On the CPU, where
+what comes from above can be looked at and is 1 as a rule, loss and gradient come from one read in the forward. Where it
+is not 1, float32 and float64 are multiplied, and half types computed anew: in float16 small gradients would have
+vanished before they met the loss scale.
 
 Where the gradient is to be differentiated again, the same formula is written in operations of torch on p = softmax,
 which _torch_rows.py differentiates. The gradient of token_logprobs likewise, by the formula that stands at
@@ -38,7 +39,7 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, loss: L
     if not rows.recorded(logits):
         return ops.cross_entropy(logits, target, weight, *loss)[0]
     backward_alone = torch.autograd.forward_ad._current_level < 0
-    if backward_alone and _can_look(logits) and logits.dtype in (torch.float32, torch.float64):
+    if backward_alone and _can_look(logits):
         return _FusedCrossEntropy.apply(logits, target, weight, loss)
     return rows.with_tangent(_CrossEntropy, _CrossEntropyWithTangent)(logits, target, weight, loss)[0]
 
@@ -87,18 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits, target, weight, divisor = ctx.saved_tensors
         if rows.recorded(logits, dloss):
             return _graph_of_dlogits(logits, target, weight, dloss, ctx.loss), None, None, None
-        ignore_index, reduction, label_smoothing, _ = ctx.loss
-        options = logits, target, weight, ignore_index, label_smoothing
-        if reduction == "none" and weight is None and not label_smoothing:
-            # Minus the log-probabilities of the labels, whose backward takes a number for each row.
-            dim = ops.class_dim(logits)
-            dlogits = ops.token_logprobs_backward(logits, target, -dloss, None, dim, 1.0, ignore_index)
-        elif reduction != "none":
-            dlogits = ops.cross_entropy_backward(divisor / dloss, *options, logits.dtype)
-        else:
-            dlogits = ops.cross_entropy_backward(divisor, *options, dloss.dtype)
-            dlogits = dlogits.mul_(_per_row(dloss, logits, target, ignore_index)).to(logits.dtype)
-        return dlogits, None, None, None
+        return _dlogits(logits, target, weight, divisor, dloss, ctx.loss), None, None, None
 
 
 class _CrossEntropyWithTangent(_CrossEntropy):
@@ -118,21 +108,48 @@ class _CrossEntropyWithTangent(_CrossEntropy):
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
-        value, ctx.dlogits = ops.cross_entropy_with_grad(logits, target, weight, *loss)
-        ctx.save_for_backward(logits, target, weight)
+        value, ctx.dlogits, divisor = ops.cross_entropy_with_grad(logits, target, weight, *loss)
+        ctx.save_for_backward(logits, target, weight, divisor)
         ctx.loss = loss
         return value
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple:
-        if torch.is_grad_enabled():  # only then are the logits looked at, which may have been written over by now
-            return _graph_of_dlogits(*ctx.saved_tensors, dloss, ctx.loss), None, None, None
         # Handed out once: whoever gets it may write into it. The next backward of a retained graph computes it anew.
+        # What was saved is looked at only where it is needed: by now the logits may have been written over.
+        loss = ctx.loss
+        if torch.is_grad_enabled():
+            logits, target, weight, _ = ctx.saved_tensors
+            return _graph_of_dlogits(logits, target, weight, dloss, loss), None, None, None
         dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None:
-            _, dlogits = ops.cross_entropy_with_grad(*ctx.saved_tensors, *ctx.loss)
-        target = ctx.saved_tensors[1] if ctx.loss.reduction == "none" else None
-        return _times(dlogits, dloss, target, ctx.loss.ignore_index), None, None, None
+        as_it_is = loss.reduction != "none" and _can_look(dloss) and dloss.item() == 1
+        if dlogits is None or not as_it_is and dlogits.dtype in (torch.float16, torch.bfloat16):
+            dlogits = _dlogits(*ctx.saved_tensors, dloss, loss)
+        elif not as_it_is:
+            target = ctx.saved_tensors[1] if loss.reduction == "none" else None
+            dlogits = _times(dlogits, dloss, target, loss.ignore_index)
+        return dlogits, None, None, None
+
+
+def _dlogits(
+    logits: Tensor, target: Tensor, weight: Tensor | None, divisor: Tensor, dloss: Tensor, loss: Loss
+) -> Tensor:
+    """The gradient with respect to the logits, from these. Eager float32 and float64 on the CPU get the bits of
+    _FusedCrossEntropy.
+    """
+    ignore_index, reduction, label_smoothing, _ = loss
+    options = logits, target, weight, ignore_index, label_smoothing
+    if _can_look(logits) and logits.dtype in (torch.float32, torch.float64):
+        dlogits = ops.cross_entropy_backward(divisor, *options, logits.dtype)
+        return _times(dlogits, dloss, target if reduction == "none" else None, ignore_index)
+    if reduction != "none":
+        return ops.cross_entropy_backward(divisor / dloss, *options, logits.dtype)
+    if weight is None and not label_smoothing:
+        # Minus the log-probabilities of the labels, whose backward takes a number for each row.
+        dim = ops.class_dim(logits)
+        return ops.token_logprobs_backward(logits, target, -dloss, None, dim, 1.0, ignore_index)
+    dlogits = ops.cross_entropy_backward(divisor, *options, dloss.dtype)
+    return dlogits.mul_(_per_row(dloss, logits, target, ignore_index)).to(logits.dtype)
 
 
 class _InPlaceCrossEntropy(torch.autograd.Function):

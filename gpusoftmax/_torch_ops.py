@@ -103,6 +103,12 @@ def _fake_loss(logits, target, reduction):
     return logits.new_empty(target.shape if reduction == "none" else (), dtype=row_dtype(logits.dtype))
 
 
+def _new_divisor(logits: Tensor, reduction: str) -> Tensor:
+    """Where "mean" writes what it divides by; the other reductions divide by 1."""
+    make = torch.empty if reduction == "mean" else torch.ones
+    return make(1, dtype=row_dtype(logits.dtype), device=logits.device)
+
+
 def _fake_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, validate):
     return _fake_loss(logits, target, reduction), logits.new_empty((1,), dtype=row_dtype(logits.dtype))
 
@@ -117,9 +123,7 @@ def cross_entropy(
     label_smoothing: float,
     validate: bool | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what "mean" has divided by; the other reductions divide by 1."""
-    make = torch.empty if reduction == "mean" else torch.ones
-    divisor = make(1, dtype=row_dtype(logits.dtype), device=logits.device)
+    divisor = _new_divisor(logits, reduction)
     options = class_dim(logits), ignore_index, reduction, label_smoothing, validate, 1.0, False
     loss, _ = _with_divisor(logits, target, weight, None, divisor, *options)
     return loss, divisor
@@ -151,10 +155,11 @@ def cross_entropy_backward(
 
 
 def _fake_cross_entropy_with_grad(logits, target, weight, ignore_index, reduction, label_smoothing, validate):
-    return _fake_loss(logits, target, reduction), logits.new_empty(logits.shape)
+    divisor = logits.new_empty((1,), dtype=row_dtype(logits.dtype))
+    return _fake_loss(logits, target, reduction), logits.new_empty(logits.shape), divisor
 
 
-@_define(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor dlogits)", _fake_cross_entropy_with_grad)
+@_define(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor dlogits, Tensor divisor)", _fake_cross_entropy_with_grad)
 def cross_entropy_with_grad(
     logits: Tensor,
     target: Tensor,
@@ -163,17 +168,10 @@ def cross_entropy_with_grad(
     reduction: str,
     label_smoothing: float,
     validate: bool | None,
-) -> tuple[Tensor, Tensor]:
-    return gpusoftmax.cross_entropy_with_grad(
-        logits,
-        target,
-        weight,
-        axis=class_dim(logits),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        validate=validate,
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    divisor = _new_divisor(logits, reduction)
+    options = class_dim(logits), ignore_index, reduction, label_smoothing, validate, 1.0, True
+    return *_with_divisor(logits, target, weight, None, divisor, *options), divisor
 
 
 def _fake_cross_entropy_in_place(logits, target, weight, ignore_index, reduction, label_smoothing, validate):
