@@ -28,6 +28,7 @@ class _Recipe(NamedTuple):
     overlaps: tuple[tuple[int, int, int, int], ...]  # two arrays share memory if the distance of the first to
     # the second, in bytes, lies between these two numbers
     made: tuple[tuple[int, ...], np.dtype] | None  # the result, where it was not given
+    given: int | None  # which argument it is, where it was
 
 
 _recipes: dict[tuple, _Recipe | None] = {}
@@ -64,10 +65,11 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
         return _record(key, function, arrays, options)
     if known is None or not apart(addresses, known.overlaps):
         return function(*arrays, *options)
-    result = arrays[-1]
     if known.made:
         result = _memory.aligned(*known.made)
         addresses.append(_memory.address(result))
+    else:
+        result = arrays[known.given]
     start(known, addresses)
     return result
 
@@ -127,4 +129,5 @@ def recipe(starts: list, arrays: Sequence, result: Any) -> _Recipe | None:
             (one, other, -spans[one], spans[other]) for one, other in itertools.combinations(range(len(given)), 2)
         ),
         made=None if plain is given else (result.shape, result.dtype),
+        given=next((number for number, array in enumerate(arrays) if array is result), None),
     )

@@ -12,7 +12,6 @@ from gpusoftmax import _memory, _replay_cpu
 class _Recipe(NamedTuple):
     numpy: Any  # of _replay_cpu, for NumPy arrays at the same addresses
     made: tuple[tuple[int, ...], Any] | None  # shape and dtype of the result, where it was not given
-    given: int | None  # which argument it is otherwise
 
 
 _recipes: dict[tuple, _Recipe | None] = {}
@@ -43,7 +42,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
         _memory.in_huge_pages(addresses[-1], result.nbytes)
     _replay_cpu.start(recipe.numpy, addresses)
     if not recipe.made:
-        result = arrays[recipe.given]
+        result = arrays[recipe.numpy.given]
         torch.autograd.graph.increment_version(result)
     return result
 
@@ -87,7 +86,7 @@ def _record(torch: Any, key: tuple, function: Callable, arrays: tuple, options: 
         given = next((number for number, array in enumerate(arrays) if array is result), None)
         recipe = _replay_cpu.recipe(starts, views, _as_numpy(torch, result) if given is None else views[given])
         if recipe is not None:
-            _recipes[key] = _Recipe(recipe, None if recipe.made is None else (result.shape, result.dtype), given)
+            _recipes[key] = _Recipe(recipe, None if recipe.made is None else (result.shape, result.dtype))
     return result
 
 

@@ -121,3 +121,12 @@ def test_small_calls(function, dtype):
     out.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         function(logits, out=out)
+
+
+@pytest.mark.parametrize("function", [gpusoftmax.softmax, gpusoftmax.log_softmax, gpusoftmax.logsumexp])
+def test_out_is_what_later_calls_return_too(function):
+    """Calls that were made before take a shorter way."""
+    logits = inputs.make("spread", (300, 64), "float32")
+    out = np.empty_like(function(logits, axis=0))
+    for _ in range(3):
+        assert function(logits, axis=0, out=out) is out
