@@ -382,6 +382,13 @@ def test_gradients_of_the_core():
         torch.testing.assert_close(ours, theirs)
         gradients = [torch.autograd.grad(one.pow(2).sum(), x, retain_graph=True)[0] for one in (ours, theirs)]
         torch.testing.assert_close(*gradients)
+    drawn = gpusoftmax.sample(x, rng=3, return_logprob=True, return_entropy=True)
+    log_probs = torch.log_softmax(x, -1)
+    expected = log_probs.gather(-1, drawn[0][..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+    assert not drawn[0].requires_grad
+    for ours, theirs in zip(drawn[1:], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(one.sum(), x, retain_graph=True) for one in (ours, theirs)))
     narrow = sample((3, 4)).requires_grad_()
     assert gpusoftmax.logsumexp(narrow, dtype="float64").dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):  # the core does what it was asked for
