@@ -66,6 +66,11 @@ def _ours_new() -> Calls:
     return {"cross_entropy_with_grad": lambda a: partial(gpusoftmax.cross_entropy_with_grad, a.logits, a.target)}
 
 
+def _ours_in_autograd() -> Calls:
+    cross_entropy = importlib.import_module("gpusoftmax.torch").cross_entropy
+    return {"cross_entropy_with_grad": lambda a: _torch_loss_and_grad(cross_entropy, a)}
+
+
 def _torch() -> Calls:
     torch = importlib.import_module("torch")
 
@@ -250,6 +255,7 @@ _TORCH = {"cpu": "torch", "gpu": "torch"}
 PROVIDERS = {
     OURS: Provider(_ours, _ANY),
     "gpusoftmax, new": Provider(_ours_new, _ANY),
+    "gpusoftmax.torch": Provider(_ours_in_autograd, _TORCH),
     "torch": Provider(_torch, _TORCH),
     "torch.compile": Provider(_torch_compile, {"gpu": "torch"}),
     "SciPy": Provider(_scipy, {"cpu": "numpy"}, dtypes=("float32", "float64")),

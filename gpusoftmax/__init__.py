@@ -15,7 +15,7 @@ from gpusoftmax.logsumexp_state import LogSumExpState
 from gpusoftmax.mask_logits import top_k_mask_logits, top_p_mask_logits
 from gpusoftmax.sample import Sample, sample
 from gpusoftmax.soft_argmax import soft_argmax, soft_argmax_backward
-from gpusoftmax.softmax import softmax, softmax_backward
+from gpusoftmax.softmax import softmax, softmax_backward, softmax_jvp
 from gpusoftmax.spatial_softmax import spatial_softmax, spatial_softmax_backward
 from gpusoftmax.token_logprobs import TokenLogprobs, token_logprobs, token_logprobs_backward
 from gpusoftmax.top_logprobs import TopLogprobs, top_logprobs
@@ -45,6 +45,7 @@ __all__ = [
     "soft_argmax_backward",
     "softmax",
     "softmax_backward",
+    "softmax_jvp",
     "spatial_softmax",
     "spatial_softmax_backward",
     "token_logprobs",

@@ -96,6 +96,17 @@ class Array(NamedTuple):
         return _reach(self.shape, self.strides, self.itemsize)
 
 
+class RequiresGrad(TypeError):
+    """A torch tensor came where gradients are recorded. Functions that have a differentiable version go on there."""
+
+    def __init__(self, argument: str):
+        super().__init__(
+            f"{argument} is a tensor that requires grad, and this function records no gradient: use the functions of "
+            f"gpusoftmax.torch where they exist, or pass {argument}.detach()"
+        )
+        self.argument = argument
+
+
 _TITLES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "torch", "jax": "JAX", "device": "CUDA"}
 
 
@@ -174,6 +185,11 @@ def _reader(x) -> Callable[[Any, str], Array] | None:
     return _from_jax if array_api_compat.is_jax_array(x) else None
 
 
+def is_torch_on_cpu(x) -> bool:
+    """False for a tensor of a class that has not been met yet."""
+    return _readers.get(type(x)) is _from_torch and x.is_cpu
+
+
 def on_gpu(x) -> tuple[tuple, int]:
     """What tells the layout of an array on a GPU from any other, and its address; TypeError if it is not on one."""
     kind = type(x)
@@ -249,11 +265,11 @@ def _from_cupy(x, name: str) -> Array:
 
 
 def _from_torch(x, name: str) -> Array:
-    torch = importlib.import_module("torch")
+    torch = sys.modules["torch"]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise TypeError(
             f"{name} is traced by torch: kernels need values, so call gpusoftmax outside of torch.compile and "
-            f"torch.jit.trace, or use torch.nn.functional inside"
+            f"torch.jit.trace, or use gpusoftmax.torch inside of torch.compile"
         )
     if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise TypeError(
@@ -261,18 +277,13 @@ def _from_torch(x, name: str) -> Array:
             f"pass {name}.detach()"
         )
     if x.requires_grad and torch.is_grad_enabled():
-        raise TypeError(
-            f"{name} is a tensor that requires grad, and this function records no gradient: use the functions of "
-            f"gpusoftmax.torch where they exist, or pass {name}.detach()"
-        )
+        raise RequiresGrad(name)
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}, expected a dense tensor: call .to_dense()")
-    if x.device.type not in ("cpu", "cuda"):
+    if not (x.is_cpu or x.is_cuda):
         raise TypeError(f"{name} is on device {x.device}, expected cpu or cuda")
     x = x.resolve_neg()
-    place = CPU
-    if x.device.type == "cuda":
-        place = _cuda(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+    place = CPU if x.is_cpu else _cuda(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
     dtype = str(x.dtype).removeprefix("torch.")
     try:
         pointer = x.data_ptr()
@@ -285,8 +296,8 @@ def _from_jax(x, name: str) -> Array:
     jax = importlib.import_module("jax")
     if isinstance(x, jax.core.Tracer):
         raise TypeError(
-            f"{name} is traced by jax: kernels need values, so call gpusoftmax outside of jit, grad and vmap, "
-            f"or use jax.nn inside"
+            f"{name} is traced by jax: kernels need values, so call gpusoftmax outside of jit and vmap, with jax.grad "
+            f"the functions of gpusoftmax.jax, or use jax.nn inside (jax.pure_callback copies the arrays)"
         )
     device, *others = x.devices()
     if others:
@@ -374,8 +385,16 @@ def make_beside(
 
 def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "torch":
-        torch = importlib.import_module("torch")
-        return _from_torch(torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device), "out")
+        torch = sys.modules["torch"]
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device)
+        if type(tensor) is not torch.Tensor:
+            raise TypeError("torch makes fake tensors here, which have no memory for a result: leave FakeTensorMode")
+        array = Array(
+            tensor, tensor.data_ptr(), "torch", dtype, tuple(shape), _row_major(tuple(shape)), like.place, True
+        )
+        if like.place.target == "cpu":
+            _memory.in_huge_pages(array.pointer, array.size * array.itemsize)
+        return array
     if like.kind == "device":
         return _from_device(like.owner.__gpusoftmax_empty__(shape, numpy_dtype(dtype)), "out")
     if like.place.target == "cpu":
@@ -431,7 +450,7 @@ def result(array: Array, given=None):
 def written(given) -> None:
     """What is due after a user's array was written to."""
     if _readers.get(type(given)) is _from_torch:
-        importlib.import_module("torch").autograd.graph.increment_version(given)
+        sys.modules["torch"].autograd.graph.increment_version(given)
 
 
 def _to_jax(array: Array):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OPS = (
     "softmax",
     "softmax_backward",
+    "softmax_jvp",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
@@ -193,7 +194,7 @@ def _call(
         arguments += (_Imagined(batch, _row_dtype(dtype)) for _ in range(2))
     elif op == "spatial_softmax_backward":
         arguments += (_Imagined((*shape[:-2], 2), _row_dtype(dtype)) for _ in range(2))
-    elif op.endswith("_backward"):
+    elif op.endswith(("_backward", "_jvp")):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
     elif op in OF_THE_LARGEST:
         arguments.append(min(TOP, shape[options.get("axis", -1)]))

@@ -1,7 +1,8 @@
-"""The memory of NumPy arrays: where it is, and new memory that vector instructions like."""
+"""The memory of arrays on the CPU: where NumPy's is, and new memory that vector instructions and page tables like."""
 
 import ctypes
 import math
+import mmap
 import sys
 from collections.abc import Callable
 
@@ -40,3 +41,29 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + CACHE_LINE, np.uint8)
     offset = -address(memory) % CACHE_LINE
     return np.ndarray(shape, dtype, memory, offset)
+
+
+_LARGE = 1 << 22
+"""Bytes, from which NumPy asks for huge pages, too."""
+_PAGE = mmap.PAGESIZE
+
+
+def in_huge_pages(pointer: int, size: int) -> None:
+    """Asks for huge pages for new memory that nobody has touched yet, as NumPy does for its own. torch does not.
+
+    Linux backs memory by the page when it is first written, 4 KiB at a time: 1024 x 32768 float32 took 110 ms more.
+    """
+    if size >= _LARGE and _madvise is not None:
+        start = -(-pointer // _PAGE) * _PAGE
+        _madvise(start, pointer + size - start, mmap.MADV_HUGEPAGE)  # only advice: an error changes nothing
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system than Linux
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return function
+
+
+_madvise = _find_madvise()

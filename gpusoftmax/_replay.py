@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _replay_cpu
+from gpusoftmax import _arrays, _replay_cpu, _replay_torch
 from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import Place
 
@@ -67,6 +67,8 @@ def call(function: Callable[..., Any], arrays: tuple, *options: Any) -> Any:
     """Returns function(*arrays, *options), or what it would return. An array that was not given is None."""
     if type(arrays[0]) is np.ndarray:
         return _replay_cpu.call(function, arrays, options)
+    if _arrays.is_torch_on_cpu(arrays[0]):
+        return _replay_torch.call(function, arrays, options)
     try:
         given, pointers, key = _layout(function, arrays, options)
         recipe = _recipes.get(key, _UNKNOWN)

@@ -8,15 +8,15 @@ the arrays of the call takes the ordinary way.
 import functools
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusoftmax import _memory
 
-_MAX_RECIPES = 4096
-_ALIGNMENT = 64
+MAX_RECIPES = 4096
+ALIGNMENT = 64
 """Bytes. Whether an array starts at a cache line is part of its layout: large results are then written otherwise."""
 
 
@@ -28,6 +28,7 @@ class _Recipe(NamedTuple):
     overlaps: tuple[tuple[int, int, int, int], ...]  # two arrays share memory if the distance of the first to
     # the second, in bytes, lies between these two numbers
     made: tuple[tuple[int, ...], np.dtype] | None  # the result, where it was not given
+    given: int | None  # which argument it is, where it was
 
 
 _recipes: dict[tuple, _Recipe | None] = {}
@@ -51,41 +52,63 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
             address = _memory.address(array)
             addresses.append(address)
             # And which other one it is, in a call that works in place.
-            key += array.dtype, array.shape, array.strides, address % _ALIGNMENT, addresses.index(address)
+            key += array.dtype, array.shape, array.strides, address % ALIGNMENT, addresses.index(address)
             key.append(array.flags.writeable)
         else:
             return function(*arrays, *options)
     key = tuple(key)
     try:
-        recipe = _recipes.get(key, _recipes)
+        known = _recipes.get(key, _recipes)
     except TypeError:  # an option that cannot be a key, which the function will complain about
         return function(*arrays, *options)
-    if recipe is _recipes:
+    if known is _recipes:
         return _record(key, function, arrays, options)
-    if recipe is None:
+    if known is None or not apart(addresses, known.overlaps):
         return function(*arrays, *options)
-    for one, other, low, high in recipe.overlaps:
+    if known.made:
+        result = _memory.aligned(*known.made)
+        addresses.append(_memory.address(result))
+    else:
+        result = arrays[known.given]
+    start(known, addresses)
+    return result
+
+
+def threads_for(size: int) -> int:
+    """How many threads share a call: a recipe is for so many."""
+    return _cpu("run").threads_for(size)
+
+
+def apart(addresses: list[int], overlaps: Sequence[tuple[int, int, int, int]]) -> bool:
+    """Whether no two arrays share memory, but for those that start at one address."""
+    for one, other, low, high in overlaps:
         distance = addresses[one] - addresses[other]
         if distance and low < distance < high:
-            return function(*arrays, *options)
-    result = arrays[-1]
-    if recipe.made:
-        result = _memory.aligned(*recipe.made)
-        addresses.append(_memory.address(result))
-    run.start(recipe.start, [addresses[number] for number in recipe.numbers])
-    return result
+            return False
+    return True
+
+
+def start(known: "_Recipe", addresses: list[int]) -> None:
+    """The kernel of a recipe, on arrays at these addresses."""
+    _cpu("run").start(known.start, [addresses[number] for number in known.numbers])
+
+
+def recording() -> Any:
+    """A context that gives the list of what this thread starts in it."""
+    return _cpu("run").recording()
 
 
 def _record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
-    with _cpu("run").recording() as starts:
+    with recording() as starts:
         result = function(*arrays, *options)
-    if len(_recipes) >= _MAX_RECIPES:
+    if len(_recipes) >= MAX_RECIPES:
         _recipes.clear()
-    _recipes[key] = _recipe(starts, arrays, result)
+    _recipes[key] = recipe(starts, arrays, result)
     return result
 
 
-def _recipe(starts: list, arrays: tuple, result: Any) -> _Recipe | None:
+def recipe(starts: list, arrays: Sequence, result: Any) -> _Recipe | None:
+    """What was started, if a later call of the same layout may start it at once."""
     given = [array for array in arrays if array is not None]
     plain = given if any(result is array for array in given) else [*given, result]
     # A stride of 0 or below: element 0 is not where the memory of the array starts, or it ends elsewhere.
@@ -106,4 +129,5 @@ def _recipe(starts: list, arrays: tuple, result: Any) -> _Recipe | None:
             (one, other, -spans[one], spans[other]) for one, other in itertools.combinations(range(len(given)), 2)
         ),
         made=None if plain is given else (result.shape, result.dtype),
+        given=next((number for number, array in enumerate(arrays) if array is result), None),
     )

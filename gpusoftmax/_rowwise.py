@@ -51,13 +51,15 @@ def _forward(x, out, temperatures, bias, mask, valid, op, axis, dtype, any_tempe
     return _arrays.result(result, out)
 
 
-def backward(op: str, y: Any, dy: Any, y_name: str, axis: Any, temperature: Any, out: Any) -> Any:
-    """Calls `op`_backward of the kernels of `op` on the op's result y, the gradient dy and a result of their shape."""
-    return _replay.call(_backward, (y, dy, out), op, y_name, axis, temperature)
+def backward(op: str, y: Any, dy: Any, names: tuple[str, str], axis: Any, temperature: Any, out: Any) -> Any:
+    """Calls `op`_backward of the kernels of `op` on the op's result y, the gradient dy and a result of their shape.
+
+    names: of y and dy, in messages.
+    """
+    return _replay.call(_backward, (y, dy, out), op, *names, axis, temperature)
 
 
-def _backward(y, dy, out, op, y_name, axis, temperature):
-    dy_name = f"d{y_name}"
+def _backward(y, dy, out, op, y_name, dy_name, axis, temperature):
     value, gradient = _arrays.logits(y, y_name), _arrays.logits(dy, dy_name)
     _checks.same_home(value, gradient, y_name, dy_name)
     _checks.same_dtype(value, gradient, y_name, dy_name)

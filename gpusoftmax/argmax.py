@@ -59,7 +59,12 @@ def argmax(
     array([1, 2])
     """
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
-    return _replay.call(_argmax, (x, out, *arrays), axis, keepdims, *options)
+    try:
+        return _replay.call(_argmax, (x, out, *arrays), axis, keepdims, *options)
+    except _arrays.RequiresGrad as refusal:
+        if refusal.argument != "x":
+            raise
+        return _replay.call(_argmax, (x.detach(), out, *arrays), axis, keepdims, *options)  # indices have no gradient
 
 
 def _argmax(x, out, temperatures, bias, mask, valid, axis, keepdims, *options):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _labels, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _labels, _replay, _transform
 from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
 
@@ -55,15 +55,16 @@ def cross_entropy(
     Returns
     -------
     array or NumPy scalar, float32 (float64 for float64 logits)
-        A single number for "mean" and "sum", the shape of `target` for "none".
+        A single number for "mean" and "sum", the shape of `target` for "none". Differentiable where torch's `logits`
+        require grad, see gpusoftmax.torch.
 
     Raises
     ------
     IndexError
         A label out of range, see `validate`; nothing has been written.
     TypeError
-        `target` not of integers; arrays of different libraries or devices; unsupported dtypes; a torch tensor that
-        requires grad.
+        `target` not of integers; arrays of different libraries or devices; unsupported dtypes; a `weight` that requires
+        grad.
     ValueError
         Shapes that do not match, no classes, or an unknown reduction.
 
@@ -81,8 +82,14 @@ def cross_entropy(
     1.3862943611198906
     """
     arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid, empty_row)
-    options = axis, ignore_index, reduction, label_smoothing, validate, 1.0, False
-    return _replay.call(_cross_entropy, (logits, target, weight, None, *arrays), *options, *transform)[0]
+    options = axis, ignore_index, reduction, label_smoothing, validate
+    placed = logits, target, weight, None, None, *arrays
+    try:
+        return _replay.call(_cross_entropy, placed, *options, 1.0, False, *transform)[0]
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    transform = temperature, bias, softcap, mask, n_valid, empty_row
+    return _gradients.call("cross_entropy", argument, None, transform, logits, target, weight, *options)
 
 
 def cross_entropy_with_grad(
@@ -128,7 +135,7 @@ def cross_entropy_with_grad(
     Raises
     ------
     IndexError, TypeError, ValueError
-        As `cross_entropy`; also for an `out` as in `softmax`.
+        As `cross_entropy`; also for an `out` as in `softmax`, and for torch tensors that require grad.
 
     Examples
     --------
@@ -141,11 +148,21 @@ def cross_entropy_with_grad(
     grad_scale = _checks.scalar(grad_scale, "grad_scale")
     arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid, empty_row)
     options = axis, ignore_index, reduction, label_smoothing, validate, grad_scale, True
-    return _replay.call(_cross_entropy, (logits, target, weight, out, *arrays), *options, *transform)
+    return _replay.call(_cross_entropy, (logits, target, weight, out, None, *arrays), *options, *transform)
+
+
+def _with_divisor(logits: Any, target: Any, weight: Any, out: Any, divisor: Any, *options: Any) -> tuple[Any, Any]:
+    """(loss, gradient), for gpusoftmax.torch: the gradient's scale is kept, or comes, as an array on the device.
+
+    divisor: one element in the computation format. "mean" writes the number that it divides by; the others, with which
+    gradients are computed anew, read what losses and gradient are divided by.
+    """
+    arrays, transform = _transform.split(1.0, None, None, None, None)
+    return _replay.call(_cross_entropy, (logits, target, weight, out, divisor, *arrays), *options, *transform)
 
 
 def _cross_entropy(
-    logits, target, weight, out, temperatures, bias, mask, valid,
+    logits, target, weight, out, divisor, temperatures, bias, mask, valid,
     axis, ignore_index, reduction, label_smoothing, validate, grad_scale, with_grad, *transform,
 ):  # fmt: skip
     x = _arrays.logits(logits, "logits")
@@ -190,8 +207,9 @@ def _cross_entropy(
     weight_sum = _arrays.empty(x, (1,), dtype) if class_weight is not None and label_smoothing else None
     if weight_sum is not None:
         kernels.total(n_cols, weights, nothing, _arrays.numbers(weight_sum), x.place)
-    normaliser = _arrays.empty(x, (1,), dtype) if reduction == "mean" else None
-    if normaliser is not None:
+    normaliser = None if divisor is None else _arrays.wrap(divisor, "divisor")
+    if reduction == "mean":
+        normaliser = normaliser or _arrays.empty(x, (1,), dtype)
         kernels.normalise(all_rows, all_labels, weights, _arrays.numbers(normaliser), ignore_index, x.place)
     del labels_memory  # a copy of the labels, perhaps: held until here
     sums = [nothing if array is None else _arrays.numbers(array) for array in (weight_sum, normaliser)]

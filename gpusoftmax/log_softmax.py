@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _rowwise
+from gpusoftmax import _arrays, _gradients, _rowwise
 
 
 def log_softmax(
@@ -53,7 +53,11 @@ def log_softmax(
     array([-4.24835426e-18, -4.00000000e+01])
     """
     transform = temperature, bias, softcap, mask, n_valid, empty_row
-    return _rowwise.forward("log_softmax", x, axis, dtype, out, transform)
+    try:
+        return _rowwise.forward("log_softmax", x, axis, dtype, out, transform)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("log_softmax", argument, out, transform, x, axis, temperature, dtype)
 
 
 def log_softmax_backward(
@@ -93,4 +97,9 @@ def log_softmax_backward(
     >>> log_softmax_backward(np.log([0.25, 0.75]), np.array([1.0, 0.0]))
     array([ 0.75, -0.75])
     """
-    return _rowwise.backward("log_softmax", log_probs, dlog_probs, "log_probs", axis, temperature, out)
+    names = ("log_probs", "dlog_probs")
+    try:
+        return _rowwise.backward("log_softmax", log_probs, dlog_probs, names, axis, temperature, out)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("log_softmax_backward", argument, out, (), log_probs, dlog_probs, axis, temperature)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
 
 
 def logsumexp(
@@ -51,7 +51,12 @@ def logsumexp(
     0.69314718055989...
     """
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
-    return _replay.call(_logsumexp, (x, out, *arrays), axis, keepdims, dtype, *options)
+    try:
+        return _replay.call(_logsumexp, (x, out, *arrays), axis, keepdims, dtype, *options)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    transform = temperature, bias, softcap, mask, n_valid
+    return _gradients.call("logsumexp", argument, out, transform, x, axis, keepdims, temperature, dtype)
 
 
 def _logsumexp(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype, *options):

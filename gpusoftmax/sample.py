@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _replay, _tokens, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _tokens, _transform
 from gpusoftmax.kernels.operands import Limits, one_value
 
 
@@ -80,8 +80,7 @@ def sample(
     Raises
     ------
     TypeError
-        Unsupported dtypes; arrays of different libraries or devices; an `rng` of another kind; a torch tensor that
-        requires grad.
+        Unsupported dtypes; arrays of different libraries or devices; an `rng` of another kind.
     ValueError
         Bad axis, temperature, top_k, top_p, min_p or shape of an array; no columns; a log-probability or an entropy at
         temperature 0 for all rows.
@@ -109,12 +108,24 @@ def sample(
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
     if more:
         _checks.temperature(options[0])  # of all rows: at 0 there are samples, but no probabilities
-    index = _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, arrays[1:], options[1:])
+    given = axis, temperature, top_k, top_p, min_p, rng, arrays[1:], options[1:]
+    try:
+        index = _drawn(logits, *given)
+    except _arrays.RequiresGrad as refusal:
+        if refusal.argument != "logits":
+            raise
+        index = _drawn(logits.detach(), *given)  # indices have no gradient
     if not more:
         return index
     # -1 is no column: its log-probability is NaN, unless it is checked.
     flags = False, return_entropy, False, False, False
-    found = _replay.call(_tokens.token_logprobs, (logits, index, *arrays), axis, _NO_INDEX, *flags, *options)
+    try:
+        found = _replay.call(_tokens.token_logprobs, (logits, index, *arrays), axis, _NO_INDEX, *flags, *options)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+        transform = temperature, bias, softcap, mask, n_valid
+        given = logits, index, axis, temperature, _NO_INDEX, flags[:4], False
+        found = _gradients.call("token_logprobs", argument, None, transform, *given)
     return Sample(index, found[0] if return_logprob else None, found[2])
 
 

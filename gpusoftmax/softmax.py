@@ -1,8 +1,8 @@
-"""Softmax and its backward."""
+"""Softmax and the products with its Jacobian."""
 
 from typing import Any
 
-from gpusoftmax import _rowwise
+from gpusoftmax import _arrays, _gradients, _rowwise
 
 
 def softmax(
@@ -51,13 +51,14 @@ def softmax(
     Returns
     -------
     array, the shape, kind and device of `x`
-        Probabilities. A logit of -inf gives exactly 0. A row that holds NaN, +inf or nothing but -inf is NaN.
+        Probabilities. A logit of -inf gives exactly 0. A row that holds NaN, +inf or nothing but -inf is NaN. Of a
+        torch tensor that requires grad they are differentiable, see gpusoftmax.torch.
 
     Raises
     ------
     TypeError
-        Unsupported dtype; `out` of another library or device than `x`; `out` and a different `dtype`; a torch tensor
-        that requires grad.
+        Unsupported dtype; `out` of another library or device than `x`; `out` and a different `dtype`; `out` where a
+        torch tensor requires grad.
     ValueError
         Bad axis, temperature, softcap or n_valid; `bias` or `mask` of the wrong shape; `out` of the wrong shape,
         read-only, or overlapping `x` in part or anything else that is read.
@@ -80,7 +81,11 @@ def softmax(
            [1. , 0. ]])
     """
     transform = temperature, bias, softcap, mask, n_valid, empty_row
-    return _rowwise.forward("softmax", x, axis, dtype, out, transform, any_temperature=True)
+    try:
+        return _rowwise.forward("softmax", x, axis, dtype, out, transform, any_temperature=True)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("softmax", argument, out, transform, x, axis, temperature, dtype)
 
 
 def softmax_backward(
@@ -93,8 +98,9 @@ def softmax_backward(
 ) -> Any:
     """Gradient with respect to the logits of `softmax`, from its result and the gradient with respect to that.
 
-    dlogits = probs * (dprobs - sum(probs * dprobs)) / temperature: the product with the Jacobian
-    (diag(probs) - probs probs^T) / temperature, without forming it.
+    dlogits = probs * (dprobs - sum(probs * dprobs)) / temperature: the product of dprobs with the Jacobian, whose entry
+    (i, j), the derivative of probs_i with respect to logit j, is probs_i ([i = j] - probs_j) / temperature. It is not
+    formed.
 
     Parameters
     ----------
@@ -121,4 +127,55 @@ def softmax_backward(
     >>> softmax_backward(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
     array([ 0.25, -0.25])
     """
-    return _rowwise.backward("softmax", probs, dprobs, "probs", axis, temperature, out)
+    names = ("probs", "dprobs")
+    try:
+        return _rowwise.backward("softmax", probs, dprobs, names, axis, temperature, out)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("softmax_backward", argument, out, (), probs, dprobs, names, axis, temperature)
+
+
+def softmax_jvp(
+    probs: Any,
+    tangent: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    temperature: float = 1.0,
+    out: Any = None,
+) -> Any:
+    """How the result of `softmax` changes when its logits move along `tangent`: forward-mode differentiation.
+
+    dprobs = J tangent, with the Jacobian J = (diag(probs) - probs probs^T) / temperature. J is symmetric, so this is
+    the product that `softmax_backward` computes, by the same kernel and with the same bits.
+
+    Parameters
+    ----------
+    probs, tangent : array, shape (..., n_cols, ...)
+        The softmax and the direction of the logits: same shape, dtype, library and device; any strides.
+    axis, temperature
+        As given to `softmax`.
+    out : array, optional
+        Where to write the result; may be `probs` or `tangent` itself.
+
+    Returns
+    -------
+    array, the shape, dtype, kind and device of `probs`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softmax_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gpusoftmax import softmax_jvp
+    >>> softmax_jvp(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+    array([ 0.25, -0.25])
+    """
+    names = ("probs", "tangent")
+    try:
+        return _rowwise.backward("softmax", probs, tangent, names, axis, temperature, out)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    return _gradients.call("softmax_backward", argument, out, (), probs, tangent, names, axis, temperature)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _replay, _tokens, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _tokens, _transform
 
 
 class TokenLogprobs(NamedTuple):
@@ -57,7 +57,8 @@ def token_logprobs(
     Returns
     -------
     TokenLogprobs
-        A named tuple of arrays, of the kind and on the device of `logits`, or None for what was not asked for:
+        A named tuple of arrays, of the kind and on the device of `logits`, or None for what was not asked for. Where
+        torch's `logits` require grad, the floating ones are differentiable, see gpusoftmax.torch.
 
         logprob : the shape of `target`, float32 (float64 for float64 logits)
             log_softmax(logits / temperature)[target], bit for bit. Never above 0; -inf for a masked token.
@@ -76,8 +77,7 @@ def token_logprobs(
     IndexError
         A target out of range, see `validate`.
     TypeError
-        `target` not of integers; arrays of different libraries or devices; unsupported dtypes; a torch tensor that
-        requires grad.
+        `target` not of integers; arrays of different libraries or devices; unsupported dtypes.
     ValueError
         Shapes that do not match, no columns, or a bad temperature.
 
@@ -96,9 +96,15 @@ def token_logprobs(
     (-1.3862943611198906, 1.3862943611198906)
     """
     wanted = return_lse, return_entropy, return_rank, return_argmax
-    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
-    wanted = ignore_index, *wanted, validate
-    return TokenLogprobs(*_replay.call(_tokens.token_logprobs, (logits, target, *arrays), axis, *wanted, *options))
+    arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid)
+    options = axis, ignore_index, *wanted, validate
+    try:
+        return TokenLogprobs(*_replay.call(_tokens.token_logprobs, (logits, target, *arrays), *options, *transform))
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    transform = temperature, bias, softcap, mask, n_valid
+    options = axis, temperature, ignore_index, wanted, validate
+    return TokenLogprobs(*_gradients.call("token_logprobs", argument, None, transform, logits, target, *options))
 
 
 def token_logprobs_backward(

@@ -42,6 +42,7 @@ def sample_with_seeds(logits, seeds, axis=-1):
 CALLS = {
     "softmax": Call(gpusoftmax.softmax, ("x",)),
     "softmax_backward": Call(gpusoftmax.softmax_backward, ("probs", "dprobs")),
+    "softmax_jvp": Call(gpusoftmax.softmax_jvp, ("probs", "tangent")),
     "log_softmax": Call(gpusoftmax.log_softmax, ("x",)),
     "log_softmax_backward": Call(gpusoftmax.log_softmax_backward, ("log_probs", "dlog_probs")),
     "logsumexp": Call(gpusoftmax.logsumexp, ("x",), per_row=True),
@@ -83,6 +84,7 @@ def arguments(name, shape, dtype, seed=0):
         "logits": x,
         "probs": np.asarray(gpusoftmax.softmax(x)),
         "dprobs": gradient,
+        "tangent": gradient,
         "log_probs": np.asarray(gpusoftmax.log_softmax(x)),
         "dlog_probs": gradient,
         "dlogprob": gradient[..., 0].astype(row_dtype),

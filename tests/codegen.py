@@ -121,6 +121,7 @@ def _calls(dtype, out_dtype, shape, axis):
     for function in ("softmax", "log_softmax"):
         yield function, (x,), like
         yield f"{function}_backward", (x, _Array(shape, dtype)), like
+    yield "softmax_jvp", (x, _Array(shape, dtype)), like
     for function in ("logsumexp", "soft_argmax"):
         per_row = {} if dtype == out_dtype else {"out": _Array(batch, out_dtype)}
         yield function, (x,), {**per_row, "axis": axis}

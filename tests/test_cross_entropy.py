@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gpusoftmax
+from gpusoftmax.cross_entropy import _with_divisor
 from tests import inputs, oracle, tolerances
 
 N_COLS = [
@@ -370,3 +371,24 @@ def test_definitions_agree():
         math.log(sum(math.exp(x) for x in row)) - row[y] for row, y in zip(logits.tolist(), labels, strict=True)
     ]
     assert np.allclose(oracle.cross_entropy(logits, labels, reduction="none").astype(float), textbook, rtol=1e-12)
+
+
+def test_a_divisor_that_stays_on_the_device(target):
+    """What gpusoftmax.torch makes gradients of: "mean" says what it divided by, and a gradient computed later, with the
+    same bits, is divided by what is found there. Twice, for calls on a GPU are replayed.
+    """
+    logits = inputs.make("spread", (4, 40), "float32")
+    labels, weight = np.array([3, -100, 7, 39]), class_weights(40, "float32")
+    placed = [target.array(one) for one in (logits, labels, weight)]
+    loss, dlogits = (target.get(one) for one in gpusoftmax.cross_entropy_with_grad(*placed, label_smoothing=0.1))
+    for upstream in (1.0, 3.0):
+        divisor = target.array(np.zeros(1, np.float32))
+        got, nothing = _with_divisor(*placed, None, divisor, -1, -100, "mean", 0.1, None, 1.0, False)
+        assert nothing is None and target.get(got) == loss
+        found = target.get(divisor)
+        np.testing.assert_allclose(found, weight[[3, 7, 39]].sum(), rtol=1e-6)
+        out, scaled = target.array(np.empty_like(logits)), target.array(found / np.float32(upstream))
+        _, later = _with_divisor(*placed, out, scaled, -1, -100, "none", 0.1, False, 1.0, True)
+        if upstream == 1:
+            assert np.array_equal(target.get(later), dlogits)
+        np.testing.assert_allclose(target.get(later), upstream * dlogits, rtol=1e-6)

@@ -371,6 +371,11 @@ CASES = {
         "dlog_probs has dtype float32, expected float16 to match log_probs",
         lambda a: log_softmax_backward(a.half, a.x, out=a.out),
     ),
+    "tangent of another dtype": (
+        TypeError,
+        "tangent has dtype float16, expected float32 to match probs",
+        lambda a: gpusoftmax.softmax_jvp(a.x, a.half, out=a.out),
+    ),
     "labels of floats": (
         TypeError,
         "target has dtype float64, expected an integer dtype: class indices, not probabilities",
@@ -693,7 +698,7 @@ CASES = {
     # names
     "an op that there is not": (
         ValueError,
-        "op is 'softmx', expected one of softmax, softmax_backward, "
+        "op is 'softmx', expected one of softmax, softmax_backward, softmax_jvp, "
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
         "token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
         "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward, sample, "

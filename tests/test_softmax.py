@@ -52,6 +52,25 @@ def test_backward_matches_oracle(target, dtype, n_cols):
     tolerances.check_softmax_backward(dlogits, probs, dprobs)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_products_with_the_jacobian(temperature):
+    """Both against central differences of the softmax itself, in float64, along every unit vector."""
+    rng, step = np.random.default_rng(0), 1e-5
+    logits, direction = rng.normal(size=(2, 9)), rng.normal(size=(2, 9))
+    probs = gpusoftmax.softmax(logits, temperature=temperature)
+
+    def derivative(along):
+        ahead, behind = (gpusoftmax.softmax(logits + sign * step * along, temperature=temperature) for sign in (1, -1))
+        return (ahead - behind) / (2 * step)
+
+    jvp = gpusoftmax.softmax_jvp(probs, direction, temperature=temperature)
+    np.testing.assert_allclose(jvp, derivative(direction), atol=1e-9)
+    columns = [(derivative(np.eye(9)[j]) * direction).sum(axis=1) for j in range(9)]  # direction times column j of J
+    backward = gpusoftmax.softmax_backward(probs, direction, temperature=temperature)
+    np.testing.assert_allclose(backward, np.stack(columns, axis=1), atol=1e-9)
+    assert np.array_equal(jvp, backward)
+
+
 @pytest.mark.parametrize("out_dtype", inputs.DTYPES)
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_dtype_of_the_result(dtype, out_dtype):
@@ -102,3 +121,12 @@ def test_small_calls(function, dtype):
     out.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         function(logits, out=out)
+
+
+@pytest.mark.parametrize("function", [gpusoftmax.softmax, gpusoftmax.log_softmax, gpusoftmax.logsumexp])
+def test_out_is_what_later_calls_return_too(function):
+    """Calls that were made before take a shorter way."""
+    logits = inputs.make("spread", (300, 64), "float32")
+    out = np.empty_like(function(logits, axis=0))
+    for _ in range(3):
+        assert function(logits, axis=0, out=out) is out

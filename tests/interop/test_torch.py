@@ -1,5 +1,6 @@
 """torch tensors: tensors in, tensors out, of any strides; the results of torch where torch is exact enough to say."""
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpusoftmax
+from gpusoftmax import _replay_cpu, _replay_torch
 from tests import inputs, tolerances
 from tests.calls import CALLS, IN_PLACE, arguments
 
@@ -230,36 +233,239 @@ def test_bad_outputs():
     assert not storage.any()
 
 
+# ---------------------------------------------------------------- calls that were made before
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A list that grows by each call that is replayed."""
+    found, start = [], _replay_cpu.start
+    monkeypatch.setattr(_replay_cpu, "start", lambda *arguments: found.append(start(*arguments)))
+    gpusoftmax.softmax(torch.zeros(2))  # torch's class has been met
+    _replay_torch._recipes.clear()
+    found.clear()
+    return found
+
+
+@pytest.mark.parametrize("dtype", TENSORS)
+@pytest.mark.parametrize("name", ["softmax", "softmax_backward", "log_softmax", "logsumexp", "soft_argmax", "argmax"])
+def test_replayed_calls(name, dtype, started):
+    """A kernel is started at once at the addresses of other tensors; the results are those of the first call."""
+    placed = {argument: t.clone() for argument, t in tensors(name, dtype).items()}  # at cache lines
+    started.clear()  # NumPy's calls
+    expected = CALLS[name].function(*placed.values())
+    assert not started
+    for _ in range(3):
+        elsewhere = [t.clone() for t in placed.values()]
+        result = CALLS[name].function(*elsewhere)
+        assert same_bits(result, expected) and type(result) is torch.Tensor and not result.requires_grad
+    assert len(started) == 3
+    CALLS[name].function(*(t[:, :-1] for t in placed.values()))  # another layout
+    assert len(started) == 3
+
+
+def test_replayed_calls_with_out(started):
+    x, out = tensor(X).clone(), torch.empty(3, 40)
+    expected = gpusoftmax.softmax(x, out=out).clone()
+    version = out.zero_()._version
+    assert gpusoftmax.softmax(x, out=out) is out
+    assert started and same_bits(out, expected) and out._version == version + 1
+    for _ in range(2):
+        in_place = x.clone()
+        assert gpusoftmax.softmax(in_place, out=in_place) is in_place
+        assert same_bits(in_place, expected)
+    storage = torch.zeros(300)
+    for start in (120, 140, 100):  # apart, and in parts the same memory
+        with pytest.raises(ValueError, match="overlaps") if start < 120 else contextlib.nullcontext():
+            gpusoftmax.softmax(storage[:120].view(3, 40), out=storage[start : start + 120].view(3, 40))
+
+
+def test_what_is_looked_at_again(started):
+    """Tensors of the layout of an earlier call, with something about them that only torch knows."""
+    x = tensor(X).clone()
+    expected = gpusoftmax.softmax(x)
+    assert gpusoftmax.softmax(x.clone().requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert not gpusoftmax.softmax(x.clone().requires_grad_()).requires_grad
+    assert len(started) == 1
+    negated = torch.complex(x, -x).conj().imag.expand(3, 40)
+    plain = torch.complex(x, x).imag
+    gpusoftmax.softmax(plain)
+    assert negated.is_neg() and same_bits(gpusoftmax.softmax(negated), gpusoftmax.softmax(plain))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(TypeError, match="tangent"):
+        gpusoftmax.softmax(torch.autograd.forward_ad.make_dual(x, torch.ones(3, 40)))
+    with pytest.raises(TypeError, match="^x has no memory"):
+        torch.func.vmap(gpusoftmax.softmax)(torch.stack([x, x]))
+    for t in (x, tensor(X)[:, 1:]):  # of a layout that was seen before, and not
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(TypeError, match="^torch makes fake tensors"):
+            gpusoftmax.softmax(t)
+    with pytest.raises(TypeError, match="^dtype is float32 but out"):
+        gpusoftmax.softmax(x, dtype="float32", out=x.double())
+    with torch.inference_mode():
+        assert same_bits(gpusoftmax.softmax(x.clone()), expected)
+
+
+def test_replayed_calls_with_other_thread_counts():
+    x = torch.randn(512, 2048, generator=torch.manual_seed(0))
+    expected = gpusoftmax.softmax(x)
+    for _ in range(3):
+        assert same_bits(gpusoftmax.softmax(x), expected)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
-def test_tensors_that_require_grad():
-    """No gradient is recorded, so such a tensor is refused, and never detached in silence."""
-    for name in CALLS:
-        for argument in CALLS[name].rows:
-            placed = tensors(name)
-            placed[argument].requires_grad_()
+RECORDED = {
+    "softmax",
+    "softmax_backward",
+    "softmax_jvp",
+    "log_softmax",
+    "log_softmax_backward",
+    "logsumexp",
+    "cross_entropy",
+    "token_logprobs",
+}
+INDICES = {"argmax", "sample"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_that_require_grad(name):
+    """A gradient is recorded, or the tensor is refused: it is never detached in silence, but for indices."""
+    for argument in CALLS[name].rows:
+        placed = tensors(name)
+        placed[argument].requires_grad_()
+        expected = CALLS[name].function(*(t.detach() for t in placed.values()))
+        if name in RECORDED:
+            result = CALLS[name].function(*placed.values())
+            for one, two in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True):
+                assert one.requires_grad == one.is_floating_point()
+                assert same_bits(one.detach(), two)
+        elif name in INDICES:
+            result = CALLS[name].function(*placed.values())
+            assert same_bits(result, expected) and not result.requires_grad
+        else:
             with pytest.raises(TypeError) as raised:
                 CALLS[name].function(*placed.values())
             message = str(raised.value)
             assert message.startswith(f"{argument} is a tensor that requires grad")
             assert "gpusoftmax.torch" in message and f"{argument}.detach()" in message
-            expected = CALLS[name].function(*(t.detach() for t in placed.values()))
-            for context in (torch.no_grad(), torch.inference_mode()):
-                with context:
-                    result = CALLS[name].function(*placed.values())
-                assert same_bits(result, expected)
-    weight = torch.ones(40, requires_grad=True)
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                result = CALLS[name].function(*placed.values())
+            assert same_bits(result, expected)
+            assert not any(one.requires_grad for one in (result if isinstance(result, tuple) else (result,)))
+
+
+def test_gradients_of_the_core():
+    """With the axes, dtypes and options of the core, and labels beside any axis."""
+    x = sample((4, 6, 3), torch.float64).requires_grad_()
+    labels = torch.tensor([[0, 5, -7], [1, 2, 3]] * 2)
+    for ours, theirs in (
+        (
+            gpusoftmax.softmax(x, (0, 2)),
+            torch.softmax(x.movedim(1, 0).reshape(6, -1), 1).reshape(6, 4, 3).movedim(0, 1),
+        ),
+        (gpusoftmax.softmax(x, None, temperature=0.5), torch.softmax(2 * x.flatten(), 0).reshape(4, 6, 3)),
+        (gpusoftmax.log_softmax(x, dtype="float32"), torch.log_softmax(x, -1).float()),
+        (gpusoftmax.logsumexp(x, 1, keepdims=True), torch.logsumexp(x, 1, keepdim=True)),
+        (gpusoftmax.logsumexp(x, dtype=torch.float32), torch.logsumexp(x, -1).float()),
+        (gpusoftmax.cross_entropy(x, labels, axis=1, ignore_index=-7), F.cross_entropy(x, labels, ignore_index=-7)),
+        (
+            gpusoftmax.cross_entropy(x.movedim(1, -1), labels, ignore_index=-7, reduction="none", label_smoothing=0.1),
+            F.cross_entropy(x, labels, ignore_index=-7, reduction="none", label_smoothing=0.1),
+        ),
+        (
+            gpusoftmax.token_logprobs(x, labels, axis=1, ignore_index=-7, temperature=0.5).logprob,
+            -F.cross_entropy(2 * x, labels, ignore_index=-7, reduction="none"),
+        ),
+    ):
+        torch.testing.assert_close(ours, theirs)
+        gradients = [torch.autograd.grad(one.pow(2).sum(), x, retain_graph=True)[0] for one in (ours, theirs)]
+        torch.testing.assert_close(*gradients)
+    drawn = gpusoftmax.sample(x, rng=3, return_logprob=True, return_entropy=True)
+    log_probs = torch.log_softmax(x, -1)
+    expected = log_probs.gather(-1, drawn[0][..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+    assert not drawn[0].requires_grad
+    for ours, theirs in zip(drawn[1:], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(one.sum(), x, retain_graph=True) for one in (ours, theirs)))
+    narrow = sample((3, 4)).requires_grad_()
+    assert gpusoftmax.logsumexp(narrow, dtype="float64").dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):  # the core does what it was asked for
+        assert gpusoftmax.softmax(narrow.bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_that_are_refused():
+    x, labels = tensor(X).requires_grad_(), torch.tensor([1, 2, 3])
+    for call in (
+        lambda: gpusoftmax.softmax(x, out=torch.empty(3, 40)),
+        lambda: gpusoftmax.log_softmax(x, out=torch.empty(3, 40)),
+        lambda: gpusoftmax.logsumexp(x, out=torch.empty(3)),
+    ):
+        with pytest.raises(TypeError, match=r"^out is given and x requires grad, .*x\.detach\(\)"):
+            call()
+    for name, given in (
+        ("temperature", torch.ones(3)),
+        ("bias", torch.ones(40)),
+        ("softcap", 3.0),
+        ("mask", torch.ones(40, dtype=torch.bool)),
+        ("n_valid", 3),
+        ("empty_row", "zero"),
+    ):
+        for call in (
+            gpusoftmax.softmax,
+            gpusoftmax.log_softmax,
+            gpusoftmax.logsumexp,
+            lambda x, **options: gpusoftmax.cross_entropy(x, labels, **options),
+            lambda x, **options: gpusoftmax.token_logprobs(x, labels, **options),
+        ):
+            if name != "empty_row" or call in (gpusoftmax.softmax, gpusoftmax.log_softmax):
+                with pytest.raises(TypeError, match=f"^{name} is given and (x|logits) requires grad, "):
+                    call(x, **{name: given})
+    with pytest.raises(TypeError, match="^bias is a tensor that requires grad"):
+        gpusoftmax.softmax(tensor(X), bias=torch.ones(40, requires_grad=True))
+    with pytest.raises(TypeError, match="^temperature is a tensor that requires grad"):
+        gpusoftmax.argmax(tensor(X), temperature=torch.ones(3, requires_grad=True))
+    assert not gpusoftmax.argmax(x, bias=torch.ones(40)).requires_grad
     with pytest.raises(TypeError, match="^weight is a tensor that requires grad"):
-        gpusoftmax.cross_entropy(tensor(X), torch.tensor([1, 2, 3]), weight)
-    with pytest.raises(TypeError, match="^x is a tensor that requires grad"):
-        gpusoftmax.softmax(torch.nn.Parameter(tensor(X)))
-    hidden = torch.nn.Linear(40, 5)(tensor(X))  # not a leaf
-    with pytest.raises(TypeError, match="^x is a tensor that requires grad"):
-        gpusoftmax.softmax(hidden)
+        gpusoftmax.cross_entropy(tensor(X), labels, torch.ones(40, requires_grad=True))
+    with pytest.raises(TypeError, match="^weight requires grad"):
+        gpusoftmax.cross_entropy(x, labels, torch.ones(40, requires_grad=True))
+    with pytest.raises(TypeError, match="^target is a ndarray, expected a torch tensor"):
+        gpusoftmax.cross_entropy(x, np.array([1, 2, 3]))
+    with pytest.raises(TypeError, match="^dprobs is a ndarray, expected a torch tensor"):
+        gpusoftmax.softmax_backward(x, X)
+    with pytest.raises(IndexError, match=r"^target\[0\] .* is 40"):
+        gpusoftmax.cross_entropy(x, torch.tensor([40, 2, 3]))
+    loss = gpusoftmax.cross_entropy(x, torch.tensor([40, 2, 3]), reduction="none", validate=False)
+    assert loss[0].isnan() and loss[1:].isfinite().all()
+    with pytest.raises(ValueError, match="^temperature is 0"):
+        gpusoftmax.softmax(x, temperature=0)
+
+
+def test_layers_and_parameters():
+    parameter = torch.nn.Parameter(tensor(X))
+    gpusoftmax.softmax(parameter)[0, 0].backward()
+    assert parameter.grad[0].any() and not parameter.grad[1:].any()
+    layer = torch.nn.Linear(40, 5)
+    gpusoftmax.cross_entropy(layer(tensor(X)), torch.tensor([1, 2, 3])).backward()  # not a leaf
+    assert layer.weight.grad.any()
     with torch.inference_mode():
         made_there = tensor(X) * 1
     assert same_bits(gpusoftmax.softmax(made_there), gpusoftmax.softmax(tensor(X)))
+
+
+def test_the_core_imports_no_torch():
+    program = """
+        import sys
+        import numpy as np
+        import gpusoftmax
+        gpusoftmax.softmax(np.zeros((2, 3)))
+        assert "torch" not in sys.modules and "gpusoftmax.torch" not in sys.modules
+        print("done")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120).stdout == "done\n"
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

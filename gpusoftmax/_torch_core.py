@@ -1,0 +1,82 @@
+"""The functions of the core, with its arguments and defaults, for tensors that require grad."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpusoftmax import _checks, _torch_losses, _torch_rows
+
+
+def softmax(x: Tensor, axis: Any, temperature: Any, dtype: Any) -> Tensor:
+    return _torch_rows.softmax(x, _checks.axes(axis, x.ndim), _checks.temperature(temperature), _dtype(dtype))
+
+
+def log_softmax(x: Tensor, axis: Any, temperature: Any, dtype: Any) -> Tensor:
+    return _torch_rows.log_softmax(x, _checks.axes(axis, x.ndim), _checks.temperature(temperature), _dtype(dtype))
+
+
+def softmax_backward(probs: Tensor, dprobs: Tensor, names: tuple[str, str], axis: Any, temperature: Any) -> Tensor:
+    _tensors(**dict(zip(names, (probs, dprobs), strict=True)))
+    options = _checks.axes(axis, probs.ndim), _checks.temperature(temperature), probs.dtype
+    return _torch_rows.softmax_backward(probs, dprobs, *options)
+
+
+def log_softmax_backward(log_probs: Tensor, dlog_probs: Tensor, axis: Any, temperature: Any) -> Tensor:
+    _tensors(log_probs=log_probs, dlog_probs=dlog_probs)
+    options = _checks.axes(axis, log_probs.ndim), _checks.temperature(temperature), log_probs.dtype
+    return _torch_rows.log_softmax_backward(log_probs, dlog_probs, *options)
+
+
+def logsumexp(x: Tensor, axis: Any, keepdims: bool, temperature: Any, dtype: Any) -> Tensor:
+    dtype = _dtype(dtype)
+    x = x.double() if dtype == torch.float64 else x  # which is also what it is computed in
+    options = _checks.axes(axis, x.ndim), bool(keepdims), _checks.temperature(temperature)
+    lse = _torch_rows.logsumexp(x, *options)
+    return lse if dtype is None else lse.to(dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    axis: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    validate: bool | None,
+) -> Tensor:
+    _tensors(logits=logits, target=target, weight=logits if weight is None else weight)
+    (axis,) = _checks.class_axis(axis, logits.ndim)
+    if logits.ndim > 1:
+        logits = logits.movedim(axis, 1)  # torch's place for the classes
+    _checks.reduction(reduction)
+    numbers = _checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing)
+    return _torch_losses.cross_entropy(logits, target, weight, _torch_losses.Loss(*numbers, validate))
+
+
+def token_logprobs(
+    logits: Tensor,
+    target: Tensor,
+    axis: Any,
+    temperature: Any,
+    ignore_index: Any,
+    wanted: tuple[bool, bool, bool, bool],
+    validate: bool | None,
+) -> tuple[Tensor | None, ...]:
+    _tensors(logits=logits, target=target)
+    (axis,) = _checks.class_axis(axis, logits.ndim)
+    numbers = _checks.temperature(temperature), _checks.ignore_index(ignore_index)
+    return _torch_losses.token_logprobs(
+        logits, target, _torch_losses.Tokens(axis, *numbers, *map(bool, wanted), validate)
+    )
+
+
+def _dtype(dtype: Any) -> torch.dtype | None:
+    return None if dtype is None else getattr(torch, _checks.dtype_name(dtype))
+
+
+def _tensors(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, expected a torch tensor as the other arguments are")

@@ -1,0 +1,270 @@
+"""The operators of torch's dispatcher, torch.ops.gpusoftmax: what gpusoftmax.torch calls and torch.compile sees.
+
+Each is a call of the core, and says without one what shapes and dtypes it returns. None of them records a gradient: the
+autograd functions of _torch_rows.py and _torch_losses.py are around them, which is quicker than torch.library.custom_op
+(2026-11-26, a recorded softmax of 8 x 16 on the CPU: 42 us around the core's call, and 59). None waits for the device.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gpusoftmax
+from gpusoftmax.cross_entropy import _with_divisor
+
+_LIBRARY = torch.library.Library("gpusoftmax", "FRAGMENT")
+
+
+def _define(arguments: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Makes a function an operator of its name, on the CPU and on GPUs. `fake` makes empty results."""
+
+    def define(function: Callable) -> Callable:
+        name = function.__name__
+        _LIBRARY.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, torch.no_grad()(function), key)
+        torch.library.register_fake(f"gpusoftmax::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.gpusoftmax, name).default
+
+    return define
+
+
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a number per row: the format in which such logits are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------- rows to rows
+
+
+def _fake_rows(x, dim, temperature, dtype):
+    return x.new_empty(x.shape, dtype=dtype or x.dtype)
+
+
+def _fake_rows_backward(y, dy, dim, temperature, dtype):
+    return y.new_empty(y.shape, dtype=dtype)
+
+
+@_define("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
+def softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype | None) -> Tensor:
+    return gpusoftmax.softmax(x, _axis(dim), temperature=temperature, dtype=dtype)
+
+
+@_define("(Tensor probs, Tensor dprobs, int[] dim, float temperature, ScalarType dtype) -> Tensor", _fake_rows_backward)
+def softmax_backward(
+    probs: Tensor, dprobs: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype
+) -> Tensor:
+    out = None if dtype == probs.dtype else torch.empty(probs.shape, dtype=dtype, device=probs.device)
+    return gpusoftmax.softmax_backward(probs, dprobs, _axis(dim), temperature=temperature, out=out)
+
+
+@_define("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
+def log_softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype | None) -> Tensor:
+    return gpusoftmax.log_softmax(x, _axis(dim), temperature=temperature, dtype=dtype)
+
+
+@_define(
+    "(Tensor log_probs, Tensor dlog_probs, int[] dim, float temperature, ScalarType dtype) -> Tensor",
+    _fake_rows_backward,
+)
+def log_softmax_backward(
+    log_probs: Tensor, dlog_probs: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype
+) -> Tensor:
+    out = None if dtype == log_probs.dtype else torch.empty(log_probs.shape, dtype=dtype, device=log_probs.device)
+    return gpusoftmax.log_softmax_backward(log_probs, dlog_probs, _axis(dim), temperature=temperature, out=out)
+
+
+def _axis(dim: Sequence[int]) -> tuple[int, ...] | int:
+    return tuple(dim) or -1  # a tensor without axes has none to name
+
+
+def _fake_logsumexp(x, dim, keepdim, temperature):
+    shape = [1 if axis in dim else size for axis, size in enumerate(x.shape) if keepdim or axis not in dim]
+    return x.new_empty(shape, dtype=row_dtype(x.dtype))
+
+
+@_define("(Tensor x, int[] dim, bool keepdim, float temperature) -> Tensor", _fake_logsumexp)
+def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool, temperature: float) -> Tensor:
+    return gpusoftmax.logsumexp(x, _axis(dim), keepdims=keepdim, temperature=temperature)
+
+
+# ---------------------------------------------------------------- losses
+
+_LOSS = "Tensor target, Tensor? weight, int ignore_index, str reduction, float label_smoothing, bool? validate"
+
+
+def class_dim(logits: Tensor) -> int:
+    return min(1, logits.ndim - 1)
+
+
+def _fake_loss(logits, target, reduction):
+    return logits.new_empty(target.shape if reduction == "none" else (), dtype=row_dtype(logits.dtype))
+
+
+def _new_divisor(logits: Tensor, reduction: str) -> Tensor:
+    """Where "mean" writes what it divides by; the other reductions divide by 1."""
+    make = torch.empty if reduction == "mean" else torch.ones
+    return make(1, dtype=row_dtype(logits.dtype), device=logits.device)
+
+
+def _fake_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, validate):
+    return _fake_loss(logits, target, reduction), logits.new_empty((1,), dtype=row_dtype(logits.dtype))
+
+
+@_define(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor divisor)", _fake_cross_entropy)
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    validate: bool | None,
+) -> tuple[Tensor, Tensor]:
+    divisor = _new_divisor(logits, reduction)
+    options = class_dim(logits), ignore_index, reduction, label_smoothing, validate, 1.0, False
+    loss, _ = _with_divisor(logits, target, weight, None, divisor, *options)
+    return loss, divisor
+
+
+def _fake_cross_entropy_backward(divisor, logits, target, weight, ignore_index, label_smoothing, dtype):
+    return logits.new_empty(logits.shape, dtype=dtype)
+
+
+@_define(
+    "(Tensor divisor, Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+    "ScalarType dtype) -> Tensor",
+    _fake_cross_entropy_backward,
+)
+def cross_entropy_backward(
+    divisor: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of the sum of the losses / divisor. Labels have been looked at when the loss was computed."""
+    out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    options = class_dim(logits), ignore_index, "none", label_smoothing, False, 1.0, True
+    _, dlogits = _with_divisor(logits, target, weight, out, divisor, *options)
+    return dlogits
+
+
+def _fake_cross_entropy_with_grad(logits, target, weight, ignore_index, reduction, label_smoothing, validate):
+    divisor = logits.new_empty((1,), dtype=row_dtype(logits.dtype))
+    return _fake_loss(logits, target, reduction), logits.new_empty(logits.shape), divisor
+
+
+@_define(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor dlogits, Tensor divisor)", _fake_cross_entropy_with_grad)
+def cross_entropy_with_grad(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    validate: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    divisor = _new_divisor(logits, reduction)
+    options = class_dim(logits), ignore_index, reduction, label_smoothing, validate, 1.0, True
+    return *_with_divisor(logits, target, weight, None, divisor, *options), divisor
+
+
+def _fake_cross_entropy_in_place(logits, target, weight, ignore_index, reduction, label_smoothing, validate):
+    return _fake_loss(logits, target, reduction)
+
+
+@_define(f"(Tensor(a!) logits, {_LOSS}) -> Tensor", _fake_cross_entropy_in_place)
+def cross_entropy_in_place(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    validate: bool | None,
+) -> Tensor:
+    """The loss; the gradient overwrites the logits."""
+    loss, _ = gpusoftmax.cross_entropy_with_grad(
+        logits,
+        target,
+        weight,
+        axis=class_dim(logits),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        validate=validate,
+        out=logits,
+    )
+    return loss
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def _fake_token_logprobs(logits, target, dim, temperature, ignore_index, lse, entropy, rank, argmax, validate):
+    batch = [size for axis, size in enumerate(logits.shape) if axis != dim]
+    dtype = row_dtype(logits.dtype)
+    wanted = (True, target.shape, dtype), (lse, batch, dtype), (entropy, batch, dtype)
+    wanted += (rank, target.shape, torch.int64), (argmax, batch, torch.int64)
+    return [logits.new_empty(shape, dtype=dtype) for given, shape, dtype in wanted if given]
+
+
+@_define(
+    "(Tensor logits, Tensor target, int dim, float temperature, int ignore_index, bool lse, bool entropy, bool rank, "
+    "bool argmax, bool? validate) -> Tensor[]",
+    _fake_token_logprobs,
+)
+def token_logprobs(
+    logits: Tensor, target: Tensor, dim: int, temperature: float, ignore_index: int, *wanted: Any
+) -> list[Tensor]:
+    """What was asked for of TokenLogprobs, in that order."""
+    names = "return_lse", "return_entropy", "return_rank", "return_argmax", "validate"
+    options = {"axis": dim, "temperature": temperature, "ignore_index": ignore_index}
+    fields = gpusoftmax.token_logprobs(logits, target, **options, **dict(zip(names, wanted, strict=True)))
+    return [field for field in fields if field is not None]
+
+
+def _fake_token_logprobs_backward(logits, target, dlogprob, dentropy, dim, temperature, ignore_index):
+    return logits.new_empty(logits.shape)
+
+
+@_define(
+    "(Tensor logits, Tensor target, Tensor? dlogprob, Tensor? dentropy, int dim, float temperature, int ignore_index)"
+    " -> Tensor",
+    _fake_token_logprobs_backward,
+)
+def token_logprobs_backward(
+    logits: Tensor,
+    target: Tensor,
+    dlogprob: Tensor | None,
+    dentropy: Tensor | None,
+    dim: int,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
+    options = {"axis": dim, "temperature": temperature, "ignore_index": ignore_index, "validate": False}
+    return gpusoftmax.token_logprobs_backward(logits, target, dlogprob, dentropy, **options)
+
+
+def _fake_sample(logits, seed, step, seed_number, step_number, dim, temperature, top_k, top_p, min_p):
+    batch = [size for axis, size in enumerate(logits.shape) if axis != dim]
+    return logits.new_empty(batch, dtype=torch.int64)
+
+
+@_define(
+    "(Tensor logits, Tensor? seed, Tensor? step, int seed_number, int step_number, int dim, float temperature, "
+    "int? top_k, float? top_p, float? min_p) -> Tensor",
+    _fake_sample,
+)
+def sample(
+    logits: Tensor, seed: Tensor | None, step: Tensor | None, seed_number: int, step_number: int, dim: int, *limits: Any
+) -> Tensor:
+    """seed_number and step_number count where there is no tensor."""
+    temperature, top_k, top_p, min_p = limits
+    rng = (seed_number if seed is None else seed, step_number if step is None else step)
+    return gpusoftmax.sample(logits, dim, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, rng=rng)

@@ -1,0 +1,313 @@
+"""The softmax family for JAX, differentiable by jax.grad, jax.value_and_grad and jax.vjp, any number of times.
+
+Kernels need arrays that exist, so these functions are for code that is not inside jax.jit or jax.vmap, where they raise
+a TypeError. There XLA has jax.nn; jax.pure_callback carries a call of gpusoftmax into compiled code, but copies its
+arrays (2026-11-26, softmax of 1024 x 32768 float32 on two cores of a busy EPYC, medians: 42 ms by itself, 91 by jax.nn
+under jit, 220 by a callback). Forward-mode differentiation (jax.jvp) is not defined.
+
+The formulas are those of _torch_rows.py and _torch_losses.py: the first backward is one kernel, and what is beyond it
+is written in operations of JAX.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import gpusoftmax
+from gpusoftmax import _checks
+
+Axis = int | tuple[int, ...] | None
+
+
+def softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.Array:
+    """gpusoftmax.softmax, differentiable.
+
+    Parameters
+    ----------
+    x, axis, temperature
+        As in gpusoftmax.softmax.
+
+    Returns
+    -------
+    jax.Array, the shape, dtype and device of `x`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As gpusoftmax.softmax; TypeError also inside of jax.jit and jax.vmap.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from gpusoftmax.jax import softmax
+    >>> print(jax.grad(lambda x: softmax(x)[0])(jax.numpy.zeros(2)))
+    [ 0.25 -0.25]
+    """
+    return _softmax(jnp.asarray(x), axis, temperature)
+
+
+def log_softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.Array:
+    """gpusoftmax.log_softmax, differentiable.
+
+    Parameters
+    ----------
+    x, axis, temperature
+        As in gpusoftmax.softmax.
+
+    Returns
+    -------
+    jax.Array, the shape, dtype and device of `x`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softmax`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from gpusoftmax.jax import log_softmax
+    >>> print(jax.grad(lambda x: log_softmax(x)[0])(jax.numpy.zeros(2)))
+    [ 0.5 -0.5]
+    """
+    return _log_softmax(jnp.asarray(x), axis, temperature)
+
+
+def logsumexp(x: jax.Array, axis: Axis = -1, *, keepdims: bool = False, temperature: float = 1.0) -> jax.Array:
+    """gpusoftmax.logsumexp, differentiable.
+
+    Parameters
+    ----------
+    x, axis, keepdims, temperature
+        As in gpusoftmax.logsumexp.
+
+    Returns
+    -------
+    jax.Array, the shape of `x` without the reduced axes
+        float32, float64 for float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softmax`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from gpusoftmax.jax import logsumexp
+    >>> print(jax.grad(logsumexp)(jax.numpy.zeros(4)))
+    [0.25 0.25 0.25 0.25]
+    """
+    return _logsumexp(jnp.asarray(x), axis, keepdims, temperature)
+
+
+def cross_entropy(
+    logits: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None = None,
+    *,
+    axis: int = -1,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> jax.Array:
+    """gpusoftmax.cross_entropy, differentiable with respect to `logits`: loss and gradient come from one kernel.
+
+    Parameters
+    ----------
+    logits, target, weight, axis, ignore_index, reduction, label_smoothing
+        As in gpusoftmax.cross_entropy.
+
+    Returns
+    -------
+    jax.Array, float32 (float64 for float64 logits)
+        A single number for "mean" and "sum", the shape of `target` for "none".
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As gpusoftmax.cross_entropy; TypeError also inside of jax.jit and jax.vmap, and for the gradient of `weight`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from gpusoftmax.jax import cross_entropy
+    >>> loss, dlogits = jax.value_and_grad(cross_entropy)(jax.numpy.zeros((1, 4)), jax.numpy.array([2]))
+    >>> print(dlogits)
+    [[ 0.25  0.25 -0.75  0.25]]
+    """
+    if isinstance(weight, jax.core.Tracer):
+        raise TypeError(
+            "weight is traced by jax, and class weights get no gradient: pass jax.lax.stop_gradient(weight)"
+        )
+    arrays = jnp.asarray(logits), jnp.asarray(target), None if weight is None else jnp.asarray(weight)
+    return _cross_entropy(*arrays, _Loss(axis, ignore_index, reduction, label_smoothing))
+
+
+# ---------------------------------------------------------------- rows to rows
+# What jax.vjp is given from above it hands on as it is, and that may be an array of NumPy.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _softmax(x, axis, temperature):
+    return gpusoftmax.softmax(x, axis, temperature=temperature)
+
+
+def _softmax_forward(x, axis, temperature):
+    probs = _softmax(x, axis, temperature)
+    return probs, probs
+
+
+def _softmax_gradient(axis, temperature, probs, dprobs):
+    return (_softmax_backward(probs, jnp.asarray(dprobs), axis, temperature),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _softmax_backward(probs, dprobs, axis, temperature):
+    return gpusoftmax.softmax_backward(probs, dprobs, axis, temperature=temperature)
+
+
+def _softmax_backward_forward(probs, dprobs, axis, temperature):
+    return _softmax_backward(probs, dprobs, axis, temperature), (probs, dprobs)
+
+
+def _softmax_backward_gradient(axis, temperature, saved, h):
+    probs, dprobs = saved
+    p, g, wide_h = _wide(probs), _wide(dprobs), _wide(h)
+    terms = (g - _sum(p * g, axis)) * wide_h - g * _sum(p * wide_h, axis)
+    of_probs = (terms / temperature).astype(probs.dtype)
+    return of_probs, _softmax_backward(probs, jnp.asarray(h), axis, temperature)
+
+
+_softmax_backward.defvjp(_softmax_backward_forward, _softmax_backward_gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _log_softmax(x, axis, temperature):
+    return gpusoftmax.log_softmax(x, axis, temperature=temperature)
+
+
+def _log_softmax_forward(x, axis, temperature):
+    log_probs = _log_softmax(x, axis, temperature)
+    return log_probs, log_probs
+
+
+def _log_softmax_gradient(axis, temperature, log_probs, dlog_probs):
+    return (_log_softmax_backward(log_probs, jnp.asarray(dlog_probs), axis, temperature),)
+
+
+_log_softmax.defvjp(_log_softmax_forward, _log_softmax_gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _log_softmax_backward(log_probs, dlog_probs, axis, temperature):
+    return gpusoftmax.log_softmax_backward(log_probs, dlog_probs, axis, temperature=temperature)
+
+
+def _log_softmax_backward_forward(log_probs, dlog_probs, axis, temperature):
+    return _log_softmax_backward(log_probs, dlog_probs, axis, temperature), (log_probs, dlog_probs)
+
+
+def _log_softmax_backward_gradient(axis, temperature, saved, h):
+    log_probs, dlog_probs = saved
+    wide_h = _wide(h)
+    weighted = jnp.exp(_wide(log_probs)) * wide_h
+    of_log_probs = -weighted * _sum(_wide(dlog_probs), axis) / temperature
+    of_dlog_probs = (wide_h - _sum(weighted, axis)) / temperature
+    return of_log_probs.astype(log_probs.dtype), of_dlog_probs.astype(dlog_probs.dtype)
+
+
+_log_softmax_backward.defvjp(_log_softmax_backward_forward, _log_softmax_backward_gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _logsumexp(x, axis, keepdims, temperature):
+    return gpusoftmax.logsumexp(x, axis, keepdims=keepdims, temperature=temperature)
+
+
+def _logsumexp_forward(x, axis, keepdims, temperature):
+    return _logsumexp(x, axis, keepdims, temperature), x
+
+
+def _logsumexp_gradient(axis, keepdims, temperature, x, dlse):
+    axes = _checks.axes(axis, x.ndim)
+    per_row = dlse.reshape([1 if one in axes else size for one, size in enumerate(x.shape)])
+    probs = _softmax(x.astype(dlse.dtype), axis, temperature)
+    return ((probs * (per_row / temperature)).astype(x.dtype),)
+
+
+_logsumexp.defvjp(_logsumexp_forward, _logsumexp_gradient)
+
+
+def _wide(x):
+    """In float32 at least, where sums of many terms lose nothing."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _sum(x, axis):
+    return x.sum(axis=_checks.axes(axis, x.ndim), keepdims=True)
+
+
+# ---------------------------------------------------------------- losses
+
+
+class _Loss(NamedTuple):
+    axis: int
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cross_entropy(logits, target, weight, loss):
+    return gpusoftmax.cross_entropy(logits, target, weight, **loss._asdict())
+
+
+def _cross_entropy_forward(logits, target, weight, loss):
+    if isinstance(logits, jax.core.Tracer):  # the gradient is to be differentiated
+        return _cross_entropy(logits, target, weight, loss), (logits, target, weight, None)
+    value, dlogits = gpusoftmax.cross_entropy_with_grad(logits, target, weight, **loss._asdict())
+    return value, (logits, target, weight, dlogits)
+
+
+def _cross_entropy_gradient(loss, saved, dloss):
+    (logits, target, weight, dlogits), dloss = saved, jnp.asarray(dloss)
+    if dlogits is None or isinstance(dloss, jax.core.Tracer):
+        return _graph_of_dlogits(logits, target, weight, dloss, loss), None, None
+    if loss.reduction == "none":
+        dloss = jnp.expand_dims(jnp.where(target == loss.ignore_index, 0, dloss), loss.axis)
+    elif _on_cpu(dloss) and dloss == 1:  # as a rule, and a look waits for nobody
+        return dlogits, None, None
+    return (dlogits * dloss).astype(logits.dtype), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_gradient)
+
+
+def _on_cpu(x):
+    return all(device.platform == "cpu" for device in x.devices())
+
+
+def _graph_of_dlogits(logits, target, weight, dloss, loss):
+    """The gradient with respect to the logits, as a function of these and of dloss that JAX differentiates."""
+    (axis,) = _checks.class_axis(loss.axis, logits.ndim)
+    dtype, n_cols = dloss.dtype, logits.shape[axis]
+    counts = target != loss.ignore_index
+    weight = jnp.ones(n_cols, dtype) if weight is None else weight.astype(dtype)
+    weight_of_row = weight[jnp.clip(target, 0, n_cols - 1)] * counts
+    upstream = dloss / weight_of_row.sum() if loss.reduction == "mean" else dloss
+    upstream = jnp.where(counts, upstream, 0)
+    share = loss.label_smoothing / n_cols
+    of_target = upstream * (1 - loss.label_smoothing) * weight_of_row
+    of_all = upstream * share * weight.sum()
+    probs = _softmax(logits.astype(dtype), axis, 1.0)
+    each = weight.reshape([n_cols if one == axis else 1 for one in range(logits.ndim)])
+    dlogits = probs * jnp.expand_dims(of_target + of_all, axis)
+    dlogits -= jax.nn.one_hot(target, n_cols, axis=axis, dtype=dtype) * jnp.expand_dims(of_target, axis)
+    dlogits -= jnp.expand_dims(upstream * share, axis) * each
+    return jnp.where(jnp.expand_dims(counts, axis), dlogits, 0).astype(logits.dtype)

@@ -1,0 +1,349 @@
+"""The softmax family for training with PyTorch: torch's names, arguments and defaults, differentiable.
+
+softmax, log_softmax, logsumexp, cross_entropy and CrossEntropyLoss stand in for torch's functions of these names;
+token_logprobs and sample are those of gpusoftmax. They are differentiable any number of times, once in forward mode,
+and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU and so
+can be captured in a CUDA graph, and take tensors of any strides without a copy.
+
+Sums are computed in float32 whatever the dtype of the logits, float64 in float64. Inside torch.autocast softmax and
+log_softmax of half types return float32, as torch's do on a GPU; losses, log-sum-exp and log-probabilities are float32
+always, and gradients have the dtype of the logits.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpusoftmax import _checks, _torch_losses, _torch_ops, _torch_rows
+from gpusoftmax.token_logprobs import TokenLogprobs
+
+__all__ = [
+    "CrossEntropyLoss",
+    "cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "sample",
+    "softmax",
+    "token_logprobs",
+]
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def softmax(
+    input: Tensor,
+    dim: int | Sequence[int] | None,
+    dtype: torch.dtype | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """torch.softmax of input / temperature along `dim`, differentiable.
+
+    Parameters
+    ----------
+    input : tensor, shape (..., n_cols, ...)
+        Logits: float16, bfloat16, float32 or float64, with any strides; integers where a `dtype` is given.
+    dim : int, sequence of int or None
+        Along which the results sum to 1; None means all.
+    dtype : torch.dtype, optional
+        Of the result; by default that of `input`, float32 for half types inside torch.autocast.
+    temperature : float
+        Divides the logits; finite and above 0.
+
+    Returns
+    -------
+    tensor, the shape and device of `input`
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As gpusoftmax.softmax; TypeError also for what is no tensor, and for integers without a `dtype`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import softmax
+    >>> logits = torch.zeros(1, 2, requires_grad=True)
+    >>> softmax(logits, dim=-1)[0, 0].backward()
+    >>> logits.grad
+    tensor([[ 0.2500, -0.2500]])
+    """
+    x, dtype = _logits(input, dtype)
+    return _torch_rows.softmax(x, _dims(dim, x.ndim), _checks.temperature(temperature), dtype)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | Sequence[int] | None,
+    dtype: torch.dtype | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """torch.log_softmax of input / temperature along `dim`, differentiable: confident rows keep their small values.
+
+    Parameters, Returns, Raises
+    ---------------------------
+    As `softmax`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import log_softmax
+    >>> log_softmax(torch.tensor([40.0, 0.0]), dim=-1)
+    tensor([-4.2484e-18, -4.0000e+01])
+    """
+    x, dtype = _logits(input, dtype)
+    return _torch_rows.log_softmax(x, _dims(dim, x.ndim), _checks.temperature(temperature), dtype)
+
+
+def logsumexp(
+    input: Tensor,
+    dim: int | Sequence[int] | None,
+    keepdim: bool = False,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """torch.logsumexp of input / temperature along `dim`, differentiable.
+
+    Parameters
+    ----------
+    input, dim, temperature
+        As in `softmax`.
+    keepdim : bool
+        Keep the reduced axes with size 1.
+
+    Returns
+    -------
+    tensor, the shape of `input` without `dim`
+        float32, float64 for float64 (torch: the dtype of `input`).
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As `softmax`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import logsumexp
+    >>> logits = torch.zeros(4, requires_grad=True)
+    >>> logsumexp(logits, dim=0).backward()
+    >>> logits.grad
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    x, _ = _logits(input, None)
+    return _torch_rows.logsumexp(x, _dims(dim, x.ndim), bool(keepdim), _checks.temperature(temperature))
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    inplace: bool = False,
+) -> Tensor:
+    """torch.nn.functional.cross_entropy, in nats, with one read of the logits for the loss and one for the gradient.
+
+    Parameters
+    ----------
+    input : tensor, shape (n_cols,), (N, n_cols) or (N, n_cols, d1, ...)
+        Logits: float16, bfloat16, float32 or float64, with any strides.
+    target : tensor of integers, the shape of `input` without the class dimension
+        Class of each row, from 0 to n_cols - 1, or `ignore_index`. Probabilities of classes (a floating tensor of the
+        shape of `input`) are handed to torch's own function, with a warning.
+    weight : tensor, shape (n_cols,), optional
+        A factor for each class, which gets no gradient.
+    ignore_index : int
+        Rows with this label are not read, have loss 0 and gradient 0, and do not count in the mean.
+    reduction : "mean", "sum" or "none"
+    label_smoothing : float, 0 to 1
+        Share of the probability that is spread evenly over all classes.
+    inplace : bool
+        Let the gradient overwrite `input`, where one is recorded: saves an array of its size. The result can then be
+        differentiated once, and torch reports whoever else needs the logits. float16 gradients are rounded before they
+        meet the scale of a GradScaler. Compiled code, which plans its memory itself, ignores it.
+
+    Returns
+    -------
+    tensor, float32 (float64 for float64 logits; torch: the dtype of `input`)
+        A single number for "mean" and "sum", the shape of `target` for "none".
+
+    Raises
+    ------
+    IndexError
+        On the CPU, a label out of range. On a GPU, where looking would wait, such a row gets a NaN loss and gradient.
+    TypeError, ValueError
+        As gpusoftmax.cross_entropy; TypeError also for a `weight` that requires grad, ValueError for a leaf `inplace`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import cross_entropy
+    >>> logits = torch.zeros(1, 4, requires_grad=True)
+    >>> cross_entropy(logits, torch.tensor([2])).backward()
+    >>> logits.grad
+    tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
+    """
+    x, _ = _logits(input, None)
+    _tensor(target, "target")
+    if target.is_floating_point():
+        if not torch.compiler.is_compiling():  # which knows no warnings
+            _warn_once(
+                "target holds probabilities of classes, which gpusoftmax has no kernel for: torch's function is used"
+            )
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return torch.nn.functional.cross_entropy(input, target, weight, **options)
+    _checks.reduction(reduction)
+    loss = _torch_losses.Loss(_checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing))
+    function = _torch_losses.cross_entropy_in_place if inplace else _torch_losses.cross_entropy
+    return function(x, target, weight, loss)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss, with its arguments, buffers and state, computed by `cross_entropy`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import CrossEntropyLoss
+    >>> CrossEntropyLoss(label_smoothing=0.1)(torch.zeros(1, 4), torch.tensor([2]))
+    tensor(1.3863)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        options = {"ignore_index": self.ignore_index, "reduction": self.reduction}
+        return cross_entropy(input, target, self.weight, **options, label_smoothing=self.label_smoothing)
+
+
+def token_logprobs(
+    logits: Tensor,
+    target: Tensor,
+    dim: int = -1,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_rank: bool = False,
+    return_argmax: bool = False,
+) -> TokenLogprobs:
+    """gpusoftmax.token_logprobs, differentiable: log-probabilities of tokens for policy gradients and distillation.
+
+    Parameters
+    ----------
+    logits, target, temperature, ignore_index, return_lse, return_entropy, return_rank, return_argmax
+        As in gpusoftmax.token_logprobs.
+    dim : int
+        Along which the tokens lie.
+
+    Returns
+    -------
+    TokenLogprobs
+        A named tuple of tensors: logprob, lse and entropy have gradients, rank and argmax are integers.
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As gpusoftmax.token_logprobs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import token_logprobs
+    >>> logits = torch.zeros(1, 4, requires_grad=True)
+    >>> scores = token_logprobs(logits, torch.tensor([2]), return_entropy=True)
+    >>> (scores.logprob + 0.01 * scores.entropy).sum().backward()
+    >>> logits.grad
+    tensor([[-0.2500, -0.2500,  0.7500, -0.2500]])
+    """
+    x, _ = _logits(logits, None, "logits")
+    _tensor(target, "target")
+    (axis,) = _checks.class_axis(dim, x.ndim)
+    numbers = _checks.temperature(temperature), _checks.ignore_index(ignore_index)
+    wanted = bool(return_lse), bool(return_entropy), bool(return_rank), bool(return_argmax)
+    return TokenLogprobs(*_torch_losses.token_logprobs(x, target, _torch_losses.Tokens(axis, *numbers, *wanted)))
+
+
+def sample(
+    logits: Tensor,
+    dim: int = -1,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    rng: Any,
+) -> Tensor:
+    """gpusoftmax.sample, for code that is compiled: indices, which have no gradient.
+
+    Parameters
+    ----------
+    logits, temperature, top_k, top_p, min_p, rng
+        As in gpusoftmax.sample.
+    dim : int
+        The axis of the classes.
+
+    Returns
+    -------
+    tensor of int64, the shape of `logits` without `dim`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As gpusoftmax.sample.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import sample
+    >>> sample(torch.tensor([[0.0, 9.0, 1.0]]), temperature=0, rng=0)
+    tensor([1])
+    """
+    x, _ = _logits(logits, None, "logits")
+    (axis,) = _checks.class_axis(dim, x.ndim)
+    seed, step = _checks.rng(rng)
+    tensors = [None if type(one) is int else one for one in (seed, step)]
+    numbers = [_signed(one) if type(one) is int else 0 for one in (seed, step)]
+    limits = (top_k, None if top_p is None else float(top_p), None if min_p is None else float(min_p))
+    return _torch_ops.sample(x.detach(), *tensors, *numbers, axis, float(temperature), *limits)
+
+
+def _tensor(given: Any, name: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}, expected a torch tensor: gpusoftmax takes other arrays")
+
+
+def _dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    if ndim == 0 and isinstance(dim, tuple | list) and len(dim) == 1:  # torch gives a number one axis, too
+        (dim,) = dim
+    return _checks.axes(dim, ndim)
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits as a signed integer."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _logits(given: Tensor, dtype: torch.dtype | None, name: str = "input") -> tuple[Tensor, torch.dtype | None]:
+    """The logits as the kernels take them, and the dtype of a result that has their shape: None means theirs."""
+    _tensor(given, name)
+    if given.dtype not in _FLOATING:
+        if dtype is None or given.dtype.is_complex:
+            _checks.floating(str(given.dtype).removeprefix("torch."), name)
+        given = given.to(dtype)
+    half = dtype is None and given.dtype in (torch.float16, torch.bfloat16)
+    if half and torch.amp.is_autocast_available(given.device.type) and torch.is_autocast_enabled(given.device.type):
+        dtype = torch.float32
+    return given, dtype
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(reason, stacklevel=3)

@@ -1,0 +1,190 @@
+"""gpusoftmax.jax: JAX's answers, gradients of any order outside of jit, and clear errors inside."""
+
+import doctest
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import gpusoftmax
+import gpusoftmax.jax as ours
+
+PUBLIC = ["softmax", "log_softmax", "logsumexp", "cross_entropy"]
+
+
+def random(*shape, dtype=np.float64, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+ROW_OPS = {
+    "softmax": (ours.softmax, jax.nn.softmax),
+    "log_softmax": (ours.log_softmax, jax.nn.log_softmax),
+    "logsumexp": (ours.logsumexp, jax.nn.logsumexp),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("axis", [0, -1, (0, 2), None])
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_row_ops(name, axis, temperature):
+    """The values and both derivatives of JAX's functions, and central differences."""
+    function, theirs = ROW_OPS[name]
+    x, upstream = random(3, 4, 2), random(3, 4, 2, seed=1)
+    every = (0, 1, 2) if axis is None else axis
+
+    def one(x):
+        return function(x, axis, temperature=temperature)
+
+    def two(x):
+        return theirs(x / temperature, every)
+
+    np.testing.assert_allclose(one(x), two(x), rtol=1e-12, atol=1e-12)
+    upstream = upstream[tuple(slice(size) for size in two(x).shape)] if two(x).ndim == 3 else jnp.ones(two(x).shape)
+    results = [jax.vjp(each, x)[1](upstream)[0] for each in (one, two)]
+    np.testing.assert_allclose(*results, rtol=1e-12, atol=1e-12)
+    # From nested jax.grad, the second derivatives along a direction.
+    direction = random(3, 4, 2, seed=2)
+    seconds = [
+        jax.grad(lambda x, each=each: (jax.grad(lambda x: (each(x) ** 2).sum())(x) * direction).sum())(x)
+        for each in (one, two)
+    ]
+    np.testing.assert_allclose(*seconds, rtol=1e-10, atol=1e-12)
+    check_grads(one, (x,), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+
+
+def test_logsumexp_keeps_dimensions():
+    x = random(3, 4)
+    assert ours.logsumexp(x, keepdims=True).shape == (3, 1)
+    gradient = jax.grad(lambda x: ours.logsumexp(x, 0, keepdims=True).sum())(x)
+    np.testing.assert_allclose(gradient, jax.nn.softmax(x, 0), rtol=1e-12)
+
+
+def their_cross_entropy(logits, target, weight, axis, ignore_index, reduction, label_smoothing):
+    """By one-hot labels, in JAX's operations."""
+    n_cols = logits.shape[axis]
+    counts = target != ignore_index
+    weight = jnp.ones(n_cols) if weight is None else weight
+    classes = jnp.where(counts, target, 0)
+    shares = (1 - label_smoothing) * jax.nn.one_hot(classes, n_cols) + label_smoothing / n_cols
+    losses = -(shares * weight * jax.nn.log_softmax(jnp.moveaxis(logits, axis, -1))).sum(-1) * counts
+    if reduction == "mean":
+        return losses.sum() / (weight[classes] * counts).sum()
+    return losses.sum() if reduction == "sum" else losses
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("axis", "weighted", "smoothing"), list(itertools.product((1, -1), (False, True), (0.0, 0.1))))
+def test_cross_entropy(reduction, axis, weighted, smoothing):
+    shape = (3, 5, 2) if axis == 1 else (3, 2, 5)
+    x, target = random(*shape), jnp.asarray([[0, 4], [1, -7], [2, 2]])
+    weight = jnp.linspace(0.5, 2, 5) if weighted else None
+    options = {"axis": axis, "ignore_index": -7, "reduction": reduction, "label_smoothing": smoothing}
+
+    def one(x):
+        return ours.cross_entropy(x, target, weight, **options)
+
+    def two(x):
+        return their_cross_entropy(x, target, weight, **options)
+
+    np.testing.assert_allclose(one(x), two(x), rtol=1e-12, atol=1e-12)
+    for scale in (1.0, 3.0):
+        results = [jax.vjp(each, x)[1](scale * jnp.ones_like(two(x)))[0] for each in (one, two)]
+        np.testing.assert_allclose(*results, rtol=1e-12, atol=1e-12)
+    seconds = [
+        jax.grad(lambda x, each=each: (jax.grad(lambda x: (each(x) ** 2).sum())(x) ** 2).sum())(x)
+        for each in (one, two)
+    ]
+    np.testing.assert_allclose(*seconds, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_first_gradients_are_those_of_the_kernels(dtype):
+    x, target = random(6, 40).astype(dtype), jnp.arange(6)
+    probs, upstream = gpusoftmax.softmax(x), random(6, 40, seed=1).astype(dtype)
+    gradient = jax.vjp(ours.softmax, x)[1](upstream)[0]
+    assert gradient.dtype == dtype
+    assert np.asarray(gradient).tobytes() == np.asarray(gpusoftmax.softmax_backward(probs, upstream)).tobytes()
+    loss, dlogits = jax.value_and_grad(ours.cross_entropy)(x, target)
+    expected = gpusoftmax.cross_entropy_with_grad(x, target)
+    assert loss == expected[0] and np.asarray(dlogits).tobytes() == np.asarray(expected[1]).tobytes()
+    assert jax.grad(lambda x: ours.logsumexp(x).sum())(x).dtype == dtype
+    assert jax.grad(lambda x: ours.log_softmax(x)[0, 0])(x).dtype == dtype
+
+
+def test_a_step_of_training():
+    """The loss falls, and the parameters are those of JAX's own step."""
+    features, target = random(16, 8), jnp.arange(16) % 4
+    parameters = theirs = random(8, 4, seed=1)
+    losses = []
+    for _ in range(5):
+        loss, gradient = jax.value_and_grad(lambda w: ours.cross_entropy(features @ w, target))(parameters)
+        parameters -= 0.5 * gradient
+        losses.append(float(loss))
+        gradient = jax.grad(lambda w: their_cross_entropy(features @ w, target, None, -1, -100, "mean", 0.0))(theirs)
+        theirs -= 0.5 * gradient
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    np.testing.assert_allclose(parameters, theirs, rtol=1e-10)
+
+
+def test_ignored_rows_have_no_gradient():
+    x = jnp.asarray([[0.0, 1.0], [np.nan, 0.0]])
+    gradient = jax.vjp(lambda x: ours.cross_entropy(x, jnp.array([1, -100]), reduction="none"), x)[1](
+        jnp.asarray([1.0, np.inf])
+    )[0]
+    assert np.isfinite(gradient[0]).all() and not gradient[1].any()
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f, x: jax.jit(f)(x),
+        lambda f, x: jax.jit(jax.grad(f))(x),
+        lambda f, x: jax.grad(jax.jit(f))(x),
+        lambda f, x: jax.grad(jax.checkpoint(f))(x),
+        lambda f, x: jax.vmap(f)(x),
+    ],
+    ids=["jit", "jit of grad", "grad of jit", "checkpoint", "vmap"],
+)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_compiled(name, transformed):
+    def function(x):
+        if name == "cross_entropy":
+            return ours.cross_entropy(x, jnp.zeros(x.shape[:-1], int))
+        return getattr(ours, name)(x).sum()
+
+    with pytest.raises(TypeError) as raised:
+        transformed(function, random(3, 4))
+    message = str(raised.value)
+    assert "is traced by jax" in message and "outside of jit" in message and "jax.nn" in message
+
+
+def test_class_weights_have_no_gradient():
+    x, target = random(3, 4), jnp.arange(3)
+    with pytest.raises(TypeError, match=r"^weight is traced by jax.*stop_gradient"):
+        jax.grad(lambda weight: ours.cross_entropy(x, target, weight))(jnp.ones(4))
+
+
+def test_errors_are_those_of_the_core():
+    x = random(3, 4)
+    with pytest.raises(IndexError, match=r"^target\[1\] .* is 4"):
+        jax.grad(ours.cross_entropy)(x, jnp.array([0, 4, 1]))
+    with pytest.raises(ValueError, match="^temperature is 0"):
+        ours.softmax(x, temperature=0)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings(name):
+    with jax.enable_x64(False):
+        finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+        for test in finder.find(getattr(ours, name), name, globs={}):
+            runner.run(test)
+    assert runner.tries and not runner.failures

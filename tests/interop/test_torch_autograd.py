@@ -1,0 +1,823 @@
+"""gpusoftmax.torch: torch's answers, gradients of any order, and what torch's own tools say of the operators."""
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import warnings
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.utils.checkpoint import checkpoint
+
+import gpusoftmax
+import gpusoftmax.torch as ours
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+OPS = torch.ops.gpusoftmax
+
+
+def pairwise(**options):
+    """Few combinations of the options, in which every two values of two options meet."""
+    names, missing, chosen = list(options), set(), []
+    for one, two in itertools.combinations(names, 2):
+        missing |= {(one, i, two, j) for i in range(len(options[one])) for j in range(len(options[two]))}
+
+    def pairs(numbers):
+        return {(a, i, b, j) for (a, i), (b, j) in itertools.combinations(zip(names, numbers, strict=True), 2)}
+
+    everything = list(itertools.product(*(range(len(values)) for values in options.values())))
+    while missing:
+        best = max(everything, key=lambda numbers: len(pairs(numbers) & missing))
+        missing -= pairs(best)
+        chosen.append({name: options[name][number] for name, number in zip(names, best, strict=True)})
+    return chosen
+
+
+def test_pairwise():
+    chosen = pairwise(a=[1, 2, 3], b="xy", c=[0, 1])
+    assert len(chosen) < 12
+    for one, two in itertools.combinations("abc", 2):
+        seen = {(each[one], each[two]) for each in chosen}
+        assert len(seen) == len({each[one] for each in chosen}) * len({each[two] for each in chosen}) >= 4
+
+
+def random(*shape, dtype=torch.float64, seed=0):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.manual_seed(seed))
+    return x.to(dtype).requires_grad_()
+
+
+def labels(shape, n_classes, ignored=None, seed=0):
+    made = torch.randint(0, n_classes, shape, generator=torch.manual_seed(seed))
+    if ignored is not None:
+        made[torch.rand(shape, generator=torch.manual_seed(seed + 1)) < 0.3] = ignored
+        made.view(-1)[0] = 0  # one row counts
+    return made
+
+
+def same_bits(one, two):
+    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+
+
+# ---------------------------------------------------------------- derivatives of any order
+
+ROW_OPS = {"softmax": ours.softmax, "log_softmax": ours.log_softmax, "logsumexp": ours.logsumexp}
+
+
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_row_ops_are_differentiable_twice(name):
+    for case in pairwise(
+        shape=[(5,), (3, 4), (2, 3, 4)], dim=[0, -1, None, "ends"], temperature=[1.0, 0.7], strided=[False, True]
+    ):
+        x = random(*case["shape"])
+        dim = (0, len(case["shape"]) - 1)[: len(case["shape"])] if case["dim"] == "ends" else case["dim"]
+        if case["dim"] == "ends" and len(case["shape"]) == 1:
+            dim = (0,)
+
+        def function(x, dim=dim, case=case):
+            x = x.movedim(0, -1).contiguous().movedim(-1, 0) if case["strided"] else x
+            return ROW_OPS[name](x, dim, temperature=case["temperature"])
+
+        assert gradcheck(function, x), case
+        assert gradgradcheck(function, x), case
+
+
+def test_logsumexp_keeps_dimensions():
+    assert gradcheck(lambda x: ours.logsumexp(x, (0, 2), True), random(2, 3, 4))
+    assert ours.logsumexp(random(2, 3, 4), (0, 2), keepdim=True).shape == (1, 3, 1)
+
+
+LOSSES = pairwise(
+    shape=[(4,), (3, 4), (2, 4, 3), (2, 3, 2, 2)],
+    reduction=["mean", "sum", "none"],
+    weighted=[False, True],
+    label_smoothing=[0.0, 0.1, 1.0],
+    ignore_index=[-100, 1],
+    strided=[False, True],
+)
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("compiled", [False, True], ids=["fused", "in the backward"])
+def test_cross_entropy_is_differentiable_twice(case, compiled, monkeypatch):
+    """Both ways to the gradient."""
+    if compiled:
+        monkeypatch.setattr(gpusoftmax._torch_losses, "_can_look", lambda tensor: False)
+    shape = case["shape"]
+    n_classes = shape[min(1, len(shape) - 1)]
+    ignored = case["ignore_index"]
+    target = labels(shape[:1] + shape[2:] if len(shape) > 1 else (), n_classes, ignored)
+    weight = torch.linspace(0.5, 2, n_classes, dtype=torch.float64) if case["weighted"] else None
+    options = {name: case[name] for name in ("reduction", "label_smoothing", "ignore_index")}
+
+    def loss(function):
+        def call(x):
+            x = x.movedim(0, -1).contiguous().movedim(-1, 0) if case["strided"] else x
+            return function(x, target, weight, **options)
+
+        return call
+
+    x = random(*shape)
+    assert gradcheck(loss(ours.cross_entropy), x)
+    assert gradgradcheck(loss(ours.cross_entropy), x)
+    expected, value = loss(F.cross_entropy)(x), loss(ours.cross_entropy)(x)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    upstream = random(*value.shape, seed=3).detach()
+    gradients = (torch.autograd.grad(one, x, upstream)[0] for one in (value, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one target", "several"])
+@pytest.mark.parametrize("wanted", ["", "entropy", "lse", "entropy lse rank argmax"])
+def test_token_logprobs_is_differentiable_twice(wanted, several):
+    options = {f"return_{name}": True for name in wanted.split()}
+    for shape, dim, temperature in (((4,), 0, 1.0), ((3, 5), -1, 0.7), ((2, 5, 3), 1, 1.3)):
+        batch = [size for axis, size in enumerate(shape) if axis != dim % len(shape)]
+        target = labels((*batch, 2) if several else batch, shape[dim], ignored=-100)
+
+        def floats(x, target=target, dim=dim, temperature=temperature):
+            scores = ours.token_logprobs(x, target, dim, temperature=temperature, **options)
+            return tuple(score for score in scores if score is not None and score.is_floating_point())
+
+        assert gradcheck(floats, random(*shape))
+        assert gradgradcheck(floats, random(*shape))
+
+
+def test_token_logprobs_agrees_with_torch():
+    x, target = random(6, 9), labels((6,), 9, ignored=-100)
+    scores = ours.token_logprobs(x, target, return_entropy=True, return_lse=True, return_rank=True, return_argmax=True)
+    log_probs = F.log_softmax(x, -1)
+    used = target != -100
+    picked = log_probs.gather(1, target.clamp(0)[:, None])[:, 0] * used
+    entropy = torch.distributions.Categorical(logits=x).entropy()
+    for got, expected in ((scores.logprob, picked), (scores.entropy, entropy), (scores.lse, x.logsumexp(-1))):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        upstream = random(6, seed=2).detach()
+        one, two = (torch.autograd.grad(each, x, upstream, retain_graph=True)[0] for each in (got, expected))
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    assert (
+        torch.equal(scores.argmax, x.argmax(-1)) and not scores.rank.requires_grad and not scores.argmax.requires_grad
+    )
+    core = gpusoftmax.token_logprobs(x.detach(), target, return_rank=True)
+    assert same_bits(scores.logprob.detach(), core.logprob) and torch.equal(scores.rank, core.rank)
+
+
+def test_gradients_of_masked_tokens_are_finite():
+    """-inf among the logits, and an entropy of 0 log 0, also where the gradient is differentiated."""
+    x = torch.tensor([[0.0, float("-inf"), 1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    scores = ours.token_logprobs(x, torch.tensor([2]), return_entropy=True)
+    ways = (
+        scores.logprob.sum() + scores.entropy.sum(),
+        ours.cross_entropy(x, torch.tensor([2])),
+        ours.softmax(x, -1)[0, 0],
+        ours.log_softmax(x, -1)[0, 0],
+        ours.logsumexp(x, -1).sum(),
+    )
+    for value in ways:
+        (first,) = torch.autograd.grad(value, x, retain_graph=True)
+        (again,) = torch.autograd.grad(value, x, create_graph=True)
+        torch.testing.assert_close(first, again)
+        assert first.isfinite().all() and first[0, 1] == 0
+        (second,) = torch.autograd.grad(again[0, 0], x)
+        assert second.isfinite().all() and second[0, 1] == 0
+
+
+# ---------------------------------------------------------------- forward mode, and torch.func
+
+W = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+SCORED, SCORES = torch.tensor([0, -100, 4]), {"return_lse": True, "return_entropy": True, "return_rank": True}
+
+
+def their_scores(x):
+    log_probs = F.log_softmax(x / 0.7, -1)
+    return log_probs.gather(1, SCORED.clamp(0)[:, None])[:, 0] * (SCORED != -100), -(log_probs.exp() * log_probs).sum(
+        -1
+    )
+
+
+PAIRS = {
+    "softmax": (lambda x: ours.softmax(x, -1, temperature=0.7), lambda x: F.softmax(x / 0.7, -1)),
+    "log_softmax": (lambda x: ours.log_softmax(x, 0, temperature=0.7), lambda x: F.log_softmax(x / 0.7, 0)),
+    "logsumexp": (lambda x: ours.logsumexp(x, (0, 1), True), lambda x: torch.logsumexp(x, (0, 1), True)),
+    "cross_entropy": (
+        lambda x: ours.cross_entropy(x, SCORED, W, label_smoothing=0.1),
+        lambda x: F.cross_entropy(x, SCORED, W, label_smoothing=0.1),
+    ),
+    "cross_entropy of rows": (
+        lambda x: ours.cross_entropy(x, SCORED, reduction="none"),
+        lambda x: F.cross_entropy(x, SCORED, reduction="none"),
+    ),
+    "token_logprobs": (
+        lambda x: ours.token_logprobs(x, SCORED, temperature=0.7, **SCORES)[0:3:2],
+        their_scores,
+    ),
+}
+
+
+def squares(result):
+    return sum(one.pow(2).sum() for one in (result if isinstance(result, tuple) else (result,)))
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,)),
+    "grad": lambda f, x, v: torch.func.grad(lambda x: squares(f(x)))(x),
+    "grad of grad": lambda f, x, v: torch.func.grad(lambda x: squares(torch.func.grad(lambda x: squares(f(x)))(x)))(x),
+    "jacrev": lambda f, x, v: torch.func.jacrev(lambda x: squares(f(x)))(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its own functions
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_functional_transforms(name, transform):
+    x, v = random(3, 5).detach(), random(3, 5, seed=1).detach()
+    got, expected = (TRANSFORMS[transform](function, x, v) for function in PAIRS[name])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", PAIRS)
+def test_forward_mode(name, requires_grad):
+    """Also by the side of a gradient, and with a tangent that no tensor says it has."""
+    x, v = random(3, 5).detach().requires_grad_(requires_grad), random(3, 5, seed=1).detach()
+    tangents = []
+    for function in PAIRS[name]:
+        with torch.autograd.forward_ad.dual_level():
+            results = function(torch.autograd.forward_ad.make_dual(x, v))
+            results = results if isinstance(results, tuple) else (results,)
+            tangents.append([torch.autograd.forward_ad.unpack_dual(one).tangent for one in results])
+    torch.testing.assert_close(*tangents, rtol=1e-10, atol=1e-12)
+
+
+def test_forward_mode_of_several_targets():
+    x, target = random(3, 5), torch.tensor([[0, 1], [4, -100], [2, 2]])
+
+    def scores(x):
+        return ours.token_logprobs(x, target, return_lse=True).logprob
+
+    assert gradcheck(scores, x, check_forward_ad=True)
+
+
+# ---------------------------------------------------------------- torch's samples and torch's answers
+
+FUNCTIONS = {
+    "softmax": ours.softmax,
+    "log_softmax": ours.log_softmax,
+    "logsumexp": ours.logsumexp,
+    "nn.functional.cross_entropy": ours.cross_entropy,
+}
+INFOS = [info for info in op_db if info.name in FUNCTIONS]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+
+@pytest.mark.filterwarnings("ignore:target holds probabilities")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.full_name)
+def test_torch_agrees_on_its_samples(info, dtype):
+    count = 0
+    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+        count += 1
+        result = FUNCTIONS[info.name](sample.input, *sample.args, **sample.kwargs)
+        expected = info.op(sample.input, *sample.args, **sample.kwargs)
+        close = {"rtol": TOLERANCES[dtype], "atol": TOLERANCES[dtype]}
+        torch.testing.assert_close(result, expected, **close)
+        upstream = torch.randn_like(expected)
+        gradients = [torch.autograd.grad(one, sample.input, upstream)[0] for one in (result, expected)]
+        torch.testing.assert_close(*gradients, **close)
+    assert count >= 5
+
+
+def test_the_samples_are_of_all_functions():
+    assert {info.name for info in INFOS} == set(FUNCTIONS) and len(INFOS) > len(FUNCTIONS)
+
+
+@pytest.mark.parametrize("info", [info for info in INFOS if info.variant_test_name == "with_dtype"], ids=str)
+def test_integers_with_a_dtype(info):
+    for sample in info.sample_inputs("cpu", torch.int64):
+        result = FUNCTIONS[info.name](sample.input, *sample.args, **sample.kwargs)
+        torch.testing.assert_close(result, info.op(sample.input, *sample.args, **sample.kwargs))
+
+
+@pytest.mark.filterwarnings("ignore:target holds probabilities")
+def test_torch_agrees_on_samples_of_the_module():
+    (info,) = (info for info in module_db if info.name == "nn.CrossEntropyLoss")
+    count = 0
+    for sample in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=True):
+        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+        one, two = (module(*arguments, **options) for module in (ours.CrossEntropyLoss, torch.nn.CrossEntropyLoss))
+        given = sample.forward_input.args
+        torch.testing.assert_close(one(*given), two(*given), rtol=1e-12, atol=1e-12)
+        count += 1
+    assert count > 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_of_results_and_gradients(dtype):
+    x = random(6, 40, dtype=dtype)
+    target = labels((6,), 40, ignored=-100)
+    per_row = torch.float64 if dtype == torch.float64 else torch.float32
+    for result, expected in (
+        (ours.softmax(x, -1), dtype),
+        (ours.log_softmax(x, -1, torch.float32), torch.float32),
+        (ours.logsumexp(x, -1), per_row),
+        (ours.cross_entropy(x, target), per_row),
+        (ours.cross_entropy(x, target, reduction="none", label_smoothing=0.1), per_row),
+        (ours.token_logprobs(x, target).logprob, per_row),
+        (ours.token_logprobs(x, target, return_lse=True).lse, per_row),
+    ):
+        assert result.dtype == expected
+        (gradient,) = torch.autograd.grad(result.sum(), x)
+        assert gradient.dtype == dtype and gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_and_first_gradients_are_those_of_the_kernels(dtype):
+    """Bit for bit: autograd adds nothing to what the core computes."""
+    x, target, weight = random(6, 40, dtype=dtype), labels((6,), 40, ignored=-100), torch.rand(40).to(dtype)
+    plain = x.detach()
+    for function, core, backward in (
+        (ours.softmax, gpusoftmax.softmax, gpusoftmax.softmax_backward),
+        (ours.log_softmax, gpusoftmax.log_softmax, gpusoftmax.log_softmax_backward),
+    ):
+        result, upstream = function(x, -1, temperature=0.7), random(6, 40, dtype=dtype, seed=1).detach()
+        assert same_bits(result.detach(), core(plain, temperature=0.7))
+        (gradient,) = torch.autograd.grad(result, x, upstream)
+        assert same_bits(gradient, backward(result.detach(), upstream, temperature=0.7))
+    for reduction in ("mean", "sum"):
+        loss = ours.cross_entropy(x, target, weight, reduction=reduction, label_smoothing=0.1)
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        expected, dlogits = gpusoftmax.cross_entropy_with_grad(plain, target, weight, **options)
+        assert same_bits(loss.detach(), expected)
+        assert same_bits(torch.autograd.grad(loss, x)[0], dlogits)
+
+
+def test_small_gradients_of_float16_meet_the_loss_scale_before_they_are_rounded():
+    """1/4000 of a gradient of 1e-4 is nothing in float16, which the scale of a GradScaler is for."""
+    x = torch.zeros(4000, 1000, dtype=torch.float16, requires_grad=True)
+    target = torch.zeros(4000, dtype=torch.long)
+    for reduction in ("mean", "none"):
+        loss = ours.cross_entropy(x, target, reduction=reduction)
+        scaled = (loss if reduction == "mean" else loss / 4000).sum() * 2.0**16
+        (gradient,) = torch.autograd.grad(scaled, x)
+        torch.testing.assert_close(gradient[:, 1:].float(), torch.full((4000, 999), 2.0**16 / 4e6), rtol=1e-3, atol=0)
+
+
+def test_a_confident_row_has_a_gradient():
+    x = torch.tensor([[30.0] + [0.0] * 999], requires_grad=True)
+    loss = ours.cross_entropy(x, torch.tensor([0]))
+    assert 9e-11 < loss < 1e-10
+    loss.backward()
+    assert (x.grad[0, 1:] > 0).all()
+
+
+# ---------------------------------------------------------------- how gradients are handed out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 3.0, -0.5, 0.0])
+def test_a_graph_that_is_kept(reduction, dtype, scale):
+    """Each backward hands out a gradient of its own, with the same bits: the first may be written into."""
+    x, target = random(6, 40, dtype=dtype), labels((6,), 40, ignored=-100)
+    loss = ours.cross_entropy(x, target, reduction=reduction)
+    upstream = torch.full_like(loss, scale)
+    (first,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+    kept = first.clone()
+    (unscaled,) = torch.autograd.grad(F.cross_entropy(x.double(), target, reduction=reduction).sum(), x)
+    torch.testing.assert_close(kept, scale * unscaled, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    first.fill_(7)
+    (second,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+    assert same_bits(second, kept) and second.data_ptr() != first.data_ptr()
+    (third,) = torch.autograd.grad(loss, x, upstream)
+    assert same_bits(third, kept) and (first == 7).all()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, x, upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "logsumexp", "token_logprobs"])
+def test_logits_are_given_back_by_the_backward(name, dtype):
+    """By counting references: no cycle keeps them until the garbage collector comes."""
+    x, target = random(6, 40, dtype=dtype), labels((6,), 40)
+    functions = {
+        "cross_entropy": lambda x: ours.cross_entropy(x, target),
+        "logsumexp": lambda x: ours.logsumexp(x, -1).sum(),
+        "token_logprobs": lambda x: ours.token_logprobs(x, target, return_lse=True).logprob.sum(),
+    }
+    gc.disable()
+    try:
+        hidden = x * 2
+        kept = weakref.ref(hidden)
+        result = functions[name](hidden)
+        del hidden
+        assert kept() is not None
+        result.backward()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_gradients_add_up():
+    """Two losses of one tensor, with and without a graph of the gradient."""
+    x, target = random(6, 40), labels((6,), 40)
+    total = ours.cross_entropy(x, target) + ours.logsumexp(x, -1).pow(2).mean()
+    total.backward(retain_graph=True)
+    once = x.grad.clone()
+    total.backward()
+    torch.testing.assert_close(x.grad, 2 * once)
+    y = x.detach().clone().requires_grad_()
+    (F.cross_entropy(y, target) + torch.logsumexp(y, -1).pow(2).mean()).backward()
+    torch.testing.assert_close(once, y.grad)
+
+
+def test_a_gradient_penalty():
+    """The use of second derivatives: the norm of a gradient is minimised."""
+    x, target = random(6, 9), labels((6,), 9)
+    gradients = []
+    for function in (ours.cross_entropy, F.cross_entropy):
+        (first,) = torch.autograd.grad(function(x, target, label_smoothing=0.1), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+        (third,) = torch.autograd.grad(second.pow(2).sum(), x)
+        gradients.append((first.detach(), second.detach(), third))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_ignored_rows():
+    """Not read, and without a gradient whatever comes from above."""
+    x = torch.zeros(3, 4)
+    x[1] = float("nan")
+    x.requires_grad_()
+    target = torch.tensor([1, -100, 2])
+    for reduction, upstream in (("mean", None), ("none", torch.tensor([1.0, float("inf"), 1.0]))):
+        for options in ({}, {"create_graph": True}):
+            loss = ours.cross_entropy(x, target, reduction=reduction)
+            (gradient,) = torch.autograd.grad(loss, x, upstream, **options)
+            assert gradient[[0, 2]].isfinite().all() and (gradient[1] == 0).all()
+
+
+def test_all_rows_ignored():
+    x, target = random(3, 4), torch.full((3,), -100)
+    loss = ours.cross_entropy(x, target)
+    assert loss.isnan()
+    assert not torch.autograd.grad(loss, x)[0].any()
+
+
+def test_layouts_are_taken_as_they_are():
+    image = random(2, 5, 3, 4).detach()
+    target = labels((2, 3, 4), 5)
+    expected = ours.cross_entropy(image.requires_grad_(), target)
+    (gradient,) = torch.autograd.grad(expected, image)
+    last = image.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    loss = ours.cross_entropy(last, target)
+    assert same_bits(loss.detach(), expected.detach())
+    loss.backward()
+    assert same_bits(last.grad, gradient)
+    wide = torch.randn(4, 20)[:, 3:15:2].requires_grad_()
+    narrow = wide.detach().contiguous().requires_grad_()
+    for function in (ours.softmax, ours.log_softmax):
+        one, two = (torch.autograd.grad(function(x, -1)[:, 0].sum(), x)[0] for x in (wide, narrow))
+        assert same_bits(one, two)
+    # What comes from above has strides of 0 after a sum.
+    torch.testing.assert_close(torch.autograd.grad(ours.softmax(narrow, -1).sum(), narrow)[0], torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), (2, 0, 3)])
+def test_empty(shape):
+    x = torch.empty(shape, requires_grad=True)
+    for function, theirs in ((ours.softmax, torch.softmax), (ours.log_softmax, torch.log_softmax)):
+        result = function(x, -1)
+        assert result.shape == theirs(x, -1).shape
+        assert torch.autograd.grad(result.sum(), x)[0].shape == shape
+    lse = ours.logsumexp(x, -1)
+    torch.testing.assert_close(lse, torch.logsumexp(x, -1))
+    assert torch.autograd.grad(lse.sum(), x)[0].shape == shape
+
+
+def test_a_batch_of_no_rows():
+    for reduction in ("mean", "sum", "none"):
+        x, target = torch.empty(0, 5, requires_grad=True), torch.empty(0, dtype=torch.long)
+        one, two = (f(x, target, reduction=reduction) for f in (ours.cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(one, two, equal_nan=True)
+        assert torch.autograd.grad(one.sum(), x)[0].shape == (0, 5)
+
+
+def test_no_gradient_is_recorded_where_none_is_wanted():
+    x, target = random(3, 4), torch.tensor([0, 1, 2])
+    calls = [
+        lambda: ours.softmax(x, -1),
+        lambda: ours.logsumexp(x, -1),
+        lambda: ours.cross_entropy(x, target),
+        lambda: ours.token_logprobs(x, target).logprob,
+    ]
+    for call in calls:
+        assert call().requires_grad
+        with torch.no_grad():
+            assert not call().requires_grad
+        with torch.inference_mode():
+            assert call().is_inference()
+    assert not ours.sample(x, rng=0).requires_grad
+
+
+# ---------------------------------------------------------------- in place
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_in_place(dtype, reduction, scale):
+    """The same gradient, in the memory of the logits, whose version says so."""
+    leaf, target = random(6, 40, dtype=dtype), labels((6,), 40, ignored=-100)
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    expected = scale * ours.cross_entropy(leaf * 2, target, **options)
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    hidden = leaf * 2
+    version, handed = hidden._version, []
+    loss = ours.cross_entropy(hidden, target, inplace=True, **options)
+    assert hidden._version > version
+    hidden.register_hook(handed.append)
+    loss = scale * loss
+    (got,) = torch.autograd.grad(loss.sum(), leaf)
+    assert same_bits(loss.detach(), expected.detach())
+    close = {"rtol": 0.02, "atol": 1e-4} if dtype == torch.bfloat16 else {}  # rounded once more
+    torch.testing.assert_close(got, gradient, **close)
+    assert handed[0].data_ptr() == hidden.data_ptr()
+
+
+def test_what_is_in_place_can_be_used_once():
+    leaf, target = random(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="^input is a leaf"):
+        ours.cross_entropy(leaf, target, inplace=True)
+    loss = ours.cross_entropy(leaf * 2, target, inplace=True)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice.*inplace=False"):
+        torch.autograd.grad(loss, leaf)
+    with pytest.raises(RuntimeError, match="twice.*inplace=False"):
+        torch.autograd.grad(ours.cross_entropy(leaf * 2, target, inplace=True), leaf, create_graph=True)
+    hidden = leaf * 2
+    loss = ours.cross_entropy(hidden, target, inplace=True)
+    hidden.zero_()
+    with pytest.raises(RuntimeError, match="written to before the backward"):
+        torch.autograd.grad(loss, leaf)
+    saved = leaf.exp()  # whose backward needs the result, which is gone
+    loss = ours.cross_entropy(saved, target, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaf)
+    with torch.no_grad():
+        plain = leaf * 2
+        kept = plain.clone()
+        assert torch.equal(ours.cross_entropy(plain, target, inplace=True), F.cross_entropy(kept, target))
+        assert torch.equal(plain, kept)
+    bad = leaf * 2
+    with pytest.raises(IndexError):
+        ours.cross_entropy(bad, torch.tensor([0, 4, 1]), inplace=True)
+    assert torch.equal(bad, leaf * 2)
+
+
+# ---------------------------------------------------------------- modules, autocast, other tools
+
+
+def test_the_module_can_be_copied_and_kept():
+    module = ours.CrossEntropyLoss(torch.linspace(0.5, 2, 5), ignore_index=1, reduction="sum", label_smoothing=0.1)
+    assert isinstance(module, torch.nn.CrossEntropyLoss) and repr(module) == "CrossEntropyLoss()"
+    x, target = random(4, 5, dtype=torch.float32), torch.tensor([0, 1, 4, 2])
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    loaded = ours.CrossEntropyLoss(torch.ones(5), ignore_index=1, reduction="sum", label_smoothing=0.1)
+    loaded.load_state_dict(torch.load(file))
+    expected = module(x, target).detach()
+    torch.testing.assert_close(expected, torch.nn.CrossEntropyLoss.forward(module, x, target).detach())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert same_bits(other(x, target).detach(), expected)
+    assert module.to(torch.float64)(x.double(), target).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    x, target = random(6, 40, dtype=torch.float32), labels((6,), 40)
+    layer = torch.nn.Linear(40, 40)
+    with torch.autocast("cpu", dtype):
+        hidden = layer(x)
+        assert hidden.dtype == dtype
+        probs, log_probs = ours.softmax(hidden, -1), ours.log_softmax(hidden, -1)
+        assert probs.dtype == log_probs.dtype == torch.float32
+        assert ours.softmax(hidden, -1, torch.float64).dtype == torch.float64
+        assert ours.softmax(hidden.double(), -1).dtype == torch.float64
+        assert ours.softmax(hidden, -1, dtype).dtype == dtype
+        loss, lse = ours.cross_entropy(hidden, target), ours.logsumexp(hidden, -1)
+        expected = F.cross_entropy(hidden.float(), target)
+    torch.testing.assert_close(probs, torch.softmax(hidden.float(), -1))
+    torch.testing.assert_close(loss, expected)
+    (loss + probs.pow(2).sum() + lse.sum()).backward()
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+    assert ours.softmax(hidden, -1).dtype == dtype
+
+
+def test_shapes_without_values():
+    x, target = torch.empty(3, 5, 2, device="meta", requires_grad=True), torch.empty(3, 2, device="meta").long()
+    assert ours.softmax(x, 1).shape == (3, 5, 2) and ours.softmax(x, 1).device.type == "meta"
+    assert ours.logsumexp(x, (0, 2), keepdim=True).shape == (1, 5, 1)
+    loss = ours.cross_entropy(x, target)
+    assert loss.shape == () and loss.dtype == torch.float32
+    loss.backward()
+    assert x.grad.shape == (3, 5, 2)
+    assert ours.cross_entropy(x, target, reduction="none").shape == (3, 2)
+    scores = ours.token_logprobs(x, target, 1, return_entropy=True, return_rank=True)
+    assert scores.logprob.shape == scores.rank.shape == scores.entropy.shape == (3, 2)
+    assert ours.sample(x, 1, rng=0).dtype == torch.int64
+
+
+X = torch.randn(3, 5, 2, dtype=torch.float32, generator=torch.manual_seed(0))
+TARGET, WEIGHT = torch.tensor([[0, 4], [1, 1], [2, 3]]), torch.linspace(0.5, 2, 5)
+OPERATORS = {
+    "softmax": [(X, [1], 1.0, None), (X, [0, 2], 0.7, torch.bfloat16)],
+    "log_softmax": [(X, [1], 1.0, None), (X, [0, 1, 2], 0.7, torch.float64)],
+    "softmax_backward": [(X.softmax(1), X, [1], 0.7, torch.float32), (X.softmax(1), X, [1], 1.0, torch.float16)],
+    "log_softmax_backward": [(X, X, [1], 0.7, torch.float32), (X, X, [0, 2], 1.0, torch.float16)],
+    "logsumexp": [(X, [1], False, 1.0), (X.bfloat16(), [0, 2], True, 0.7)],
+    "cross_entropy": [(X, TARGET, None, 1, "mean", 0.0, None), (X.half(), TARGET, WEIGHT, 1, "none", 0.1, False)],
+    "cross_entropy_with_grad": [
+        (X, TARGET, WEIGHT, 1, "sum", 0.1, True),
+        (X.transpose(0, 2), TARGET.T, None, 1, "none", 0.0, None),
+    ],
+    "cross_entropy_in_place": [(X.clone(), TARGET, WEIGHT, 1, "mean", 0.1, None)],
+    "cross_entropy_backward": [(torch.tensor([2.0]), X, TARGET, WEIGHT, 1, 0.1, torch.float32)],
+    "token_logprobs": [(X, TARGET, 1, 0.7, 1, *wanted, None) for wanted in ((False,) * 4, (True,) * 4)],
+    "token_logprobs_backward": [
+        (X, TARGET, X[:, 0], None, 1, 0.7, 1),
+        (X, TARGET, None, X[:, 0], 1, 0.7, 1),
+    ],
+    "sample": [
+        (X, None, None, 7, 8, 1, 0.7, None, 0.9, None),
+        (X, torch.arange(6).view(3, 2), torch.tensor(3), 0, 0, 1, 1.0, 2, None, 0.1),
+    ],
+}
+
+
+def test_every_operator_has_a_case():
+    assert OPERATORS.keys() == {
+        name.removeprefix("gpusoftmax::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("gpusoftmax::")
+    }
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_torch_finds_nothing_wrong_with_the_operators(name):
+    for arguments in OPERATORS[name]:
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+FULL = {
+    "softmax": lambda x, t: ours.softmax(x, 1).pow(2).sum(),
+    "log_softmax": lambda x, t: ours.log_softmax(x, (0, 1), temperature=0.7).pow(2).sum(),
+    "logsumexp": lambda x, t: ours.logsumexp(x, 1, True).pow(2).sum(),
+    "cross_entropy": lambda x, t: 3 * ours.cross_entropy(x, t, WEIGHT, label_smoothing=0.1),
+    "cross_entropy of rows": lambda x, t: ours.cross_entropy(x, t, reduction="none").pow(2).sum(),
+    "cross_entropy in place": lambda x, t: ours.cross_entropy(x, t, inplace=True),
+    "module": lambda x, t: ours.CrossEntropyLoss(ignore_index=1)(x, t),
+    "token_logprobs": lambda x, t: sum(s.sum() for s in ours.token_logprobs(x, t, 1, return_entropy=True)[0:3:2]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", FULL)
+def test_compiled_whole(name, backend, dtype):
+    x = X.to(dtype, copy=True).requires_grad_()
+    torch._dynamo.reset()
+    function = torch.compile(lambda x, t: FULL[name](x * 2, t), fullgraph=True, backend=backend)
+    result, expected = function(x, TARGET), FULL[name](x * 2, TARGET)
+    torch.testing.assert_close(result, expected)
+    gradients = [torch.autograd.grad(one, x)[0] for one in (result, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiled_for_all_shapes():
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda x, t: ours.cross_entropy(x * 2, t) + ours.logsumexp(x, -1).sum(),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for rows, cols in ((4, 5), (7, 9), (2, 30)):
+        x, target = random(rows, cols), labels((rows,), cols)
+        result = function(x, target)
+        torch.testing.assert_close(result, F.cross_entropy(x * 2, target) + torch.logsumexp(x, -1).sum())
+        result.backward()
+        assert x.grad.isfinite().all()
+
+
+def test_compiled_samples():
+    torch._dynamo.reset()
+    seeds = torch.arange(6).view(3, 2)
+    function = torch.compile(
+        lambda x: ours.sample(x, 1, top_p=0.9, rng=(seeds, 2**64 - 1)), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(function(X), gpusoftmax.sample(X, 1, top_p=0.9, rng=(seeds, 2**64 - 1)))
+
+
+def test_the_training_loop_of_the_readme():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    programs = [code.split("```")[0] for code in readme.split("```python\n")[1:]]
+    (program,) = (code for code in programs if "gpusoftmax.torch" in code)
+    found = {}
+    exec(program.replace("32_000", "50"), found)
+    assert found["loss"].isfinite() and found["model"](torch.tensor([1])).shape == (1, 50)
+
+
+# ---------------------------------------------------------------- what is refused, and what is said
+
+
+def test_probabilities_of_classes_go_to_torch():
+    x = random(3, 4)
+    probabilities = torch.softmax(random(3, 4, seed=1), -1).detach()
+    ours._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="^target holds probabilities of classes.*torch's function"):
+        loss = ours.cross_entropy(x, probabilities, label_smoothing=0.1)
+    assert same_bits(loss.detach(), F.cross_entropy(x, probabilities, label_smoothing=0.1).detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        ours.cross_entropy(x, probabilities)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: ours.cross_entropy(x, probabilities), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.cross_entropy(x, probabilities))
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.loss = torch.nn.Linear(5, 7), ours.CrossEntropyLoss()
+
+    def forward(self, x, target):
+        return self.loss(self.layer(x), target), ours.softmax(self.layer(x), -1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict):
+    model, given = Model(), (torch.randn(3, 5), torch.tensor([0, 6, 2]))
+    exported = torch.export.export(model, given, strict=strict).module()
+    for got, expected in zip(exported(*given), model(*given), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_traced_by_make_fx():
+    """No value is looked at, and forward and backward are the operators."""
+    x, target = random(3, 5), torch.tensor([0, 4, 2])
+    graph = make_fx(lambda x: torch.autograd.grad(ours.cross_entropy(x, target), x)[0])(x)
+    assert "gpusoftmax.cross_entropy_backward" in graph.code
+    torch.testing.assert_close(graph(x).detach(), torch.autograd.grad(F.cross_entropy(x, target), x)[0])
+
+
+def test_checkpointed():
+    x, target = random(3, 5), torch.tensor([0, 4, 2])
+
+    def function(x):
+        return ours.cross_entropy(x * 2, target) + ours.softmax(x, -1).pow(2).sum()
+
+    got = torch.autograd.grad(checkpoint(function, x, use_reentrant=False), x)[0]
+    assert same_bits(got, torch.autograd.grad(function(x), x)[0])
+
+
+def test_errors():
+    x, target = random(3, 4, dtype=torch.float32), torch.tensor([0, 1, 2])
+    for error, message, call in (
+        (TypeError, "^input is a ndarray, expected a torch tensor", lambda: ours.softmax(np.zeros(3), 0)),
+        (TypeError, "^logits is a list, expected a torch tensor", lambda: ours.sample([1.0], rng=0)),
+        (TypeError, "^input has dtype int64, expected one of", lambda: ours.softmax(target, 0)),
+        (TypeError, "^input has dtype complex64", lambda: ours.softmax(x.cfloat(), 0, torch.float32)),
+        (IndexError, "axis 2 is out of bounds", lambda: ours.softmax(x, 2)),
+        (ValueError, "^temperature is 0.0", lambda: ours.log_softmax(x, -1, temperature=0.0)),
+        (IndexError, r"^target\[1\] .* is 4", lambda: ours.cross_entropy(x, torch.tensor([0, 4, 1]))),
+        (ValueError, "^target has shape", lambda: ours.cross_entropy(x, target[:2])),
+        (ValueError, "^reduction is 'max'", lambda: ours.cross_entropy(x, target, reduction="max")),
+        (ValueError, "^label_smoothing is 2", lambda: ours.cross_entropy(x, target, label_smoothing=2)),
+        (TypeError, "^weight requires grad", lambda: ours.cross_entropy(x, target, torch.ones(4, requires_grad=True))),
+        (TypeError, "^axis is None", lambda: ours.token_logprobs(x, target, None)),
+        (TypeError, "^rng is 'a'", lambda: ours.sample(x, rng="a")),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", ours.__all__)
+def test_docstrings(name):
+    import doctest
+
+    function = getattr(ours, name)
+    assert "Examples\n" in function.__doc__.replace("    ", "")
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    for test in finder.find(function, name, globs={}):
+        runner.run(test)
+    assert runner.tries and not runner.failures
