@@ -1,6 +1,7 @@
 """The softmax family for training with PyTorch: torch's names, arguments and defaults, differentiable.
 
-softmax, log_softmax, logsumexp, cross_entropy and CrossEntropyLoss stand in for torch's functions of these names;
+softmax, log_softmax, logsumexp, cross_entropy, CrossEntropyLoss, linear_cross_entropy and LinearCrossEntropyLoss stand
+in for torch's functions of these names (the last two are not to be differentiated in forward mode);
 token_logprobs and sample are those of gpusoftmax. They are differentiable any number of times, once in forward mode,
 and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU and so
 can be captured in a CUDA graph, and take tensors of any strides without a copy.
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpusoftmax import _checks, _torch_losses, _torch_ops, _torch_rows
+from gpusoftmax import _checks, _torch_layer, _torch_losses, _torch_ops, _torch_rows
 from gpusoftmax.token_logprobs import TokenLogprobs
 
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "cross_entropy",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "sample",
@@ -220,6 +223,113 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         options = {"ignore_index": self.ignore_index, "reduction": self.reduction}
         return cross_entropy(input, target, self.weight, **options, label_smoothing=self.label_smoothing)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """torch.nn.functional.linear_cross_entropy: cross_entropy of the logits input @ linear_weight.T + linear_bias.
+
+    The logits are made a chunk of rows at a time, and become their gradient in place: they are never held as a whole,
+    unless the gradient is to be differentiated again.
+
+    Parameters
+    ----------
+    input : tensor, shape (..., n_features)
+        float16, bfloat16, float32 or float64, with any strides.
+    linear_weight : tensor, shape (n_classes, n_features), the dtype of `input`
+    target : tensor of integers, the shape of `input` without its last axis
+        Class of each row, from 0 to n_classes - 1, or `ignore_index`.
+    linear_bias : tensor, shape (n_classes,), the dtype of `input`, optional
+    weight, ignore_index, reduction, label_smoothing
+        As in `cross_entropy`.
+    chunk_size : int, optional
+        Rows whose logits are held at a time; see gpusoftmax.linear_cross_entropy for what is taken by default.
+
+    Returns
+    -------
+    tensor, float32 (float64 for float64 input)
+        A single number for "mean" and "sum", the shape of `target` for "none".
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As gpusoftmax.linear_cross_entropy; TypeError also for a `weight` that requires grad.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import linear_cross_entropy
+    >>> head = torch.zeros(4, 3, requires_grad=True)
+    >>> linear_cross_entropy(torch.ones(1, 3), head, torch.tensor([2])).backward()
+    >>> head.grad[2]
+    tensor([-0.7500, -0.7500, -0.7500])
+    """
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        _tensor(tensor, name)
+    _checks.reduction(reduction)
+    layer = _torch_layer.Layer(
+        _checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing), chunk_size
+    )
+    return _torch_layer.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, layer)
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """The last layer of a classifier and its loss: torch.nn.LinearCrossEntropyLoss, computed by `linear_cross_entropy`.
+
+    The layer is `linear`, a torch.nn.Linear: parameters and state have torch's names.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import LinearCrossEntropyLoss
+    >>> loss_of = LinearCrossEntropyLoss(3, 4, bias=True)
+    >>> loss_of(torch.ones(2, 3), torch.tensor([2, 0])).backward()
+    >>> loss_of.linear.weight.grad.shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.label_smoothing, self.chunk_size = label_smoothing, chunk_size
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            chunk_size=self.chunk_size,
+        )
 
 
 def token_logprobs(
