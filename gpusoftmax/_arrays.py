@@ -480,6 +480,14 @@ def to_python(array: Array):
     return array.library_array.item()
 
 
+def next_integer(given: Any) -> Any:
+    """An array of integers plus 1, by its own library."""
+    array = wrap(given, "an index")
+    if array.kind == "device":
+        raise TypeError(f"temperature is 0, which takes an addition: of {array.home} no library is known that adds")
+    return given + 1
+
+
 def contiguous(array: Array, dtype: str) -> Array:
     """The array itself if it is C-contiguous and of this floating dtype, or else a copy that is."""
     walks = zip(array.shape, array.strides, _row_major(array.shape), strict=True)

@@ -145,9 +145,14 @@ def mask_dtype(array, axes: tuple[int, ...]) -> None:
     )
 
 
+def is_zero(value) -> bool:
+    """Whether a temperature is the 0 that stands for the largest logit."""
+    return not isinstance(value, bool | str | bytes) and not getattr(value, "ndim", 0) and value == 0
+
+
 def temperature_or_zero(value, dtype: str) -> float:
     """A temperature at which may be sampled: 0 takes the largest logit."""
-    if not isinstance(value, bool | str | bytes) and not getattr(value, "ndim", 0) and value == 0:
+    if is_zero(value):
         return 0.0
     number = temperature(value)
     temperature_fits(number, dtype)

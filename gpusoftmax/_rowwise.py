@@ -40,7 +40,7 @@ def _forward(x, out, temperatures, bias, mask, valid, op, axis, dtype, any_tempe
     result = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
     arrays = temperatures, bias, mask, valid
     logits, temperature = _transform.applied(
-        logits, axes, _arrays.compute_dtype(logits, result), arrays, options, result
+        logits, axes, _arrays.compute_dtype(logits, result), arrays, options, result, takes_zero=any_temperature
     )  # fmt: skip
     if not any_temperature:
         _checks.temperature_fits(temperature, _arrays.compute_dtype(logits, result))

@@ -6,6 +6,11 @@ from gpusoftmax import _arrays, _checks
 from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import Transform, one_value, scale_of
 
+_LEAST = 2.0**-1000
+"""Temperature 0 for a kernel: it acts on differences to the maximum, and all but those of a format's last denormals
+become too large to have a probability.
+"""
+
 
 def is_nothing(temperature: Any, bias: Any, softcap: Any, mask: Any, n_valid: Any, empty_row: Any) -> bool:
     """Whether there is certainly nothing that logits go through."""
@@ -32,16 +37,18 @@ def split(
 
 def applied(
     x: Array, axes: tuple[int, ...], dtype: str, arrays: tuple, options: tuple, result: Array | None = None,
-    name: str = "x", takes_temperature: bool = True,
+    name: str = "x", takes_temperature: bool = True, takes_zero: bool = False,
 ) -> tuple[Array, float]:  # fmt: skip
     """(the logits with what they go through, the temperature that is left for the kernel).
 
     dtype: of the computation. result: an array of the caller's that the call writes. takes_temperature: whether the
-    kernel does: it can subtract the maximum first, so that the smallest temperatures overflow nothing.
+    kernel does: it can subtract the maximum first, so that the smallest temperatures overflow nothing. takes_zero: 0
+    is such a one, and divides nothing.
     """
     temperatures, bias, mask, valid_of_rows = arrays
     temperature, softcap, n_valid, empty_row = options
-    temperature, softcap = _checks.temperature(temperature), _checks.softcap(softcap)
+    is_zero = takes_zero and _checks.is_zero(temperature)
+    temperature, softcap = _LEAST if is_zero else _checks.temperature(temperature), _checks.softcap(softcap)
     empty_row = _checks.one_of(empty_row, ("nan", "zero"), "empty_row")
     batch_shape = _arrays.without_axes(x, axes)
     n_cols = _arrays.column_count(x, axes)
@@ -52,7 +59,7 @@ def applied(
         if rows_temperature.dtype != dtype:
             rows_temperature = _arrays.contiguous(rows_temperature, dtype)
         rows_temperature = _arrays.per_row(rows_temperature, axes, x.ndim)
-    elif temperature != 1.0 and (bias is not None or softcap is not None or not takes_temperature):
+    elif temperature != 1.0 and not is_zero and (bias is not None or softcap is not None or not takes_temperature):
         scale, temperature = scale_of(1.0, temperature, dtype), 1.0
     if bias is not None:
         bias = _beside(bias, x, "bias", name, result, floating=True)

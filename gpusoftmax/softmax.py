@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _gradients, _rowwise
+from gpusoftmax import _arrays, _checks, _gradients, _rowwise
+from gpusoftmax.argmax import argmax
 
 
 def softmax(
@@ -31,7 +32,8 @@ def softmax(
     axis : int, tuple of int or None
         Along which the results sum to 1. A tuple of axes that no single stride walks costs one copy.
     temperature : float, or array with the shape of `x` without `axis`
-        Divides the logits; finite and above 0. An array has one for each row, and rows where it is not are NaN.
+        Divides the logits; finite and above 0. An array has one for each row, and rows where it is not are NaN. A
+        single 0 stands for the argmax: all the probability is where the largest logit is, the first of equal ones.
     bias : array, optional
         Is added next: one for each column, shape (n_cols,), or the shape of `x`, where sizes of 1 stand for all.
     softcap : float, optional
@@ -80,6 +82,10 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
+    if _checks.is_zero(temperature):
+        # Of the columns up to the first of the largest, none but this one is as large.
+        index = argmax(x, axis, bias=bias, softcap=softcap, mask=mask, n_valid=n_valid)
+        n_valid = _arrays.next_integer(index)
     transform = temperature, bias, softcap, mask, n_valid, empty_row
     try:
         return _rowwise.forward("softmax", x, axis, dtype, out, transform, any_temperature=True)

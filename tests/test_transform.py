@@ -234,6 +234,40 @@ def test_smoothing_under_a_softcap(target):
     np.testing.assert_allclose(target.get(dlogits), want, atol=1e-6)
 
 
+# ---------------------------------------------------------------- temperature 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n_cols", N_COLS)
+def test_temperature_0_is_the_argmax(dtype, n_cols):
+    logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
+    probs = gpusoftmax.softmax(logits, temperature=0)
+    columns = oracle.argmax(logits)
+    finite = np.isfinite(logits.max(axis=1))
+    assert np.array_equal(probs[finite], (np.arange(n_cols) == columns[:, None])[finite])
+    assert np.isnan(probs[~finite]).all()
+    options = options_for(logits, temperature=False)
+    z = transformed(logits, **{**options, "softcap": None})
+    options["softcap"] = 1e6  # changes the order of none
+    probs = gpusoftmax.softmax(logits, temperature=0.0, **options)
+    some = np.isfinite(z.max(axis=1)) & np.isfinite(logits).any(axis=1)
+    assert (probs[some].max(axis=1) == 1).all() and ((probs[some] == 0).sum(axis=1) == n_cols - 1).all()
+
+
+def test_temperature_0_of_special_rows():
+    logits = np.array([[1, 1, 0], [NAN, 1, 2], [-INF] * 3, [INF, 0, 0], [-INF, -1, -1]])
+    expected = [[1, 0, 0], [NAN] * 3, [NAN] * 3, [NAN] * 3, [0, 1, 0]]
+    assert np.array_equal(gpusoftmax.softmax(logits, temperature=0), expected, equal_nan=True)
+    zeros = gpusoftmax.softmax(logits[2:3], temperature=0, empty_row="zero")
+    assert (zeros == 0).all()
+    assert np.array_equal(gpusoftmax.softmax(logits.T, axis=0, temperature=0).T, expected, equal_nan=True)
+
+
+def test_temperature_0_needs_an_addition():
+    with emulated_gpu("sm_90") as gpu, pytest.raises(TypeError, match="temperature is 0, which takes an addition"):
+        gpusoftmax.softmax(gpu.array(np.zeros((2, 3), np.float32)), temperature=0)
+
+
 # ---------------------------------------------------------------- rows without anything
 
 
