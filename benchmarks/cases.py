@@ -28,9 +28,14 @@ OPS = (
     "argmax",
     "soft_argmax",
     "sample",
+    "masked_softmax",  # of logits under a softcap, as grammars and models want it
+    "topk_softmax",  # a router of experts
+    "logsumexp_state",
 )
 TOP = 20
 """Tokens of top_logprobs: the most that serving APIs give."""
+EXPERTS = 8
+SOFTCAP = 30.0
 _BLOCK_SIZE = 2**18
 _FAR_OFF = {"float16": 2**-8, "bfloat16": 2**-5, "float32": 2**-14, "float64": 2**-40, "int64": 0}
 """Beyond this error, as a part of the largest number in the answer, a provider computes something else."""
@@ -77,6 +82,9 @@ class Case(NamedTuple):
             "argmax": logits + labels,
             "soft_argmax": logits + per_row,
             "sample": logits + labels,
+            "masked_softmax": 2 * logits + self.n_rows * self.n_cols,
+            "topk_softmax": logits + EXPERTS * (per_row + labels),
+            "logsumexp_state": logits + per_row,
         }[self.op]
 
     def __str__(self) -> str:
@@ -92,13 +100,15 @@ def _inputs(case: Case) -> dict[str, np.ndarray]:
         return {"probs": probs, "dprobs": inputs.make("spread", shape, case.numpy_dtype, seed=1)}
     if case.op.startswith(("cross_entropy", "token_logprobs")):
         return {"logits": logits, "target": inputs.targets(*shape)}
+    if case.op == "masked_softmax":
+        return {"logits": logits, "mask": np.random.default_rng(1).random(shape) < 0.5}
     return {"logits": logits}
 
 
 @functools.lru_cache(maxsize=2)
 def _answer(case: Case) -> tuple[np.ndarray, ...]:
     """What the op gives for the block, in longdouble: the loss is a mean over all rows, so the gradient is smaller."""
-    blocks = case.inputs.values()
+    blocks = tuple(case.inputs.values())
     if case.op == "cross_entropy":
         return (oracle.cross_entropy(*blocks),)
     if case.op == "cross_entropy_with_grad":
@@ -108,7 +118,15 @@ def _answer(case: Case) -> tuple[np.ndarray, ...]:
         return (logprob[:, 0], entropy, rank[:, 0])[: 3 if case.op.endswith("rank") else 2]
     if case.op == "top_logprobs":  # not the tokens: libraries differ in which of equal ones comes first
         return (-np.sort(-oracle.log_softmax(*blocks), axis=1)[:, :TOP],)
-    return (getattr(oracle, case.op)(*blocks),)
+    if case.op == "masked_softmax":
+        return (_masked_softmax(*blocks),)
+    if case.op == "topk_softmax":
+        return (oracle.softmax(-np.sort(-blocks[0].astype(np.longdouble), axis=1)[:, :EXPERTS]),)
+    return (getattr(oracle, case.op.removesuffix("_state"))(*blocks),)
+
+
+def _masked_softmax(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return oracle.softmax(np.where(mask, SOFTCAP * np.tanh(logits.astype(np.longdouble) / SOFTCAP), -np.inf))
 
 
 def _share(case: Case) -> float:
@@ -148,6 +166,9 @@ def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.
         "top_logprobs": (_check_top,),
         "argmax": (_check_argmax,),
         "sample": (lambda got, logits: 0.0,),  # worst_error has said all
+        "masked_softmax": (_check_masked,),
+        "topk_softmax": (_check_experts,),
+        "logsumexp_state": (tolerances.check_logsumexp,),
     }.get(case.op, (getattr(tolerances, f"check_{case.op}", None),))
     blocks = _blocks(case, result, to_numpy)
     return max(check(got, *arguments) for check, got in zip(2 * checks, blocks, strict=True))
@@ -171,6 +192,19 @@ def _check_argmax(got: np.ndarray, logits: np.ndarray) -> float:
     if not np.array_equal(got, oracle.argmax(logits)):
         raise AssertionError("argmax: some are wrong")
     return 0.0
+
+
+def _check_masked(got: np.ndarray, logits: np.ndarray, mask: np.ndarray) -> float:
+    """Within what softmax promises, and what the roundings of the softcap do to a difference of two logits."""
+    want = _masked_softmax(logits, mask)
+    error = tolerances.worst_ulp(got, want)
+    if not error <= 24 + 2 * SOFTCAP + 16 * SOFTCAP:
+        raise AssertionError(f"masked_softmax: off by {error} ulp")
+    return error
+
+
+def _check_experts(got: np.ndarray, logits: np.ndarray) -> float:
+    return tolerances.check_softmax(got, -np.sort(-logits.astype(got.dtype), axis=1)[:, :EXPERTS])
 
 
 def _check_samples(case: Case, blocks: list[np.ndarray]) -> float:

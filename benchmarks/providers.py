@@ -13,7 +13,7 @@ import numpy as np
 
 import gpusoftmax
 from benchmarks.arrays import Arrays
-from benchmarks.cases import TOP
+from benchmarks.cases import EXPERTS, SOFTCAP, TOP
 
 OURS = "gpusoftmax"
 COPY = "copy"
@@ -54,7 +54,16 @@ def _ours() -> Calls:
         "argmax": lambda a: partial(gpusoftmax.argmax, a.logits, out=a.per_row("int64")),
         "soft_argmax": lambda a: partial(gpusoftmax.soft_argmax, a.logits, out=a.per_row(row_dtype(a))),
         "sample": lambda a: partial(gpusoftmax.sample, a.logits, rng=0),
+        "masked_softmax": lambda a: partial(gpusoftmax.softmax, a.logits, softcap=SOFTCAP, mask=a.mask, out=a.result()),
+        "topk_softmax": lambda a: lambda: gpusoftmax.topk_softmax(a.logits, EXPERTS).probs,
+        "logsumexp_state": lambda a: partial(_our_state, a.logits),
     }
+
+
+def _our_state(logits):
+    state = gpusoftmax.LogSumExpState.empty(len(logits), like=logits)
+    state.update(logits)
+    return state.logsumexp()
 
 
 def _our_scores(logits, target, **options):
@@ -85,6 +94,7 @@ def _torch() -> Calls:
         "cross_entropy": lambda a: partial(torch.nn.functional.cross_entropy, a.logits, a.target),
         "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(torch.nn.functional.cross_entropy, a),
         "softmax_backward": softmax_backward,
+        "logsumexp_state": lambda a: partial(torch.logsumexp, a.logits, -1, out=a.per_row()),
         **_torch_tokens(torch),
     }
 
@@ -111,7 +121,14 @@ def _torch_tokens(torch, compiled=lambda function: function) -> Calls:
     def sample(logits):
         return torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0]
 
-    soft_argmax = compiled(soft_argmax)
+    def masked_softmax(logits, mask):
+        capped = SOFTCAP * torch.tanh(logits / SOFTCAP)
+        return torch.softmax(capped.masked_fill(~mask, -torch.inf), -1)
+
+    def topk_softmax(logits):
+        return torch.softmax(logits.float().topk(EXPERTS)[0], -1)
+
+    soft_argmax, masked_softmax, topk_softmax = map(compiled, (soft_argmax, masked_softmax, topk_softmax))
     scores, scores_and_rank, top = compiled(scores), compiled(scores_and_rank), compiled(top)
     return {
         "token_logprobs": lambda a: partial(scores, a.logits, a.target),
@@ -120,6 +137,8 @@ def _torch_tokens(torch, compiled=lambda function: function) -> Calls:
         "argmax": lambda a: partial(torch.argmax, a.logits, -1),
         "soft_argmax": lambda a: partial(soft_argmax, a.logits),
         "sample": lambda a: partial(sample, a.logits),
+        "masked_softmax": lambda a: partial(masked_softmax, a.logits, a.mask),
+        "topk_softmax": lambda a: partial(topk_softmax, a.logits),
     }
 
 
@@ -213,7 +232,17 @@ def _numpy() -> Calls:
         log_softmax(logits, out)
         return -np.sort(-np.partition(out, -TOP, axis=-1)[:, -TOP:], axis=-1)
 
+    def masked_softmax(logits, mask, out):
+        return softmax(np.where(mask, SOFTCAP * np.tanh(logits / SOFTCAP), -np.inf), out)
+
+    def topk_softmax(logits):
+        largest = -np.sort(-np.partition(logits, -EXPERTS, axis=-1)[:, -EXPERTS:], axis=-1)
+        return softmax(largest, largest)
+
     return {
+        "masked_softmax": lambda a: partial(masked_softmax, a.logits, a.mask, a.result()),
+        "topk_softmax": lambda a: partial(topk_softmax, a.logits),
+        "logsumexp_state": lambda a: partial(logsumexp, a.logits),
         "token_logprobs": lambda a: partial(token_logprobs, a.logits, a.target, a.result()),
         "token_logprobs_and_rank": lambda a: partial(token_logprobs_and_rank, a.logits, a.target, a.result()),
         "top_logprobs": lambda a: partial(top_logprobs, a.logits, a.result()),

@@ -18,6 +18,8 @@ _LONG = ((1024, 8192), (256, 32768), (16, 262144))
 _SCORED = ((1024, 32768), (64, 151936))
 _TOKENS = ("token_logprobs", "token_logprobs_and_rank", "top_logprobs", "argmax", "soft_argmax", "sample")
 
+_MORE = ("masked_softmax", "logsumexp_state")
+
 VOCABULARIES = (1000, 4096, 8192, 32000, 50257, 128256, 151936, 262144, 1048576)
 DECODE_VOCABULARIES = (32000, 128256, 151936, 262144)
 DECODE_ROWS = (1, 4, 16, 64)
@@ -50,6 +52,8 @@ def cpu(quick: bool = False) -> list[Case]:
         *(Case("logsumexp", *shape, "float32") for shape in _SCORED),
         *(Case(op, *shape, "float32") for op in _TOKENS for shape in _SCORED),
         *(Case(op, 64, 151936, "bfloat16") for op in _TOKENS),
+        *(Case(op, *shape, "float32") for op in _MORE for shape in _SCORED),
+        *(Case("topk_softmax", 16384, n_experts, "float32") for n_experts in (64, 256)),
     ]
 
 
@@ -74,7 +78,8 @@ def gpu(quick: bool = False) -> list[Case]:
             for n_cols in VOCABULARIES
         ),
         *_decode("log_softmax", "float32"),
-        *(_gibibyte(op, n_cols, "bfloat16") for op in _TOKENS for n_cols in (32000, 151936)),
+        *(_gibibyte(op, n_cols, "bfloat16") for op in (*_TOKENS, *_MORE) for n_cols in (32000, 151936)),
+        *(_gibibyte("topk_softmax", n_experts, "bfloat16") for n_experts in (64, 256)),
         *(_gibibyte(op, n_cols, "float16") for op in ops for n_cols in VOCABULARIES),
     ]
 
