@@ -37,7 +37,7 @@ def linear_cross_entropy(
     weight: Tensor | None,
     layer: Layer,
 ) -> Tensor:
-    _torch_losses._check_weight(weight)
+    _torch_losses.check_weight(weight)
     tensors = input, linear_weight, linear_bias
     if not rows.recorded(*(tensor for tensor in tensors if tensor is not None)):
         return _operator(input, linear_weight, target, linear_bias, weight, None, *layer, (False, False, False))[0]
@@ -69,7 +69,7 @@ def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensors[0] if tensor is None else tensor for tensor in tensors]
 
 
-@_torch_ops._define(
+@_torch_ops.operator(
     "(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? scale, "
     "int ignore_index, str reduction, float label_smoothing, int? chunk_size, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -142,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = dloss.contiguous() if of_rows else None
             arrays = input, linear_weight, target, linear_bias, weight, scale
             _, *gradients = _operator(*arrays, *ctx.layer, ctx.wanted)
-        if not of_rows and not (_torch_losses._can_look(dloss) and float(dloss) == 1):
+        if not of_rows and not (_torch_losses.can_look(dloss) and float(dloss) == 1):
             for gradient in gradients:
                 gradient.mul_(dloss)
         found = (gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))

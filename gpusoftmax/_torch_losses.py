@@ -35,11 +35,11 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
-    _check_weight(weight)
+    check_weight(weight)
     if not rows.recorded(logits):
         return ops.cross_entropy(logits, target, weight, *loss)[0]
     backward_alone = torch.autograd.forward_ad._current_level < 0
-    if backward_alone and _can_look(logits):
+    if backward_alone and can_look(logits):
         return _FusedCrossEntropy.apply(logits, target, weight, loss)
     return rows.with_tangent(_CrossEntropy, _CrossEntropyWithTangent)(logits, target, weight, loss)[0]
 
@@ -53,16 +53,16 @@ def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None
             "input is a leaf that requires grad, whose values inplace=True would overwrite: expected the result of "
             "other operations, or inplace=False"
         )
-    _check_weight(weight)
+    check_weight(weight)
     return _InPlaceCrossEntropy.apply(logits, target, weight, loss)
 
 
-def _check_weight(weight: Tensor | None) -> None:
+def check_weight(weight: Tensor | None) -> None:
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise TypeError("weight requires grad, and class weights get no gradient: pass weight.detach()")
 
 
-def _can_look(tensor: Tensor) -> bool:
+def can_look(tensor: Tensor) -> bool:
     """Whether the tensor has values, and nobody waits when Python looks at them: no tracer, no transformation."""
     if torch.compiler.is_compiling() or not tensor.is_cpu or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
@@ -122,7 +122,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             logits, target, weight, _ = ctx.saved_tensors
             return _graph_of_dlogits(logits, target, weight, dloss, loss), None, None, None
         dlogits, ctx.dlogits = ctx.dlogits, None
-        as_it_is = loss.reduction != "none" and _can_look(dloss) and dloss.item() == 1
+        as_it_is = loss.reduction != "none" and can_look(dloss) and dloss.item() == 1
         if dlogits is None or not as_it_is and dlogits.dtype in (torch.float16, torch.bfloat16):
             dlogits = _dlogits(*ctx.saved_tensors, dloss, loss)
         elif not as_it_is:
@@ -139,7 +139,7 @@ def _dlogits(
     """
     ignore_index, reduction, label_smoothing, _ = loss
     options = logits, target, weight, ignore_index, label_smoothing
-    if _can_look(logits) and logits.dtype in (torch.float32, torch.float64):
+    if can_look(logits) and logits.dtype in (torch.float32, torch.float64):
         dlogits = ops.cross_entropy_backward(divisor, *options, logits.dtype)
         return _times(dlogits, dloss, target if reduction == "none" else None, ignore_index)
     if reduction != "none":
@@ -183,7 +183,7 @@ def _times(dlogits: Tensor, dloss: Tensor, target: Tensor | None, ignore_index: 
     """dlogits, multiplied in place by one number, or, where there are targets, by one for each row."""
     if target is not None:
         return dlogits.mul_(_per_row(dloss, dlogits, target, ignore_index))
-    return dlogits if _can_look(dloss) and dloss.item() == 1 else dlogits.mul_(dloss)
+    return dlogits if can_look(dloss) and dloss.item() == 1 else dlogits.mul_(dloss)
 
 
 def _per_row(dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
