@@ -69,7 +69,7 @@ def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensors[0] if tensor is None else tensor for tensor in tensors]
 
 
-@_torch_ops.operator(
+@_torch_ops.defined_as(
     "(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? scale, "
     "int ignore_index, str reduction, float label_smoothing, int? chunk_size, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor)",

@@ -17,7 +17,7 @@ from gpusoftmax.cross_entropy import _with_divisor
 _LIBRARY = torch.library.Library("gpusoftmax", "FRAGMENT")
 
 
-def operator(arguments: str, fake: Callable) -> Callable[[Callable], Callable]:
+def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Makes a function an operator of its name, on the CPU and on GPUs. `fake` makes empty results."""
 
     def defined(function: Callable) -> Callable:
@@ -47,12 +47,14 @@ def _fake_rows_backward(y, dy, dim, temperature, dtype):
     return y.new_empty(y.shape, dtype=dtype)
 
 
-@operator("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
+@defined_as("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
 def softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype | None) -> Tensor:
     return gpusoftmax.softmax(x, _axis(dim), temperature=temperature, dtype=dtype)
 
 
-@operator("(Tensor probs, Tensor dprobs, int[] dim, float temperature, ScalarType dtype) -> Tensor", _fake_rows_backward)
+@defined_as(
+    "(Tensor probs, Tensor dprobs, int[] dim, float temperature, ScalarType dtype) -> Tensor", _fake_rows_backward
+)
 def softmax_backward(
     probs: Tensor, dprobs: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype
 ) -> Tensor:
@@ -60,12 +62,12 @@ def softmax_backward(
     return gpusoftmax.softmax_backward(probs, dprobs, _axis(dim), temperature=temperature, out=out)
 
 
-@operator("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
+@defined_as("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
 def log_softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype | None) -> Tensor:
     return gpusoftmax.log_softmax(x, _axis(dim), temperature=temperature, dtype=dtype)
 
 
-@operator(
+@defined_as(
     "(Tensor log_probs, Tensor dlog_probs, int[] dim, float temperature, ScalarType dtype) -> Tensor",
     _fake_rows_backward,
 )
@@ -85,7 +87,7 @@ def _fake_logsumexp(x, dim, keepdim, temperature):
     return x.new_empty(shape, dtype=row_dtype(x.dtype))
 
 
-@operator("(Tensor x, int[] dim, bool keepdim, float temperature) -> Tensor", _fake_logsumexp)
+@defined_as("(Tensor x, int[] dim, bool keepdim, float temperature) -> Tensor", _fake_logsumexp)
 def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool, temperature: float) -> Tensor:
     return gpusoftmax.logsumexp(x, _axis(dim), keepdims=keepdim, temperature=temperature)
 
@@ -113,7 +115,7 @@ def _fake_cross_entropy(logits, target, weight, ignore_index, reduction, label_s
     return _fake_loss(logits, target, reduction), logits.new_empty((1,), dtype=row_dtype(logits.dtype))
 
 
-@operator(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor divisor)", _fake_cross_entropy)
+@defined_as(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor divisor)", _fake_cross_entropy)
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -133,7 +135,7 @@ def _fake_cross_entropy_backward(divisor, logits, target, weight, ignore_index, 
     return logits.new_empty(logits.shape, dtype=dtype)
 
 
-@operator(
+@defined_as(
     "(Tensor divisor, Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
     "ScalarType dtype) -> Tensor",
     _fake_cross_entropy_backward,
@@ -159,7 +161,7 @@ def _fake_cross_entropy_with_grad(logits, target, weight, ignore_index, reductio
     return _fake_loss(logits, target, reduction), logits.new_empty(logits.shape), divisor
 
 
-@operator(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor dlogits, Tensor divisor)", _fake_cross_entropy_with_grad)
+@defined_as(f"(Tensor logits, {_LOSS}) -> (Tensor loss, Tensor dlogits, Tensor divisor)", _fake_cross_entropy_with_grad)
 def cross_entropy_with_grad(
     logits: Tensor,
     target: Tensor,
@@ -178,7 +180,7 @@ def _fake_cross_entropy_in_place(logits, target, weight, ignore_index, reduction
     return _fake_loss(logits, target, reduction)
 
 
-@operator(f"(Tensor(a!) logits, {_LOSS}) -> Tensor", _fake_cross_entropy_in_place)
+@defined_as(f"(Tensor(a!) logits, {_LOSS}) -> Tensor", _fake_cross_entropy_in_place)
 def cross_entropy_in_place(
     logits: Tensor,
     target: Tensor,
@@ -214,7 +216,7 @@ def _fake_token_logprobs(logits, target, dim, temperature, ignore_index, lse, en
     return [logits.new_empty(shape, dtype=dtype) for given, shape, dtype in wanted if given]
 
 
-@operator(
+@defined_as(
     "(Tensor logits, Tensor target, int dim, float temperature, int ignore_index, bool lse, bool entropy, bool rank, "
     "bool argmax, bool? validate) -> Tensor[]",
     _fake_token_logprobs,
@@ -233,7 +235,7 @@ def _fake_token_logprobs_backward(logits, target, dlogprob, dentropy, dim, tempe
     return logits.new_empty(logits.shape)
 
 
-@operator(
+@defined_as(
     "(Tensor logits, Tensor target, Tensor? dlogprob, Tensor? dentropy, int dim, float temperature, int ignore_index)"
     " -> Tensor",
     _fake_token_logprobs_backward,
@@ -256,7 +258,7 @@ def _fake_sample(logits, seed, step, seed_number, step_number, dim, temperature,
     return logits.new_empty(batch, dtype=torch.int64)
 
 
-@operator(
+@defined_as(
     "(Tensor logits, Tensor? seed, Tensor? step, int seed_number, int step_number, int dim, float temperature, "
     "int? top_k, float? top_p, float? min_p) -> Tensor",
     _fake_sample,
