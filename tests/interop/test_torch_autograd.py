@@ -660,6 +660,11 @@ OPERATORS = {
         (X, None, None, 7, 8, 1, 0.7, None, 0.9, None),
         (X, torch.arange(6).view(3, 2), torch.tensor(3), 0, 0, 1, 1.0, 2, None, 0.1),
     ],
+    "linear_cross_entropy_with_grad": [  # rows of two features, five classes
+        (X[:, 0], X[0], TARGET[:, 0], None, WEIGHT, None, 1, "mean", 0.1, None, [True, True, False]),
+        (X[:, 0], X[0], TARGET[:, 0], X[0, :, 0], None, X[:, 0, 0], 1, "none", 0.0, 2, [False, True, True]),
+        (X[:, 0], X[0], TARGET[:, 0], None, None, None, 1, "sum", 0.0, None, [False] * 3),
+    ],
 }
 
 
