@@ -533,9 +533,8 @@ MUTANTS = [
         AssertionError,
         "32-bit computations in global addresses",
         (
-            Edit(f"{GPU}.device.rows", "import cuda, device\n", "import cuda, device, types\n"),
             Edit(
-                f"{GPU}.device.rows",
+                f"{GPU}.device.memory",
                 "return outer * array.outer_stride",
                 "return types.int32(outer) * types.int32(array.outer_stride)",
             ),
@@ -1015,7 +1014,7 @@ MUTANTS = [
         gradient_without_reduction,
         AssertionError,
         "dlogits: row",
-        _edit("gpusoftmax.cross_entropy", 'dtype) if reduction == "mean" else', 'dtype) if reduction != "sum" else'),
+        _edit("gpusoftmax.cross_entropy", 'if reduction == "mean":', 'if reduction != "sum":'),
     ),
     Mutant(
         "gradient not scaled",

@@ -50,6 +50,19 @@ def _limited_sample(gpu):
     return gpusoftmax.sample(x, top_k=9, top_p=0.9, min_p=0.01, rng=gpu.array(np.arange(SHORT[0])))
 
 
+def _sample_of_different_requests(gpu):
+    x, rows = gpu.array(inputs.make("spread", SHORT, F32)), np.arange(SHORT[0])
+    temperature = gpu.array((rows % 3 / 2).astype(F32))
+    return gpusoftmax.sample(x, temperature=temperature, top_k=gpu.array(rows % 5), top_p=0.9, rng=gpu.array(rows))
+
+
+def _state(gpu):
+    x = gpu.array(inputs.make("spread", SHORT, F32))
+    state = gpusoftmax.LogSumExpState.empty(SHORT[0], like=x)
+    state.update(x)
+    return state.logsumexp()
+
+
 def _copies(n_cols):
     """No single stride walks such rows: they are copied first, and their results back."""
 
@@ -71,6 +84,8 @@ CASES = {
     "sums over rows": _sums,
     "log-probabilities alone": _logprobs_alone,
     "samples of what is kept": _limited_sample,
+    "samples of different requests": _sample_of_different_requests,
+    "log-sum-exp in parts": _state,
     "copies of short rows": _copies(40),
     "copies of long rows": _copies(1500),
 }

@@ -17,10 +17,9 @@ from tests.emulator import emulated_gpu
 INF, NAN = np.inf, np.nan
 # A part of a warp; more than a vector strip; more columns than a chunk of the CPU has and than slots of a warp hold.
 N_COLS = [5, 300, 4099]
-FLOAT32_ROWS = [(np.dtype(np.float32), n_cols) for n_cols in (5, 4099)]
-ONE_DTYPE = [
-    one if one == np.float32 else pytest.param(one, marks=pytest.mark.matrix) for one in map(np.dtype, inputs.DTYPES)
-]
+MATRIX = pytest.mark.matrix
+"""What else is compiled for these tests: pytest -m matrix."""
+ONE_DTYPE = [one if one == np.float32 else pytest.param(one, marks=MATRIX) for one in map(np.dtype, inputs.DTYPES)]
 EVERY_FIELD = {"return_lse": True, "return_entropy": True, "return_rank": True, "return_argmax": True}
 
 
@@ -94,10 +93,8 @@ EXACT = {
     "token_logprobs": partial(gpusoftmax.token_logprobs, **EVERY_FIELD),
     "top_logprobs": partial(gpusoftmax.top_logprobs, k=5),
 }
-OPS = [
-    name if name in ("softmax", "token_logprobs") else pytest.param(name, marks=pytest.mark.matrix) for name in EXACT
-]
-"""Each is a kernel to compile for every way to transform: by default two, and the gradient in the tests below."""
+OPS = [name if name == "softmax" else pytest.param(name, marks=MATRIX) for name in EXACT]
+"""Each is a kernel to compile for every way to transform: by default one, and the gradients in the tests below."""
 NEEDS_LABELS = {"cross_entropy", "cross_entropy_with_grad", "token_logprobs"}
 
 
@@ -148,7 +145,7 @@ def test_an_exact_bias_and_scale_are_those_of_the_logits(target, op, dtype):
     assert got == bits(target, op, logits, bias=bias, temperature=temperatures, **wide)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_softcap_is_accurate(target, dtype):
     """The log-sum-exp of one column is the logit itself."""
     exponents = np.linspace(-40, 12, 500)
@@ -162,7 +159,10 @@ def test_softcap_is_accurate(target, dtype):
         assert np.abs(capped[:-1]).max() <= cap
 
 
-@pytest.mark.parametrize(("dtype", "n_cols"), [*((one, 300) for one in map(np.dtype, inputs.DTYPES)), *FLOAT32_ROWS])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(one, marks=[] if one == np.float32 else MATRIX) for one in inputs.DTYPES]
+)
+@pytest.mark.parametrize("n_cols", [*(pytest.param(n, marks=MATRIX) for n in (5, 300)), 4099])
 def test_everything_at_once(target, dtype, n_cols):
     logits = inputs.make("spread", (4, n_cols), dtype, seed=n_cols)
     options = options_for(logits)
@@ -220,6 +220,7 @@ def test_gradients_of_soft_argmax(target):
     assert (got[z == -INF] == 0).all()
 
 
+@MATRIX
 def test_smoothing_under_a_softcap(target):
     logits = inputs.make("spread", (3, 300), np.float32)
     options = {"softcap": 6.0, "temperature": 0.7}
@@ -237,7 +238,7 @@ def test_smoothing_under_a_softcap(target):
 # ---------------------------------------------------------------- temperature 0
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n_cols", N_COLS)
 def test_temperature_0_is_the_argmax(dtype, n_cols):
     logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
@@ -271,8 +272,8 @@ def test_temperature_0_needs_an_addition():
 # ---------------------------------------------------------------- rows without anything
 
 
-@pytest.mark.parametrize("n_cols", [5, pytest.param(300, marks=pytest.mark.matrix), 4099])
-@pytest.mark.parametrize("smoothing", [0.0, pytest.param(0.1, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("n_cols", [*(pytest.param(n, marks=MATRIX) for n in (5, 300)), 4099])
+@pytest.mark.parametrize("smoothing", [0.0, pytest.param(0.1, marks=MATRIX)])
 def test_empty_rows(target, n_cols, smoothing):
     logits = inputs.make("spread", (4, n_cols), np.float32)
     mask = np.ones((4, n_cols), bool)
@@ -314,12 +315,11 @@ def test_what_is_masked_is_not_looked_at(target):
     assert np.isfinite(probs).all() and (probs[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF])
-def test_a_bad_temperature_makes_its_row_nan(target, value):
-    logits = inputs.make("spread", (3, 40), np.float32)
-    temperature = np.array([1, value, 2], np.float32)
+def test_a_bad_temperature_makes_its_row_nan(target):
+    logits = inputs.make("spread", (6, 40), np.float32)
+    temperature = np.array([1, 0, -1, NAN, INF, 2], np.float32)
     probs = target.get(gpusoftmax.softmax(target.array(logits), temperature=target.array(temperature)))
-    assert np.isnan(probs[1]).all() and np.isfinite(probs[[0, 2]]).all()
+    assert np.isnan(probs[1:5]).all() and np.isfinite(probs[[0, 5]]).all()
 
 
 # ---------------------------------------------------------------- shapes and layouts
@@ -445,16 +445,15 @@ def test_sampling(target):
     bias = np.arange(90, dtype=np.float32) % 5
     kept = np.where(mask & (np.arange(90) < n_valid[:, None]), logits, -INF).astype(np.float32)
     given = {"mask": packed(mask), "n_valid": n_valid}
-    assert np.array_equal(drawn(target, logits, **given), drawn(target, kept))
     assert np.array_equal(drawn(target, logits, top_k=9, **given), drawn(target, kept, top_k=9))
     halved = (2 * kept + bias).astype(np.float32)
-    assert np.array_equal(drawn(target, logits, bias=bias, temperature=0.5, **given), drawn(target, halved))
     temperature = np.full(60, 0.5, np.float32)
     own = drawn(target, logits, bias=bias, temperature=temperature, top_k=9, **given)
     assert np.array_equal(own, drawn(target, halved, top_k=9))
     assert np.array_equal(drawn(target, logits, bias=bias, temperature=0, **given), (kept + bias).argmax(axis=1))
 
 
+@MATRIX
 def test_log_probability_of_what_was_drawn(target):
     logits = inputs.make("spread", (6, 90), np.float32)
     options = {**options_for(logits, temperature=False), "temperature": 0.7}

@@ -300,7 +300,9 @@ def test_the_samples_are_of_all_functions():
     assert {info.name for info in INFOS} == set(FUNCTIONS) and len(INFOS) > len(FUNCTIONS)
 
 
-@pytest.mark.parametrize("info", [info for info in INFOS if info.variant_test_name == "with_dtype"], ids=str)
+@pytest.mark.parametrize(
+    "info", [info for info in INFOS if info.variant_test_name == "with_dtype"], ids=lambda info: info.full_name
+)
 def test_integers_with_a_dtype(info):
     for sample in info.sample_inputs("cpu", torch.int64):
         result = FUNCTIONS[info.name](sample.input, *sample.args, **sample.kwargs)
