@@ -45,7 +45,7 @@ def softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.A
     >>> print(jax.grad(lambda x: softmax(x)[0])(jax.numpy.zeros(2)))
     [ 0.25 -0.25]
     """
-    return _softmax(jnp.asarray(x), axis, temperature)
+    return _softmax(jnp.asarray(x), axis, _checks.temperature(temperature))  # 0 has no gradient
 
 
 def log_softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.Array:

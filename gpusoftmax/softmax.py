@@ -82,13 +82,14 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
+    transform = temperature, bias, softcap, mask, n_valid, empty_row
     if _checks.is_zero(temperature):
         # Of the columns up to the first of the largest, none but this one is as large.
         index = argmax(x, axis, bias=bias, softcap=softcap, mask=mask, n_valid=n_valid)
         n_valid = _arrays.next_integer(index)
-    transform = temperature, bias, softcap, mask, n_valid, empty_row
     try:
-        return _rowwise.forward("softmax", x, axis, dtype, out, transform, any_temperature=True)
+        through = temperature, bias, softcap, mask, n_valid, empty_row
+        return _rowwise.forward("softmax", x, axis, dtype, out, through, any_temperature=True)
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument
     return _gradients.call("softmax", argument, out, transform, x, axis, temperature, dtype)
