@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay, _transform
+from gpusoftmax import _arrays, _largest, _replay, _transform
 
 
 def argmax(
@@ -60,22 +60,10 @@ def argmax(
     """
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
     try:
-        return _replay.call(_argmax, (x, out, *arrays), axis, keepdims, *options)
+        return _replay.call(_largest.argmax, (x, out, *arrays), axis, keepdims, *options)
     except _arrays.RequiresGrad as refusal:
         if refusal.argument != "x":
             raise
-        return _replay.call(_argmax, (x.detach(), out, *arrays), axis, keepdims, *options)  # indices have no gradient
-
-
-def _argmax(x, out, temperatures, bias, mask, valid, axis, keepdims, *options):
-    logits = _arrays.logits(x, "x")
-    axes = _checks.axis_or_all(axis, logits.ndim)
-    _checks.some_columns(logits.shape, axes, "x")
-    indices = _arrays.output(out, logits, _arrays.without_axes(logits, axes, keepdims), "int64")
-    _checks.no_overlap(indices, logits, "x")
-    arrays, dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(logits)
-    logits, _ = _transform.applied(logits, axes, dtype, arrays, options, indices)
-    kernel = _arrays.kernels(logits.place, "argmax").argmax
-    per_row = _arrays.per_row(indices, axes, logits.ndim)
-    _arrays.for_rows(lambda *rows: kernel(*rows, logits.place), axes, [logits], [per_row])
-    return _arrays.result(indices, out)
+        return _replay.call(
+            _largest.argmax, (x.detach(), out, *arrays), axis, keepdims, *options
+        )  # indices have no gradient

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _gradients, _rowwise
-from gpusoftmax.argmax import argmax
+from gpusoftmax import _arrays, _checks, _gradients, _largest, _replay, _rowwise, _transform
 
 
 def softmax(
@@ -83,11 +82,11 @@ def softmax(
            [1. , 0. ]])
     """
     transform = temperature, bias, softcap, mask, n_valid, empty_row
-    if _checks.is_zero(temperature):
-        # Of the columns up to the first of the largest, none but this one is as large.
-        index = argmax(x, axis, bias=bias, softcap=softcap, mask=mask, n_valid=n_valid)
-        n_valid = _arrays.next_integer(index)
     try:
+        if _checks.is_zero(temperature):
+            # Of the columns up to the first of the largest, none but this one is as large.
+            arrays, options = _transform.split(1.0, bias, softcap, mask, n_valid)
+            n_valid = _arrays.next_integer(_replay.call(_largest.argmax, (x, None, *arrays), axis, False, *options))
         through = temperature, bias, softcap, mask, n_valid, empty_row
         return _rowwise.forward("softmax", x, axis, dtype, out, through, any_temperature=True)
     except _arrays.RequiresGrad as refusal:
