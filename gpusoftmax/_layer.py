@@ -13,7 +13,7 @@ from gpusoftmax._arrays import Array
 from gpusoftmax._products import add_product, adds, blocks, clear, factor, is_factor, multiply
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
-"""Of the logits of a chunk where no size is given."""
+"""Of the logits of a chunk where no size is given. kernels/README.md says why 64 MiB; 256 MiB has not been measured."""
 _ROOM_SHARE = 8
 _LEAST_ROOM_BYTES = 2**17
 """Copies of a part of the weights, and a part of a sum that is made beside it, together take one part in _ROOM_SHARE

@@ -7,8 +7,8 @@ from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import Transform, one_value, scale_of
 
 _LEAST = 2.0**-1000
-"""Temperature 0 for a kernel: it acts on differences to the maximum, and all but those of a format's last denormals
-become too large to have a probability.
+"""Temperature 0 for a kernel, which multiplies differences to the maximum by its inverse, or by the largest number of
+the format: float32 logits have to be 4e-37 below the maximum (104 / 3e38) to have no probability.
 """
 
 
