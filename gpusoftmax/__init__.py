@@ -2,7 +2,12 @@
 
 from gpusoftmax.argmax import argmax
 from gpusoftmax.compile import compile
-from gpusoftmax.cross_entropy import cross_entropy, cross_entropy_with_grad
+from gpusoftmax.cross_entropy import (
+    CrossEntropy,
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_with_grad,
+)
 from gpusoftmax.explain import explain
 from gpusoftmax.linear_cross_entropy import (
     LinearCrossEntropyGrad,
@@ -24,6 +29,7 @@ from gpusoftmax.topk_softmax import TopkSoftmax, topk_softmax
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossEntropy",
     "LinearCrossEntropyGrad",
     "LogSumExpState",
     "Sample",
@@ -33,6 +39,7 @@ __all__ = [
     "argmax",
     "compile",
     "cross_entropy",
+    "cross_entropy_backward",
     "cross_entropy_with_grad",
     "explain",
     "linear_cross_entropy",

@@ -301,9 +301,51 @@ def any_gradient(dlogprob, dentropy) -> None:
         raise ValueError("dlogprob and dentropy are None, expected at least one of the gradients")
 
 
-def reduction(value) -> None:
+def reduction(value) -> str:
     if not isinstance(value, str) or value not in ("none", "mean", "sum"):
         raise ValueError(f"reduction is {_short(value)}, expected 'none', 'mean' or 'sum'")
+    return value
+
+
+def normalizer(value) -> float | None:
+    """A number; an array is looked at by nobody."""
+    if value is None:
+        return None
+    number = scalar(value, "normalizer")
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"normalizer is {number}, expected a finite number above 0, or an array of one element")
+    return number
+
+
+def only_for(is_given: bool, name: str, is_fit: bool, reduction: str) -> None:
+    if is_given and not is_fit:
+        raise ValueError(f"{name} is given and reduction is {reduction!r}, expected 'mean', which divides by it")
+
+
+def one_element(array, name: str) -> None:
+    if array.size != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected one element")
+
+
+def z_loss(value) -> float:
+    number = scalar(value, "z_loss")
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"z_loss is {number}, expected a finite number, 0 or above")
+    return number
+
+
+def counts_labels(is_wanted: bool, has_labels: bool) -> None:
+    if is_wanted and not has_labels:
+        raise ValueError("return_correct is given, and target has shares, expected one class index for each row")
+
+
+def shares(labels, shares, batch_shape: tuple[int, ...], reason: str) -> None:
+    """Several labels for each row, and as many shares."""
+    if labels.ndim != len(batch_shape) + 1 or labels.shape[:-1] != batch_shape:
+        raise ValueError(f"target[0] has shape {labels.shape}, expected {(*batch_shape, 'K')} {reason}")
+    same_shape(shares, labels.shape, "target[1]", "one share for each index of target[0]")
+    if not labels.shape[-1]:
+        raise ValueError(f"target[0] has shape {labels.shape}, expected one label or more for each row")
 
 
 def label_smoothing(value) -> float:

@@ -24,6 +24,7 @@ OPS = (
     "logsumexp",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "cross_entropy_backward",
     "token_logprobs",
     "token_logprobs_backward",
     "top_logprobs",
@@ -190,7 +191,7 @@ def _call(
         arguments.append(_Imagined(batch, np.int64))
     if op == "token_logprobs_backward":
         arguments.append(_Imagined(batch, _row_dtype(dtype)))
-    elif op == "soft_argmax_backward":
+    elif op == "cross_entropy_backward" or op == "soft_argmax_backward":
         arguments += (_Imagined(batch, _row_dtype(dtype)) for _ in range(2))
     elif op == "spatial_softmax_backward":
         arguments += (_Imagined((*shape[:-2], 2), _row_dtype(dtype)) for _ in range(2))

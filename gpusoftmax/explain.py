@@ -93,6 +93,7 @@ _PER_ROW = {
     "logsumexp": (0, 1),
     "cross_entropy": (0, 1),
     "cross_entropy_with_grad": (0, 1),
+    "cross_entropy_backward": (2, 0),
     "token_logprobs": (0, 1),
     "token_logprobs_backward": (1, 0),
     "soft_argmax": (0, 1),

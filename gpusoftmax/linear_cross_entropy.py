@@ -235,7 +235,7 @@ def _linear_cross_entropy(
     chunk_size = _checks.chunk_size(chunk_size)
     _checks.multiplies_matrices(x)
 
-    kernels = _arrays.kernels(x.place, "cross_entropy")
+    kernels, of_batch = _arrays.kernels(x.place, "cross_entropy"), _arrays.kernels(x.place, "batch")
     labels = _arrays.reshaped(labels, (labels.size,), "target")
     all_rows = _rows_of(labels, slice(0, labels.size), n_classes)
     if _labels.are_checked(x, validate):
@@ -249,10 +249,10 @@ def _linear_cross_entropy(
     # The small results that later kernels read stay referenced until those have been started.
     weight_sum = _arrays.empty(x, (1,), dtype) if class_weight is not None and label_smoothing else None
     if weight_sum is not None:
-        kernels.total(n_classes, weights, nothing, _arrays.numbers(weight_sum), x.place)
+        of_batch.total(n_classes, weights, nothing, _arrays.numbers(weight_sum), x.place)
     normaliser = _arrays.empty(x, (1,), dtype) if reduction == "mean" else None
     if normaliser is not None:
-        kernels.normalise(*all_rows, weights, _arrays.numbers(normaliser), ignore_index, x.place)
+        of_batch.normalise(*all_rows, 1, weights, nothing, _arrays.numbers(normaliser), ignore_index, x.place)
     sums = [nothing if array is None else _arrays.numbers(array) for array in (weight_sum, normaliser)]
 
     losses = _arrays.empty(x, batch_shape, dtype)
@@ -282,7 +282,7 @@ def _linear_cross_entropy(
     loss = losses
     if reduction != "none":
         loss = _arrays.empty(x, (), dtype)
-        kernels.total(losses.size, _arrays.numbers(losses), sums[1], _arrays.numbers(loss), x.place)
+        of_batch.total(losses.size, _arrays.numbers(losses), sums[1], _arrays.numbers(loss), x.place)
     results = (None if array is None else _arrays.result(array) for array in (loss, *gradients))
     return LinearCrossEntropyGrad(*results)
 

@@ -540,6 +540,14 @@ def weighted_distance(a: Arithmetic, e, x, max, scale, scale_low):
     return weighted(a, e, a.mul(half, a.mul(scale, a.number(2))))
 
 
+def distance_of_mass(a: Arithmetic, mass, x, max):
+    """mass (max - x), and 0 where the mass is, whatever the logit. The mass is inside: the bare difference of large
+    logits would overflow.
+    """
+    half = a.fma(x, a.number(-0.5), a.mul(reference(a, max), a.number(0.5)))
+    return a.select(a.equal(mass, a.number(0)), a.number(0), a.mul(half, a.mul(mass, a.number(2))))
+
+
 def is_above(a: Arithmetic, x, threshold):
     """1 where x is larger than the threshold, else 0."""
     return a.select(a.less(threshold, x), a.number(1), a.number(0))

@@ -79,6 +79,33 @@ class Numbers(NamedTuple):
     dtype: str
 
 
+class Shares(NamedTuple):
+    """The target of rows that have several labels: count of them, label_stride elements apart, each with its share of
+    the probability, share_stride apart.
+    """
+
+    shares: Operand
+    count: int
+    label_stride: int
+    share_stride: int
+
+
+class Probs(NamedTuple):
+    """The target of rows that have a probability for each class."""
+
+    probs: Operand
+
+
+class Extras(NamedTuple):
+    """What a loss has and tells beyond its options. Pointer 0: there is none, or it was not asked for."""
+
+    row_weight: Operand  # a factor for each row, in the computation format
+    z_loss: float
+    z_losses: Operand
+    lse: Operand
+    correct: Labels  # int64: 1 where the label is the first of the largest logits, else 0
+
+
 class Place(NamedTuple):
     """Where the arrays are and in which order work on them runs. device and stream mean nothing on the CPU."""
 
@@ -88,6 +115,7 @@ class Place(NamedTuple):
 
 
 NO_OPERAND = Operand(0, 0, 0, 0, "float32")
+NO_LABELS = Labels(0, 0, 0, 0)
 
 
 def one_value(value: int) -> Labels:

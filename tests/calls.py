@@ -53,6 +53,7 @@ CALLS = {
         partial(gpusoftmax.cross_entropy, reduction="none"), ("logits",), ("target",), takes_out=False, per_row=True
     ),
     "cross_entropy_with_grad": Call(gpusoftmax.cross_entropy_with_grad, ("logits",), ("target",)),
+    "cross_entropy_backward": Call(gpusoftmax.cross_entropy_backward, ("logits",), ("target", "lse", "dloss")),
     "token_logprobs": Call(
         partial(gpusoftmax.token_logprobs, **EVERY_FIELD), ("logits",), ("target",), takes_out=False, per_row=True
     ),
@@ -87,6 +88,8 @@ def arguments(name, shape, dtype, seed=0):
         "tangent": gradient,
         "log_probs": np.asarray(gpusoftmax.log_softmax(x)),
         "dlog_probs": gradient,
+        "lse": np.asarray(gpusoftmax.logsumexp(x)),
+        "dloss": gradient[..., 0].astype(row_dtype),
         "dlogprob": gradient[..., 0].astype(row_dtype),
         "dentropy": gradient[..., -1].astype(row_dtype),
         "target": inputs.targets(int(np.prod(shape[:-1])), shape[-1], share_ignored=0.2, seed=seed).reshape(shape[:-1]),

@@ -67,7 +67,7 @@ class Specialisation(NamedTuple):
     @property
     def reads_rows(self):
         """Whether it reads whole rows of logits; the others read one number or label for each row."""
-        return self.name not in ("normalise_rows", "total_rows", "find_bad_label_rows", "fold_rows")
+        return self.name not in ("normalise_rows", "total_rows", "count_rows", "find_bad_label_rows", "fold_rows")
 
     @property
     def writes_rows(self):
@@ -136,6 +136,12 @@ def _calls(dtype, out_dtype, shape, axis):
         options = {"label_smoothing": label_smoothing}
         yield "cross_entropy", (x, target, weight), {**options, "axis": axis, "validate": True}
         yield "cross_entropy_with_grad", (x, target, weight), {**options, **like}
+    yield "cross_entropy", (x, target), {"axis": axis, "return_correct": True}
+    yield "cross_entropy_backward", (x, target, *(_Array(batch, row_dtype) for _ in range(2)), weight), like
+    few = _Array((*batch, 5), np.int64), _Array((*batch, 5), row_dtype)
+    for soft in (few, _Array(shape, dtype)):
+        yield "cross_entropy_with_grad", (x, soft, weight), like
+    yield "cross_entropy_backward", (x, few, *(_Array(batch, row_dtype) for _ in range(2)), weight), like
     yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}
     yield "topk_softmax", (x, min(8, n_cols)), {"axis": axis}
     gradient = _Array(batch, np.float64 if np.float64 in (dtype, out_dtype) else np.float32)

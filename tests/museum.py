@@ -928,7 +928,7 @@ MUTANTS = [
         AssertionError,
         "loss .none.: row 1.* expected nan",
         _edit(
-            f"{CPU}.cross_entropy",
+            f"{CPU}.loss_target",
             "    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)",
             "    label = load_label(labels.pointer, row_offset(labels, row, rows), labels.code)\n"
             "    return label + rows.n_cols if -rows.n_cols <= label < 0 else label",
@@ -950,7 +950,7 @@ MUTANTS = [
         loss_with_a_label_past_the_end,
         errors.OutOfBounds,
         "4-byte access",
-        _edit(f"{GPU}.device.cross_entropy", "label >= 0 and label < rows.n_cols:", "label >= 0:"),
+        _edit(f"{GPU}.device.batch", "label >= 0 and label < rows.n_cols:", "label >= 0:"),
         ("normalise_rows",),
     ),
     Mutant(
@@ -960,11 +960,15 @@ MUTANTS = [
         AssertionError,
         "loss .none.: row 0.* got nan",
         (
-            Edit(f"{CPU}.cross_entropy", "    if lanes == 1 and not counts(", "    if lanes == 2 and not counts("),
             Edit(
                 f"{CPU}.cross_entropy",
-                "            value = unused(label, loss)\n",
-                "            value = mul(value, unused(label, loss))\n",
+                "    if lanes_of(here.zero) == 1 and status_of(",
+                "    if lanes_of(here.zero) == 2 and status_of(",
+            ),
+            Edit(
+                f"{CPU}.cross_entropy",
+                "            value = unused(status, loss)\n",
+                "            value = mul(value, unused(status, loss))\n",
             ),
         ),
         ("cross_entropy_rows",),
@@ -975,7 +979,7 @@ MUTANTS = [
         mean_over_valid_rows,
         AssertionError,
         "loss .mean.",
-        _edit(f"{CPU}.cross_entropy", "if label != ignore_index and label >= 0 and", "if label >= 0 and"),
+        _edit(f"{CPU}.batch", "if label != ignore_index and label >= 0 and", "if label >= 0 and"),
         ("normalise_rows",),
     ),
     Mutant(
@@ -985,7 +989,7 @@ MUTANTS = [
         AssertionError,
         "loss .mean.: .* expected nan",
         _edit(
-            f"{CPU}.cross_entropy",
+            f"{CPU}.batch",
             "    total_weight, low = zero, zero\n",
             "    total_weight, low = number(zero, 1e-9), zero\n",
         ),
@@ -997,7 +1001,7 @@ MUTANTS = [
         mean_with_weights,
         AssertionError,
         "loss .mean.",
-        _edit("gpusoftmax.cross_entropy", "all_labels, weights, _arrays", "all_labels, nothing, _arrays"),
+        _edit("gpusoftmax._loss", "rows.numbers(rows.weight if rows.probs", "rows.numbers(None if rows.probs"),
     ),
     Mutant(
         "label smoothing over the other classes",
@@ -1014,7 +1018,7 @@ MUTANTS = [
         gradient_without_reduction,
         AssertionError,
         "dlogits: row",
-        _edit("gpusoftmax.cross_entropy", 'if reduction == "mean":', 'if reduction != "sum":'),
+        _edit("gpusoftmax._loss", 'elif reduction == "mean" and', 'elif reduction != "sum" and'),
     ),
     Mutant(
         "gradient not scaled",
@@ -1041,7 +1045,7 @@ MUTANTS = [
         AssertionError,
         "bits differ: logits",
         _edit(
-            "gpusoftmax.cross_entropy",
+            "gpusoftmax._loss",
             "_arrays.output(out, x, x.shape, x.dtype)",
             "_arrays.output(logits if out is None else out, x, x.shape, x.dtype)",
         ),
@@ -1130,7 +1134,7 @@ MUTANTS = [
         _ptx("normalise_rows", codegen.check_no_double),
         AssertionError,
         "uses of float64",
-        _edit(f"{GPU}.device.cross_entropy", "store(normaliser, 0, total)", "store(normaliser, 0, total + 1e-300)"),
+        _edit(f"{GPU}.device.batch", "store(normaliser, 0, total)", "store(normaliser, 0, total + 1e-300)"),
         ("normalise_rows",),
     ),
     Mutant(

@@ -18,6 +18,8 @@ Edge cases (all -inf rows, +inf, NaN, V = 0, ignored and out-of-range labels) fo
 spelled out one by one in test_oracle.py.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
@@ -182,6 +184,67 @@ def cross_entropy_grad(
     dlogits = dlogits * factor[:, None] / scaled_by
     dlogits = np.where(ignored[:, None], 0, np.where(valid[:, None], dlogits, NAN))
     return from_rows(dlogits, logits, axis)
+
+
+class FullLoss(NamedTuple):
+    """What there is to know of a loss; one entry for each row, but for n_correct."""
+
+    loss: np.ndarray
+    z_loss: np.ndarray
+    lse: np.ndarray
+    n_correct: int
+    dlogits: np.ndarray
+    terms: np.ndarray  # the sum of the magnitudes that make up a loss
+    upstream: np.ndarray  # and of those that multiply a row's probabilities and target
+    counted: np.ndarray
+
+
+@_quiet
+def full_cross_entropy(
+    logits, target, weight=None, *, shares=None, row_weight=None, z_loss=0.0, label_smoothing=0.0, ignore_index=-100
+) -> FullLoss:
+    """The loss of each of the rows along the last axis, by its definition as a sum over all classes:
+
+        q'_c = (1 - eps) q_c + eps / V        loss = r (sum_c w_c q'_c (-logp_c) + z_loss (sum_c w_c q_c) lse^2)
+
+    with q one-hot for labels, sum_j v_j [c = t_j] for labels (rows, K) with shares v, or the target itself. Rows whose
+    labels are all ignored, or whose weight r is 0, are 0; those with a label out of range NaN.
+    """
+    x = to_rows(logits, -1)
+    n_rows, n_cols = x.shape
+    w, eps = class_weights(weight, n_cols), np.longdouble(label_smoothing)
+    r = np.ones(n_rows, np.longdouble) if row_weight is None else np.asarray(row_weight).astype(np.longdouble)
+    counted, bad = r != 0, np.zeros(n_rows, bool)
+    if np.shape(target) == x.shape and np.asarray(target).dtype.kind not in "iu":
+        q = np.asarray(target).astype(np.longdouble)
+    else:
+        labels = np.reshape(target, (n_rows, -1))
+        ignored, valid, safe = read_labels(labels, n_cols, ignore_index)
+        values = np.ones(labels.shape) if shares is None else np.asarray(shares).astype(np.longdouble)
+        q = np.zeros(x.shape, np.longdouble)
+        np.add.at(q, (np.arange(n_rows)[:, None], safe), np.where(valid, values, 0))
+        counted, bad = counted & ~ignored.all(axis=1), (~ignored & ~valid).any(axis=1)
+    logp, lse = log_softmax_rows(x, np.longdouble(1)), logsumexp_rows(x, np.longdouble(1)).ravel()
+    mass = w * ((1 - eps) * q + eps / n_cols)
+    s = (w * q).sum(axis=1)
+    z = np.where(z_loss == 0, 0, r * z_loss * s * lse**2)
+    nats = np.where(mass == 0, 0, -logp) * mass  # a masked logit must not make 0 * inf here
+    loss = r * nats.sum(axis=1) + z
+    slope = mass.sum(axis=1) + np.where(z_loss == 0, 0, 2 * z_loss * s * lse)
+    dlogits = r[:, None] * (np.exp(logp) * slope[:, None] - mass)
+    first_max = argmax(x)
+    label = np.reshape(target, (n_rows, -1))[:, 0]
+    n_correct = int((counted & ~bad & (label == first_max)).sum())
+    terms = np.abs(r) * np.abs(nats).sum(axis=1) + np.abs(z)
+    upstream = np.abs(r) * (np.abs(mass).sum(axis=1) + np.abs(slope))
+
+    def of_rows(values, of_bad=NAN):
+        shape = (n_rows,) + (1,) * (values.ndim - 1)
+        return np.where((~counted).reshape(shape), 0, np.where(bad.reshape(shape), of_bad, values))
+
+    every = (of_rows(one) for one in (loss, z, lse))
+    loss, z, lse = every
+    return FullLoss(loss, z, lse, n_correct, of_rows(dlogits), of_rows(terms, 0), of_rows(upstream, 0), counted)
 
 
 @_quiet

@@ -20,6 +20,14 @@ from tests.calls import EVERY_FIELD
 from tests.conftest import Emulated
 from tests.emulator import emulated_gpu
 
+
+def soft_cross_entropy(x, g, y):
+    """Every class with a share, the logits' own probabilities, and all extras."""
+    options = {"row_weight": gpusoftmax.logsumexp(g), "z_loss": 0.01, "label_smoothing": 0.1, "return_lse": True}
+    told, dlogits = gpusoftmax.cross_entropy_with_grad(x, gpusoftmax.softmax(g), reduction="none", **options)
+    return told.loss, told.lse, dlogits
+
+
 # Each takes logits, a gradient of their shape and one label per row, and returns a tuple of arrays of rows.
 OPERATIONS = {
     "softmax": lambda x, g, y: (gpusoftmax.softmax(x),),
@@ -34,6 +42,12 @@ OPERATIONS = {
     ),
     "cross_entropy": lambda x, g, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
+    ),
+    "soft_cross_entropy": lambda x, g, y: soft_cross_entropy(x, g, y),
+    "cross_entropy_backward": lambda x, g, y: (
+        gpusoftmax.cross_entropy_backward(
+            x, y, gpusoftmax.logsumexp(x), gpusoftmax.logsumexp(g), label_smoothing=0.1, validate=False
+        ),
     ),
     "token_logprobs": lambda x, g, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD, validate=False),
     "top_logprobs": lambda x, g, y: gpusoftmax.top_logprobs(x, min(5, x.shape[-1])),

@@ -36,6 +36,10 @@ def host_arrays():
         "labels": np.array([1, 2, 3]),
         "four_labels": np.array([1, 2, 3, 0]),
         "bad_labels": np.array([1, -1, 4]),
+        "label_pairs": np.array([[1, 2], [2, 3], [0, 1]]),
+        "shares": np.full((3, 2), 0.5, F32),
+        "no_labels": np.empty((3, 0), np.int64),
+        "no_shares": np.empty((3, 0), F32),
         "float_labels": np.array([1.0, 2.0, 3.0]),
         "weight": np.ones(4, F32),
         "short_weight": np.ones(3, F32),
@@ -378,7 +382,7 @@ CASES = {
     ),
     "labels of floats": (
         TypeError,
-        "target has dtype float64, expected an integer dtype: class indices, not probabilities",
+        "target has dtype float64, expected an integer dtype: class indices, or probabilities of the shape of logits",
         lambda a: with_grad(a.x, a.float_labels, out=a.out),
     ),
     # shapes
@@ -695,12 +699,58 @@ CASES = {
         "chunk_size is 0.5, expected an int or None",
         lambda a: linear(a.x, a.x, a.labels, chunk_size=0.5),
     ),
+    # everything that a loss may have
+    "a normalizer of 0": (
+        ValueError,
+        "normalizer is 0.0, expected a finite number above 0, or an array of one element",
+        lambda a: with_grad(a.x, a.labels, normalizer=0, out=a.out),
+    ),
+    "a normalizer of a sum": (
+        ValueError,
+        "normalizer is given and reduction is 'sum', expected 'mean', which divides by it",
+        lambda a: with_grad(a.x, a.labels, normalizer=3, reduction="sum", out=a.out),
+    ),
+    "several normalizers": (
+        ValueError,
+        "normalizer has shape (4,), expected one element",
+        lambda a: with_grad(a.x, a.labels, normalizer=a.weight, out=a.out),
+    ),
+    "z_loss below 0": (
+        ValueError,
+        "z_loss is -1.0, expected a finite number, 0 or above",
+        lambda a: with_grad(a.x, a.labels, z_loss=-1.0, out=a.out),
+    ),
+    "correct predictions of soft targets": (
+        ValueError,
+        "return_correct is given, and target has shares, expected one class index for each row",
+        lambda a: with_grad(a.x, a.x, return_correct=True, out=a.out),
+    ),
+    "shares of one label for each row": (
+        ValueError,
+        "target[0] has shape (3,), expected (3, 'K') to match logits (3, 4) without axis -1",
+        lambda a: with_grad(a.x, (a.labels, a.row_out), out=a.out),
+    ),
+    "shares of other labels": (
+        ValueError,
+        "target[1] has shape (3, 4), expected (3, 2) one share for each index of target[0]",
+        lambda a: with_grad(a.x, (a.label_pairs, a.x), out=a.out),
+    ),
+    "shares of no labels": (
+        ValueError,
+        "target[0] has shape (3, 0), expected one label or more for each row",
+        lambda a: with_grad(a.x, (a.no_labels, a.no_shares), out=a.out),
+    ),
+    "row weights of another shape": (
+        ValueError,
+        "row_weight has shape (4,), expected (3,) one factor for each row",
+        lambda a: with_grad(a.x, a.labels, row_weight=a.weight, out=a.out),
+    ),
     # names
     "an op that there is not": (
         ValueError,
         "op is 'softmx', expected one of softmax, softmax_backward, softmax_jvp, "
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
-        "token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
+        "cross_entropy_backward, token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
         "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward, sample, "
         "top_k_mask_logits, top_p_mask_logits, topk_softmax",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),

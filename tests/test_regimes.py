@@ -30,6 +30,8 @@ OPERATIONS = {
     "smoothed_cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(
         x, y, reduction="none", label_smoothing=0.1, validate=False
     ),
+    "soft_cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(x, x, reduction="none", z_loss=0.01),
+    "cross_entropy_backward": lambda x, y: (gpusoftmax.cross_entropy_backward(x, y, *_gradients(x)),),
     "token_logprobs": lambda x, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD),
     "top_logprobs": lambda x, y: gpusoftmax.top_logprobs(x, 5),
     "topk_softmax": lambda x, y: gpusoftmax.topk_softmax(x, 5),

@@ -38,6 +38,19 @@ def _sums(gpu):
     )
 
 
+def _correct(gpu):
+    x, target = gpu.array(inputs.make("spread", MANY, F32)), gpu.array(inputs.targets(*MANY))
+    return gpusoftmax.cross_entropy(x, target, return_correct=True).n_correct
+
+
+def _soft_losses(gpu):
+    """Of labels with shares, and the gradient from the lse."""
+    x, rng = gpu.array(inputs.make("spread", SHORT, F32)), np.random.default_rng(0)
+    soft = gpu.array(rng.integers(0, SHORT[1], (SHORT[0], 3))), gpu.array(rng.random((SHORT[0], 3)).astype(F32))
+    told, dlogits = gpusoftmax.cross_entropy_with_grad(x, soft, return_lse=True, reduction="none")
+    return told.loss, dlogits, gpusoftmax.cross_entropy_backward(x, soft, told.lse, told.loss)
+
+
 def _logprobs_alone(gpu):
     """Without entropies, and the gradient without theirs."""
     x, target = (gpu.array(array) for array in arguments("cross_entropy", SHORT, F32).values())
@@ -82,6 +95,8 @@ CASES = {
     **{name: _op(name) for name in CALLS},
     "spatial_softmax": _maps,
     "sums over rows": _sums,
+    "correct predictions": _correct,
+    "losses of soft targets": _soft_losses,
     "log-probabilities alone": _logprobs_alone,
     "samples of what is kept": _limited_sample,
     "samples of different requests": _sample_of_different_requests,

@@ -81,17 +81,19 @@ def run(
     only_along: bool = False,
     whole_rows: bool = False,
     in_blocks: bool = True,
+    numbers_of_row: int = 0,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
 
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
     only_along: the kernel knows vectors along rows and no others. whole_rows: these alone, and a row is one thread's,
     who may go over it again: its exponentials are not kept where the result goes. in_blocks: whether the steps can
-    take a block of rows.
+    take a block of rows. numbers_of_row: how many more numbers of a row are kept beside its states.
     """
     only_along = only_along or whole_rows
     laid_out = plan(
-        kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks
+        kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks,
+        numbers_of_row,
     )  # fmt: skip
     if hasattr(_recorder, "starts"):
         _recorder.starts.append(laid_out)
@@ -118,6 +120,7 @@ def plan(
     only_along: bool,
     whole_rows: bool,
     in_blocks: bool,
+    numbers_of_row: int,
 ) -> Start:
     # Neighbours are rows that follow each other along the inner batch axis: they should be many.
     if rows.n_inner < min(FEW_ROWS, rows.n_rows // rows.n_inner):
@@ -145,7 +148,7 @@ def plan(
     is_staged = transformed or (way is ALONG and any(line.col_stride != 1 for line in lines))
 
     # The memory of a slot, see Job: one record for every chunk, and one for the row.
-    size = (n_chunks + 1) * FIELDS * (like.itemsize if way is ALONG else VECTOR_BYTES)
+    size = ((n_chunks + 1) * FIELDS + numbers_of_row) * (like.itemsize if way is ALONG else VECTOR_BYTES)
     places = {}
 
     def reserve(name, n_bytes):

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import count_above, sum_of_distances, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.first_max import chunk_of_max, first_max, logit_at
 from gpusoftmax.kernels.cpu.here import index_in, pulled_back
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
@@ -45,7 +46,6 @@ from gpusoftmax.kernels.cpu.vector import (
     add_at,
     add_pair,
     anchor,
-    any_equal,
     div,
     exp_from,
     floor,
@@ -64,7 +64,6 @@ from gpusoftmax.kernels.cpu.vector import (
     rise_to,
     row_inverse,
     store,
-    stripe_of,
     weighted_distance,
 )
 from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
@@ -254,11 +253,6 @@ def is_class(label, numbers):
     return label != numbers.ignore_index and label >= 0 and label < numbers.rows.n_cols
 
 
-@device
-def logit_at(here, label, lane, like):
-    return load(here.first.pointer, index_in(here.first, lane, label), like)
-
-
 # ---------------------------------------------------------------- 1. measure
 
 
@@ -407,36 +401,6 @@ def write_numbers(here, summary, query):
 @device
 def store_integer(array, row, rows, value):
     pointer_to(array.pointer, row)[row_offset(array, row, rows)] = value
-
-
-@device
-def chunk_of_max(here, lane, like):
-    """The first chunk that holds the maximum of a row, -1 if the row holds a NaN."""
-    lanes = lanes_of(here.zero)
-    found, largest = 0, number(like, -math.inf)
-    for chunk in range(count_of_chunks(here.n_cols)):
-        own = load(here.states, (chunk * FIELDS + MAX) * lanes + lane, like)
-        total = load(here.states, (chunk * FIELDS + SUM) * lanes + lane, like)
-        if total != total:  # a NaN makes the sum of its chunk one
-            return -1
-        if own > largest:
-            found, largest = chunk, own
-    return found
-
-
-@device
-def first_max(here, chunk, lane, like):
-    """The first column of a chunk that holds its maximum."""
-    lanes = lanes_of(here.zero)
-    largest = load(here.states, (chunk * FIELDS + MAX) * lanes + lane, like)
-    col, count = chunk_range(here, chunk)
-    if lanes == 1:  # whole vectors are passed by together
-        step = stripe_of(here.zeros)
-        while count > step and not any_equal(load_cols(here.first, col, None, here.nothing), largest):
-            col, count = col + step, count - step
-    while logit_at(here, col, lane, like) != largest:
-        col += 1
-    return col
 
 
 # ---------------------------------------------------------------- the gradient

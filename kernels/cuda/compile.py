@@ -66,7 +66,7 @@ def image(kernel: str, signature: tuple[str, ...], arch: str) -> Image:
 
     `signature` holds one word per argument: "rows", "labels", "strided bfloat16" (an Operand, whose transform follows
     field by field behind bars), "*float32" (Numbers: a pointer), "short", "long" or "columns" (how rows are split, see
-    plan.py), "int64", "float32" or "float64". Tuples take several parameters of the compiled kernel.
+    plan.py), "int64", "float32", "float64" or "none". Tuples take several parameters of the compiled kernel.
     """
     return Image(kernel, signature, arch)
 

@@ -79,6 +79,9 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
         elif kind is Rows or kind is Labels:
             signature.append("rows" if kind is Rows else "labels")
             words += argument
+        elif argument is None:
+            signature.append("none")
+            words.append(_ABSENT)
         elif kind in _SPLITS:
             signature.append(_SPLITS[kind])
             words += map(np.int32, argument)

@@ -1,98 +1,111 @@
 """Cross-entropy and its fused gradient. The mathematics stands in kernels/cpu/cross_entropy.py.
 
-The small kernels around it, normalise_rows, total_rows and find_bad_label_rows, run as one block: their sums have a
-fixed order.
+The masses of smoothing and of shares for every class are summed beside the state (row_state.py), with their distances
+to the maximum. A few labels with shares are looked up: their distances are taken to the largest of them first, since
+the row's maximum is not known before the gradient may have taken the place of the logits.
 """
 
 import math
+from typing import NamedTuple
 
 from numpy import int32, int64
 
-from gpusoftmax.kernels.cuda.device._cuda import cuda, device
+from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
     add_pair,
+    distance_of_mass,
     div,
     fma,
     inverse_sum,
     log_sum,
+    logsumexp_of,
     mul,
     number,
+    row_inverse,
     sub,
 )
 from gpusoftmax.kernels.cuda.device.exponential import (
     anchor,
     cheap_exp_from,
     cheap_exp_gap,
-    half_gap,
     lowest_of,
     negative_log_probability,
 )
-from gpusoftmax.kernels.cuda.device.memory import (
-    block_numbers,
-    element_size,
-    granule_numbers,
-    is_null,
-    load,
-    load_label,
-    piece_numbers,
-    store,
+from gpusoftmax.kernels.cuda.device.granules import granules_with
+from gpusoftmax.kernels.cuda.device.loss_target import (
+    COUNTED,
+    IGNORED,
+    distances_of_labels,
+    label_at,
+    less_shares,
+    logit_of,
+    mass_at,
+    number_at,
+    number_of_row,
+    start_of_probs,
+    status_of,
+    sum_of_shares,
+    unused,
+    weight_of_row,
 )
-from gpusoftmax.kernels.cuda.device.piece_state import (
-    gap_params,
-    halved,
-    is_near,
-    of_cheap,
-    piece_state,
-    read_logits,
-    second_look,
-)
-from gpusoftmax.kernels.cuda.device.reduce import (
-    block_sum_pair,
-    first_of_block,
-    publish_pair,
-    warp_sum,
-    warp_sum_pair,
-)
+from gpusoftmax.kernels.cuda.device.memory import is_null, load, store, store_integer
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
+from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import (
+    NO_COLUMN,
     above_anchor,
-    joined,
     loss_numbers_with,
-    publish_second_look,
-    publish_state,
-    state_place,
+    numbers_beside_with,
+    saved_beside,
+    saved_max,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    meet,
-    open_row,
+    fetch_last,
     own_row,
     row_of,
     row_offset,
     row_writer,
-    slot_of,
-    stage_next,
     team_of,
-    wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair
-from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes, split_piece_bits
-from gpusoftmax.kernels.cuda.device.staging import staged
-from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed, unless_empty
+from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes
+from gpusoftmax.kernels.cuda.device.transform import pulled_back, unless_empty
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
-from gpusoftmax.kernels.operands import NO_BAD_LABEL
 
 
-@device
-def label_of(labels, row, rows):
-    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
+class Loss(NamedTuple):
+    """What the loss of rows needs besides their logits."""
+
+    labels: object
+    label_stride: int
+    n_labels: int
+    shares: object  # None unless a row has several labels, which have these shares,
+    share_stride: int
+    probs: object  # or unless a row has a share for each class
+    weight: object
+    weight_sum: object
+    ignore_index: int
+    confidence: object  # 1 - eps
+    share: object  # eps/V
+    row_weight: object  # None where there are no extras
+    z_loss: object
 
 
-@device
-def number_at(numbers, index, default):
-    """numbers[index], or the default where the caller gave no numbers."""
-    return default if is_null(numbers) else load(numbers, index, default)
+class Results(NamedTuple):
+    """Arrays for what is told of each row."""
+
+    losses: object
+    z_losses: object
+    lse: object
+    correct: object
+
+
+class Asked(NamedTuple):
+    """What is asked for of a row besides its state."""
+
+    loss: Loss
+    start: int  # where the row begins in `probs`
+    is_found: bool  # the first column of the maximum
 
 
 @device
@@ -106,126 +119,252 @@ def finish(state, params):
 loss_numbers, finished_row = loss_numbers_with(finish)
 
 
-# ---------------------------------------------------------------- smoothing
+# ---------------------------------------------------------------- masses at the columns
 
 
 @device
-def smoothing_piece(source, at, piece, piece_max, weight, factor, team, split, params):
-    """The sum of factor w_c (max - x_c) over a piece, and that of w_c.
+def masses(result, values, col, width, source, split, numbers):
+    end, largest, asked = numbers
+    distances, low, total, total_low, column = result
+    zero, loss = number(largest, 0.0), asked.loss
+    for k in range(width):
+        if col + k < end:
+            mass = mass_at(col + k, asked.start, loss, loss.probs, zero)
+            distances, low = add_pair(distances, low, distance_of_mass(mass, values[k], largest), zero)
+            total, total_low = add_pair(total, total_low, mass, zero)
+            if asked.is_found and values[k] == largest:
+                column = min(column, int32(col + k))
+    return distances, low, total, total_low, column
 
-    The factor, eps/V times the scale, is inside: the sum of the bare differences of large logits would overflow. The
-    columns come from the slot again, one at a time: with all of a lane's weights beside all of its logits, registers
-    run out.
-    """
-    zero, one = number(factor, 0.0), number(factor, 1.0)
-    total, low, weights, weights_low = zero, zero, zero, zero
-    size = element_size(source.pointer)
-    for col in range(team.lane, piece.count, split_lanes(split)):
-        place = int32(at + (source.shift + col) * size)
-        x = transformed(staged(source.pointer, place, zero), piece.first + col, source.through)
-        w = number_at(weight, piece.first + col, one)
-        total, low = add_pair(total, low, mul(w, mul(-half_gap(x, halved(piece_max)), factor)), zero)
-        weights, weights_low = add_pair(weights, weights_low, w, zero)
-    return warp_sum(add(total, low), split_lanes(split)), warp_sum(add(weights, weights_low), split_lanes(split))
+
+masses_of_granules = granules_with(masses)
 
 
 @device
-def moved(weights, part_max, new_max, factor):
+def masses_of_piece(source, at, piece, largest, asked, team, split, params):
+    """(distances, mass, first column of the maximum): sum_c g_c (max - x_c) and sum_c g_c of a piece."""
+    zero = number(largest, 0.0)
+    numbers = piece.first + piece.count, largest, asked
+    result = zero, zero, zero, zero, int32(NO_COLUMN)
+    distances, low, mass, mass_low, column = masses_of_granules(result, source, at, piece, team, split, numbers, zero)
+    lanes = split_lanes(split)
+    if asked.is_found:
+        column = warp_min(column, lanes)
+    return warp_sum(add(distances, low), lanes), warp_sum(add(mass, mass_low), lanes), column
+
+
+@device
+def moved(mass, part_max, new_max):
     """By how much the distances of a part add up to more, when they are measured from a larger maximum than its own."""
-    if part_max > number(factor, -math.inf):
-        half = number(factor, 0.5)
-        return mul(mul(weights, factor), sub(mul(new_max, half), mul(part_max, half)))
+    if part_max > number(mass, -math.inf):
+        return distance_of_mass(mass, part_max, new_max)
     # Nothing has moved if there is no column; if -inf alone is there, the sum is infinite already.
-    return number(factor, 0.0)
+    return number(mass, 0.0)
 
 
 @device
-def merged_distances(row_max, factor, team, split):
-    """The sum of distances of all chunks, measured from the maximum of the row."""
-    total, low = number(factor, 0.0), number(factor, 0.0)
+def joined_masses(one, state, other, other_state, row_max, asked, params):
+    distances = add(one[0], moved(one[1], state[0], row_max))
+    more = add(other[0], moved(other[1], other_state[0], row_max))
+    return add(distances, more), add(one[1], other[1])
+
+
+@device
+def merged_masses(row_max, team, split):
+    """(distances, mass) of all chunks, measured from the maximum of the row."""
+    zero = number(row_max, 0.0)
+    total, low, all_mass, all_low = zero, zero, zero, zero
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        part_max = get(state_place(0, chunk, split, factor), factor)
-        distances, weights = get_pair(state_place(4, chunk, split, factor), factor)
-        total, low = add_pair(total, low, distances, number(factor, 0.0))
-        total, low = add_pair(total, low, moved(weights, part_max, row_max, factor), number(factor, 0.0))
-    return warp_sum_pair(total, low)
+        distances, mass = saved_beside(chunk, split, row_max)
+        total, low = add_pair(total, low, distances, zero)
+        total, low = add_pair(total, low, moved(mass, saved_max(chunk, split, row_max), row_max), zero)
+        all_mass, all_low = add_pair(all_mass, all_low, mass, zero)
+    total, low = warp_sum_pair(total, low)
+    all_mass, all_low = warp_sum_pair(all_mass, all_low)
+    return add(total, low), add(all_mass, all_low)
+
+
+numbers_beside = numbers_beside_with(finished_row, masses_of_piece, joined_masses)
 
 
 @device
-def smoothed_numbers(source, weight, factor, n_cols, team, split, params):
-    """The numbers of the row, as loss_numbers has them, and sum_c factor w_c (max - x_c)."""
-    zero, least = number(factor, 0.0), number(factor, -math.inf)
-    params = of_cheap(params)
-    held, sums = piece_numbers(factor), granule_numbers(factor)
-    state = (least, zero, zero, zero)
-    distances, weights = zero, zero
-    last_piece = int32((1 << split_piece_bits(split)) - 1)
-    announce(split)
-    open_row((source,), n_cols, team, split, least)
-    meet(split)
-    k = int32(0)
-    while k < team.n_pieces:
-        wait_for_piece(k, team, split)
-        piece = read_logits(held, source, k, n_cols, team, split, params)
-        largest, total = piece_state(held, sums, piece, split, params)
-        ties, rest = zero, zero
-        if not is_long(split):
-            ties, rest = second_look(held, sums, largest, total, piece, split, params)
-        current = largest, total, ties, rest
-        at = slot_of(k, team, split, 1)
-        current_distances, current_weights = smoothing_piece(
-            source, at, piece, current[0], weight, factor, team, split, params
-        )
-        stage_next(k, (source,), n_cols, team, split, least)
-        if k & last_piece == 0:
-            state, distances, weights = current, current_distances, current_weights
-        else:
-            merged = joined(state, current, params)
-            distances = add(distances, moved(weights, state[0], merged[0], factor))
-            current_distances = add(current_distances, moved(current_weights, current[0], merged[0], factor))
-            state, distances, weights = merged, add(distances, current_distances), add(weights, current_weights)
-        if not is_one_chunk(split) and k & last_piece == last_piece:
-            publish_state(k, state, team, split)
-            if not is_long(split):
-                publish_second_look(k, state, team, split)
-            place = state_place(4, chunk_of(k, team, split), split, factor)
-            publish_pair(place, distances, weights, team, split)
-        k = int32(k + 1)
-    numbers = finished_row(state, source, n_cols, team, split, params)
-    if is_one_chunk(split):
-        return numbers, distances
-    distances, low = merged_distances(mul(numbers[0], number(factor, 2.0)), factor, team, split)
-    return numbers, add(distances, low)
+def numbers_and_masses(source, asked, n_cols, team, split, params):
+    """(numbers of the row, sum_c g_c (max - x_c), sum_c g_c, first column of the maximum: see numbers_beside)"""
+    numbers, (distances, mass), column = numbers_beside(source, asked, n_cols, team, split, params)
+    if not is_one_chunk(split):
+        distances, mass = merged_masses(mul(numbers[0], number(mass, 2.0)), team, split)
+    return numbers, distances, mass, column
 
 
-# ---------------------------------------------------------------- the loss
+# ---------------------------------------------------------------- the target of a row
 
 
-def gradients_with(smoothed):
+@device
+def mass_of_label(row, counts, rows, loss, team, split, like, shares, probs):
+    """S; not yet known where every class has a share."""
+    if probs is None:
+        if shares is None:
+            return number_at(loss.weight, label_at(row, 0, rows, loss) if counts else int64(0), number(like, 1.0))
+        return sum_of_shares(row, counts, rows, loss, team, split, like)
+    return number(like, 0.0)
+
+
+@device
+def looked_up(row, counts, writes_loss, source, rows, loss, team, split, like, shares, probs):
+    """The logit of the label, and 0; or what distances_of_labels gives, to whoever writes the loss."""
+    nothing = number(like, 0.0)
+    if probs is None:
+        if shares is None:
+            if counts and writes_loss:  # now: the gradient may be written over the logits
+                return logit_of(source, label_at(row, 0, rows, loss), like), nothing
+        elif team.rank == 0:
+            return distances_of_labels(row, counts, source, rows, loss, team, split, like)
+    return nothing, nothing
+
+
+@device
+def all_mass(s, mass, all_weights, loss, probs):
+    """(S, G), of which one is known."""
+    if probs is None:
+        return s, fma(loss.share, all_weights, mul(loss.confidence, s))
+    one = number(mass, 1.0)
+    s = div(sub(mass, mul(loss.share, all_weights)), loss.confidence if loss.confidence > number(mass, 0.0) else one)
+    return s, mass
+
+
+@device
+def loss_of_row(found, s, mass, distances, looked, all_weights, smoothed, loss, scale, shares, probs):
+    """Without weight of the row and z."""
+    half, log, log_low, _ = found
+    if probs is None:
+        if shares is None:
+            value = mul(mul(loss.confidence, s), negative_log_probability(looked[0], half, log, scale))
+            if smoothed:
+                value = add(value, add(mul(mul(loss.share, all_weights), add(log, log_low)), distances))
+            return value
+        row_max = mul(half, number(half, 2.0))
+        looked_mass = mul(loss.confidence, s)
+        distances = add(distances, add(looked[1], distance_of_mass(looked_mass, looked[0], row_max)))
+    return fma(mass, add(log, log_low), distances)
+
+
+@device
+def slope_of(s, lse, row_max, rest, source, z_loss):
+    """2 z_loss S lse, what z adds to the slope of the lse."""
+    if z_loss is None:
+        return number(lse, 0.0)
+    slope = number(lse, 0.0)
+    if z_loss != slope:
+        slope = mul(mul(s, lse), mul(z_loss, number(lse, 2.0)))
+    return unless_empty(slope, row_max, rest, source.through)
+
+
+@device
+def tell(row, rows, value, s, found, source, results, loss, params, row_weight):
+    """Writes the numbers of a row that counts."""
+    half, log, log_low, _ = found
+    if row_weight is None:
+        store(row_of(results.losses, row, rows).pointer, 0, unless_empty(value, half, log_low, source.through))
+    else:
+        factor = weight_of_row(row, rows, row_weight, value)
+        lse = logsumexp_of(half, log, log_low, params[0], params[1])
+        z = number(value, 0.0)
+        if loss.z_loss != z:
+            z = mul(mul(mul(s, loss.z_loss), lse), lse)
+        value = unless_empty(mul(add(value, z), factor), half, log_low, source.through)
+        if not is_null(results.losses.pointer):
+            store(row_of(results.losses, row, rows).pointer, 0, value)
+        if not is_null(results.z_losses.pointer):
+            z = unless_empty(mul(z, factor), half, log_low, source.through)
+            store(row_of(results.z_losses, row, rows).pointer, 0, z)
+        if not is_null(results.lse.pointer):
+            store(row_of(results.lse, row, rows).pointer, 0, lse)
+
+
+@device
+def tell_unused(row, rows, status, results, like, row_weight):
+    """Writes those of a row that does not."""
+    value = unused(status, like)
+    if row_weight is None:
+        store(row_of(results.losses, row, rows).pointer, 0, value)
+    else:
+        for array in (results.losses, results.z_losses, results.lse):
+            if not is_null(array.pointer):
+                store(row_of(array, row, rows).pointer, 0, value)
+        if results.correct.pointer != 0:
+            store_integer(results.correct.pointer, row_offset(results.correct, row, rows), 0)
+
+
+@device
+def is_wanted(correct):
+    if correct is None:
+        return False
+    return correct.pointer != 0
+
+
+@device
+def tell_correct(row, rows, column, found, loss, correct, team):
+    """Whether the label is the first of the largest logits. None is where the loss is NaN or no logit is left."""
+    if correct is not None:
+        half, log, _, _ = found
+        if correct.pointer != 0 and team.lane == 0 and column >= 0:
+            is_correct = column == label_at(row, 0, rows, loss) and log == log and half > number(half, -math.inf)
+            place = row_offset(correct, row, rows)
+            store_integer(correct.pointer, place, int64(1) if is_correct else int64(0))
+
+
+@device
+def times(upstream, row, rows, array):
+    """The upstream gradient of a row times its number in an array."""
+    if array is None:
+        return upstream
+    return mul(upstream, number_of_row(array, row, rows, number(upstream, 1.0)))
+
+
+# ---------------------------------------------------------------- the gradient
+
+
+@device
+def to_exponentials(values, others, width, half, exponent, lowest, factor, params):
+    """values[:width] times the factor; the logits stay in `others`."""
+    scale, scale_low, c, c_low = params
+    if is_near(exponent):
+        for k in range(width):
+            others[k] = values[k]
+            values[k] = mul(cheap_exp_from(values[k], exponent, lowest, c, c_low), factor)
+    else:
+        for k in range(width):
+            others[k] = values[k]
+            values[k] = mul(cheap_exp_gap(values[k], half, scale, scale_low, c, c_low), factor)
+
+
+def gradients_with(has_mass):
     @device
     def gradients(values, others, col, width, numbers):
-        label, half, exponent, lowest, on_probs, on_label, per_weight, weight, params, through = numbers
-        scale, scale_low, c, c_low = params
-        if is_near(exponent):
-            for k in range(width):
-                others[k] = values[k]
-                values[k] = mul(cheap_exp_from(values[k], exponent, lowest, c, c_low), on_probs)
-        else:
-            for k in range(width):
-                others[k] = values[k]
-                values[k] = mul(cheap_exp_gap(values[k], half, scale, scale_low, c, c_low), on_probs)
+        label, half, exponent, lowest, on_probs, on_label, on_mass, weight, params, through = numbers
+        to_exponentials(values, others, width, half, exponent, lowest, on_probs, params)
         if label >= col and label < col + width:
             for k in range(width):
                 if col + k == label:
                     values[k] = sub(values[k], on_label)
-        if smoothed:
+        if has_mass:
             for k in range(width):
-                w = number_at(weight, col + k, number(scale, 1.0))
-                values[k] = sub(values[k], mul(per_weight, w))
+                w = number_at(weight, col + k, number(half, 1.0))
+                values[k] = sub(values[k], mul(on_mass, w))
         for k in range(width):
             values[k] = pulled_back(values[k], others[k], through)
 
     return gradients
+
+
+@device
+def soft_gradients(values, others, col, width, numbers):
+    row, start, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params, through = numbers
+    to_exponentials(values, others, width, half, exponent, lowest, on_probs, params)
+    less_shares(values, col, width, row, rows, loss, on_share, half, loss.shares)
+    for k in range(width):
+        mass = mass_at(col + k, start, loss, loss.probs, half)
+        values[k] = pulled_back(sub(values[k], mul(on_mass, mass)), others[k], through)
 
 
 @device
@@ -234,72 +373,166 @@ def fill_row(target, n_cols, value, team, split):
         store(target.pointer, col * target.stride, value)
 
 
-def losses_with(smoothed):
-    """The body of the kernels; `smoothed` is a constant, since the other kernel has half the numbers to hold."""
-    write_gradients = row_writer(gradients_with(smoothed))
+@device
+def plus_slope(mass, upstream, slope, z_loss):
+    if z_loss is None:
+        return mass
+    return fma(upstream, slope, mass)
+
+
+def factors_with(is_soft):
+    @device
+    def factors(s, mass, all_weights, slope, upstream, inverse, row_max, rest, loss, through):
+        """(on_probs, on_share, on_mass): what probabilities, the shares of labels and masses are multiplied by."""
+        inverse = unless_empty(inverse, row_max, rest, through)
+        if is_soft:
+            upstream = unless_empty(upstream, row_max, rest, through)
+            on_probs = mul(inverse, plus_slope(mul(upstream, mass), upstream, slope, loss.z_loss))
+            return on_probs, mul(upstream, loss.confidence), upstream
+        on_label = mul(upstream, unless_empty(mul(loss.confidence, s), row_max, rest, through))
+        on_mass = unless_empty(mul(upstream, loss.share), row_max, rest, through)
+        on_probs = mul(inverse, plus_slope(fma(on_mass, all_weights, on_label), upstream, slope, loss.z_loss))
+        return on_probs, on_label, on_mass
+
+    return factors
+
+
+def losses_with(has_mass, is_soft):
+    """The body of the kernels. `has_mass`, there may be mass at every column, and `is_soft`, labels or classes have
+    shares, are constants: the plain kernel has half the numbers to hold.
+    """
+    write_gradients = row_writer(soft_gradients if is_soft else gradients_with(has_mass))
+    factors = factors_with(is_soft)
 
     @device
-    def losses_of_rows(rows, split, start, logits, labels, losses, dlogits, given, params):
-        weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale = given
+    def losses_of_rows(rows, split, start, logits, dlosses, dlogits, normaliser, grad_scale, loss, results, params):
         scale = params[0]
         zero, one = number(scale, 0.0), number(scale, 1.0)
         team = team_of(split, 1)
         writes_loss = team.rank == 0 and team.lane == 0
         row = own_row(start, split)
         exists = row < rows.n_rows
-        label = label_of(labels, row, rows) if exists else ignore_index
-        counts = label != ignore_index and label >= 0 and label < rows.n_cols  # the same for the whole team
+        status = status_of(row, rows, loss, scale) if exists else IGNORED
+        counts = status == COUNTED  # the same for the whole team
         source = row_of(logits, row, rows)
         target = row_of(dlogits, row, rows)
         if exists and not counts:
-            fill = zero if label == ignore_index else number(scale, math.nan)
             if writes_loss:
-                store(row_of(losses, row, rows).pointer, 0, fill)
+                tell_unused(row, rows, status, results, scale, loss.row_weight)
             if not is_null(dlogits.pointer):
-                fill_row(target, rows.n_cols, fill, team, split)
+                fill_row(target, rows.n_cols, unused(status, scale), team, split)
         if is_long(split) and not counts:
             return
         n_cols = rows.n_cols if counts else 0
-        x_label, w_label = zero, one
-        if counts:
-            w_label = number_at(weight, label, one)
-            if writes_loss:  # now: the gradient may be written over the logits
-                x_label = transformed(load(source.pointer, label * source.stride, scale), label, source.through)
-        # 1. the sums of the row and, for smoothing, d = eps/V sum_c w_c (max - x_c)
-        if smoothed:
-            factor = mul(share, scale)
-            found, d = smoothed_numbers(source, weight, factor, n_cols, team, split, params)
+        s = mass_of_label(row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
+        looked = looked_up(
+            row, counts, writes_loss, source, rows, loss, team, split, scale, loss.shares, loss.probs
+        )  # fmt: skip
+        # 1. the sums of the row
+        row = row if exists else int64(0)
+        begin = start_of_probs(row, rows, loss.probs)
+        if has_mass:
+            asked = Asked(loss, begin, is_wanted(results.correct))
+            found, distances, mass, column = numbers_and_masses(source, asked, n_cols, team, split, params)
         else:
-            found, d = loss_numbers(source, n_cols, team, split, params), zero
+            found = loss_numbers(source, n_cols, team, split, params)
+            distances, mass, column = zero, zero, int32(-1)
         half, log, log_low, inverse = found
-        total_weight = number_at(weight_sum, 0, number(scale, rows.n_cols))
-        confident = unless_empty(mul(confidence, w_label), half, log_low, source.through)
+        all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))
+        s, mass = all_mass(s, mass, all_weights, loss, loss.probs)
         if counts and writes_loss:
-            loss = mul(confident, negative_log_probability(x_label, half, log, scale))
-            if smoothed:
-                loss = add(loss, add(mul(mul(share, total_weight), add(log, log_low)), d))
-            store(row_of(losses, row, rows).pointer, 0, unless_empty(loss, half, log_low, source.through))
+            value = loss_of_row(
+                found, s, mass, distances, looked, all_weights, has_mass, loss, scale, loss.shares, loss.probs
+            )  # fmt: skip
+            tell(row, rows, value, s, found, source, results, loss, params, loss.row_weight)
+        if has_mass and counts:
+            tell_correct(row, rows, column, found, loss, results.correct, team)
         # 2. the gradient
         if not is_null(dlogits.pointer):
             upstream = div(grad_scale, number_at(normaliser, 0, one))
-            on_label = mul(upstream, confident)
-            per_weight = unless_empty(mul(upstream, share), half, log_low, source.through)
-            inverse = unless_empty(inverse, half, log_low, source.through)
-            on_probs = mul(inverse, fma(per_weight, total_weight, on_label))
+            upstream = times(upstream, row, rows, loss.row_weight)
+            upstream = times(upstream, row, rows, dlosses)
             row_max = mul(half, number(scale, 2.0))
+            lse = logsumexp_of(half, log, log_low, params[0], params[1])
+            slope = slope_of(s, lse, half, log_low, source, loss.z_loss)
+            on_probs, on_share, on_mass = factors(
+                s, mass, all_weights, slope, upstream, inverse, half, log_low, loss, source.through
+            )
             exponent = anchor(row_max, params[2])
             lowest = lowest_of(exponent, params[2])
-            numbers = (
-                label, halved(row_max), exponent, lowest, on_probs, on_label, per_weight, weight, params,
-                source.through,
-            )  # fmt: skip
+            half = halved(row_max)
+            if is_soft:
+                numbers = (
+                    row, begin, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params,
+                    source.through,
+                )  # fmt: skip
+            else:
+                label = label_at(row, 0, rows, loss)
+                numbers = (
+                    label, half, exponent, lowest, on_probs, on_share, on_mass, loss.weight, params, source.through,
+                )  # fmt: skip
             write_gradients(target, (source,), n_cols, team, split, numbers, scale)
 
     return losses_of_rows
 
 
-plain_losses = losses_with(smoothed=False)
-smoothed_losses = losses_with(smoothed=True)
+def backward_with(is_soft):
+    """The body of the kernels that know the lse of their rows. Shares of every class would have to be summed."""
+    write_gradients = row_writer(soft_gradients if is_soft else gradients_with(True))
+    factors = factors_with(is_soft)
+
+    @device
+    def backward(rows, split, start, logits, lse, dlosses, dlogits, loss, params):
+        scale = params[0]
+        zero = number(scale, 0.0)
+        team = team_of(split, 1)
+        row = own_row(start, split)
+        exists = row < rows.n_rows
+        status = status_of(row, rows, loss, scale) if exists else IGNORED
+        counts = status == COUNTED
+        source = row_of(logits, row, rows)
+        target = row_of(dlogits, row, rows)
+        if exists and not counts:
+            fill_row(target, rows.n_cols, unused(status, scale), team, split)
+        if is_long(split) and not counts:
+            return
+        n_cols = rows.n_cols if counts else 0
+        s = mass_of_label(row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
+        row = row if exists else int64(0)
+        all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))
+        s, mass = all_mass(s, zero, all_weights, loss, loss.probs)
+        of_row = load(row_of(lse, row, rows).pointer, 0, scale)
+        exponent = anchor(of_row, params[2])
+        lowest = lowest_of(exponent, params[2])
+        inverse = row_inverse(of_row, above_anchor(of_row, exponent, params), mul(of_row, zero))
+        upstream = times(number(scale, 1.0), row, rows, loss.row_weight)
+        upstream = times(upstream, row, rows, dlosses)
+        slope = slope_of(s, of_row, of_row, zero, source, loss.z_loss)
+        on_probs, on_share, on_mass = factors(
+            s, mass, all_weights, slope, upstream, inverse, of_row, zero, loss, source.through
+        )
+        half = halved(of_row)
+        if is_soft:
+            numbers = (
+                row, int64(0), half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params,
+                source.through,
+            )  # fmt: skip
+        else:
+            label = label_at(row, 0, rows, loss)
+            numbers = (
+                label, half, exponent, lowest, on_probs, on_share, on_mass, loss.weight, params, source.through,
+            )  # fmt: skip
+        fetch_last((source,), n_cols, team, split, number(scale, -math.inf))
+        write_gradients(target, (source,), n_cols, team, split, numbers, scale)
+
+    return backward
+
+
+plain_losses = losses_with(has_mass=False, is_soft=False)
+smoothed_losses = losses_with(has_mass=True, is_soft=False)
+soft_losses = losses_with(has_mass=True, is_soft=True)
+hard_backward = backward_with(is_soft=False)
+soft_backward = backward_with(is_soft=True)
 
 
 def cross_entropy_rows(
@@ -309,6 +542,11 @@ def cross_entropy_rows(
     logits,
     labels,
     losses,
+    row_weight,
+    z_loss,
+    z_losses,
+    lse,
+    correct,
     dlogits,
     weight,
     weight_sum,
@@ -320,8 +558,9 @@ def cross_entropy_rows(
     scale,
     scale_low,
 ):
-    given = weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale
-    plain_losses(rows, split, start, logits, labels, losses, dlogits, given, gap_params(scale, scale_low))
+    loss = Loss(labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss)
+    results, params = Results(losses, z_losses, lse, correct), gap_params(scale, scale_low)
+    plain_losses(rows, split, start, logits, None, dlogits, normaliser, grad_scale, loss, results, params)
 
 
 def smoothed_cross_entropy_rows(
@@ -331,6 +570,11 @@ def smoothed_cross_entropy_rows(
     logits,
     labels,
     losses,
+    row_weight,
+    z_loss,
+    z_losses,
+    lse,
+    correct,
     dlogits,
     weight,
     weight_sum,
@@ -342,91 +586,96 @@ def smoothed_cross_entropy_rows(
     scale,
     scale_low,
 ):
-    given = weight, weight_sum, normaliser, ignore_index, confidence, share, grad_scale
-    smoothed_losses(rows, split, start, logits, labels, losses, dlogits, given, gap_params(scale, scale_low))
+    loss = Loss(labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss)
+    results, params = Results(losses, z_losses, lse, correct), gap_params(scale, scale_low)
+    smoothed_losses(rows, split, start, logits, None, dlogits, normaliser, grad_scale, loss, results, params)
 
 
-def block_total_with(read, number_of):
-    """A device function that sums number_of(read(k, arguments), arguments) for k below n over the threads of a block.
-
-    Eight turns are read before the first is added: one after the other, each would be waited for.
-    """
-
-    @device
-    def block_total(n, arguments, scratch, zero):
-        total, low = zero, zero
-        step = cuda.blockDim.x
-        k = int64(cuda.threadIdx.x)
-        while k + 7 * step < n:
-            a, b = read(k, arguments), read(k + step, arguments)
-            c, d = read(k + 2 * step, arguments), read(k + 3 * step, arguments)
-            e, f = read(k + 4 * step, arguments), read(k + 5 * step, arguments)
-            g, h = read(k + 6 * step, arguments), read(k + 7 * step, arguments)
-            for value in (a, b, c, d, e, f, g, h):
-                total, low = add_pair(total, low, number_of(value, arguments), zero)
-            k += 8 * step
-        while k < n:
-            total, low = add_pair(total, low, number_of(read(k, arguments), arguments), zero)
-            k += step
-        return block_sum_pair(total, low, scratch, zero)
-
-    return block_total
-
-
-@device
-def read_label(row, arguments):
-    rows, labels, weight, ignore_index, zero = arguments
-    return label_of(labels, row, rows)
-
-
-@device
-def weight_of_label(label, arguments):
-    rows, labels, weight, ignore_index, zero = arguments
-    if label != ignore_index and label >= 0 and label < rows.n_cols:
-        return number_at(weight, label, number(zero, 1.0))
-    return zero
+def soft_cross_entropy_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    shares,
+    n_labels,
+    label_stride,
+    share_stride,
+    probs,
+    dlosses,
+    losses,
+    row_weight,
+    z_loss,
+    z_losses,
+    lse,
+    correct,
+    dlogits,
+    weight,
+    weight_sum,
+    normaliser,
+    ignore_index,
+    confidence,
+    share,
+    grad_scale,
+    scale,
+    scale_low,
+):
+    loss = Loss(
+        labels, label_stride, n_labels, shares, share_stride, probs, weight, weight_sum, ignore_index, confidence,
+        share, row_weight, z_loss,
+    )  # fmt: skip
+    results, params = Results(losses, z_losses, lse, correct), gap_params(scale, scale_low)
+    soft_losses(rows, split, start, logits, dlosses, dlogits, normaliser, grad_scale, loss, results, params)
 
 
-@device
-def read_loss(row, arguments):
-    values, zero = arguments
-    return load(values, row, zero)
+def cross_entropy_backward_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    lse,
+    dlosses,
+    row_weight,
+    z_loss,
+    dlogits,
+    weight,
+    weight_sum,
+    ignore_index,
+    confidence,
+    share,
+    scale,
+    scale_low,
+):
+    loss = Loss(labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss)
+    hard_backward(rows, split, start, logits, lse, dlosses, dlogits, loss, gap_params(scale, scale_low))
 
 
-@device
-def loss_itself(loss, arguments):
-    return loss
-
-
-total_weight_of_rows = block_total_with(read_label, weight_of_label)
-total_loss_of_rows = block_total_with(read_loss, loss_itself)
-
-
-def normalise_rows(rows, labels, weight, normaliser, ignore_index, zero):
-    arguments = rows, labels, weight, ignore_index, zero
-    total = total_weight_of_rows(rows.n_rows, arguments, block_numbers(zero), zero)
-    if cuda.threadIdx.x == 0:
-        store(normaliser, 0, total)
-
-
-def total_rows(n, values, normaliser, result, zero):
-    total = total_loss_of_rows(n, (values, zero), block_numbers(zero), zero)
-    if cuda.threadIdx.x == 0:
-        divisor = number_at(normaliser, 0, number(zero, 1.0))
-        mean = div(total, divisor)
-        if divisor == zero:  # nothing counts: NaN, as 0 / 0 is, even where smoothing has left something to divide
-            mean = number(zero, math.nan)
-        store(result, 0, mean)
-
-
-def find_bad_label_rows(rows, labels, bad_row, bad_label, ignore_index):
-    scratch = block_numbers(ignore_index)
-    first = NO_BAD_LABEL
-    for row in range(cuda.threadIdx.x, rows.n_rows, cuda.blockDim.x):
-        label = label_of(labels, row, rows)
-        if label != ignore_index and (label < 0 or label >= rows.n_cols):
-            first = min(first, row)
-    first = first_of_block(first, scratch)
-    if cuda.threadIdx.x == 0:
-        bad_row[0] = first
-        bad_label[0] = NO_BAD_LABEL if first == NO_BAD_LABEL else label_of(labels, first, rows)
+def soft_cross_entropy_backward_rows(
+    rows,
+    split,
+    start,
+    logits,
+    labels,
+    shares,
+    n_labels,
+    label_stride,
+    share_stride,
+    lse,
+    dlosses,
+    row_weight,
+    z_loss,
+    dlogits,
+    weight,
+    weight_sum,
+    ignore_index,
+    confidence,
+    share,
+    scale,
+    scale_low,
+):
+    loss = Loss(
+        labels, label_stride, n_labels, shares, share_stride, None, weight, weight_sum, ignore_index, confidence,
+        share, row_weight, z_loss,
+    )  # fmt: skip
+    soft_backward(rows, split, start, logits, lse, dlosses, dlogits, loss, gap_params(scale, scale_low))

@@ -127,6 +127,17 @@ def first_of_block(row, scratch):
 
 
 @device
+def sum_of_block(value, scratch):
+    """The sum of the block's integers (int64)."""
+    for offset in (16, 8, 4, 2, 1):
+        value += cuda.shfl_xor_sync(FULL_WARP, value, offset)
+    value = exchange(value, scratch, value - value)
+    for offset in (16, 8, 4, 2, 1):
+        value += cuda.shfl_xor_sync(FULL_WARP, value, offset)
+    return value
+
+
+@device
 def beats(one, two):
     """Whether one (high, low, column) comes before another: it has the larger sum high + low, or stands first."""
     if one[0] != two[0]:

@@ -50,7 +50,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     second_look,
     settled,
 )
-from gpusoftmax.kernels.cuda.device.reduce import leads_block, publish_pair, warp_max, warp_sum
+from gpusoftmax.kernels.cuda.device.reduce import leads_block, publish_pair, warp_max, warp_min, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
@@ -59,6 +59,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     meet,
     open_row,
     put_back,
+    slot_of,
     stage_next,
     wait_for_piece,
 )
@@ -70,6 +71,7 @@ from gpusoftmax.kernels.cuda.device.split import (
     is_short,
     n_parts,
     own_part,
+    remainder,
     split_chunks,
     split_piece_bits,
 )
@@ -236,6 +238,84 @@ def first_pass_with(second_looks):
         return state
 
     return first_pass
+
+
+NO_COLUMN = 2**31 - 1
+
+
+def numbers_beside_with(finished_row, beside_piece, joined_beside):
+    """A device function for the first pass of an op that sums two more numbers, and may look for the first column of
+    the maximum.
+
+    beside_piece(source, at, piece, largest, asked, team, split, params) -> (one, two, column) of a piece, from its
+    slot, since beside a whole piece registers run out. joined_beside(one, state, other, other_state, row_max, asked,
+    params) -> (one, two) of both parts of a row, given their states and the larger maximum.
+
+    Its results are the numbers of finished_row; (one, two) of the one chunk, while those of several lie beside their
+    states, see `saved_beside`; and the column, which only the part that has it knows: -1 elsewhere.
+    """
+
+    @device
+    def numbers_beside(source, asked, n_cols, team, split, params):
+        params = of_cheap(params)
+        zero, least = number(params[0], 0.0), number(params[0], -math.inf)
+        held, sums = piece_numbers(zero), granule_numbers(zero)
+        state, beside = (least, zero, zero, zero), (zero, zero)
+        best, column = least, int32(0)
+        last_piece = int32((1 << split_piece_bits(split)) - 1)
+        announce(split)
+        open_row((source,), n_cols, team, split, least)
+        meet(split)
+        k = int32(0)
+        while k < team.n_pieces:
+            wait_for_piece(k, team, split)
+            piece = read_logits(held, source, k, n_cols, team, split, params)
+            largest, total = piece_state(held, sums, piece, split, params)
+            ties, rest = zero, zero
+            if not is_long(split):
+                ties, rest = second_look(held, sums, largest, total, piece, split, params)
+            current = largest, total, ties, rest
+            at = slot_of(k, team, split, 1)
+            one, two, first = beside_piece(source, at, piece, largest, asked, team, split, params)
+            stage_next(k, (source,), n_cols, team, split, least)
+            if largest > best:
+                best, column = largest, first
+            if k & last_piece == 0:
+                state, beside = current, (one, two)
+            else:
+                merged = joined(state, current, params)
+                beside = joined_beside(beside, state, (one, two), current, merged[0], asked, params)
+                state = merged
+            if not is_one_chunk(split) and k & last_piece == last_piece:
+                publish_state(k, state, team, split)
+                if not is_long(split):
+                    publish_second_look(k, state, team, split)
+                place = state_place(4, chunk_of(k, team, split), split, zero)
+                publish_pair(place, beside[0], beside[1], team, split)
+            k = int32(k + 1)
+        numbers = finished_row(state, source, n_cols, team, split, params)
+        if asked.is_found and not is_one_chunk(split):
+            row_max = mul(numbers[0], number(zero, 2.0))
+            owner = remainder(first_chunk_with(row_max, team, split), team.size)
+            column = column if owner == team.rank else int32(-1)
+        return numbers, beside, column
+
+    return numbers_beside
+
+
+@device
+def saved_beside(chunk, split, like):
+    return get_pair(state_place(4, chunk, split, like), like)
+
+
+@device
+def first_chunk_with(row_max, team, split):
+    """The first chunk whose maximum is that of the row."""
+    first = int32(NO_COLUMN)
+    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
+        if saved_max(chunk, split, row_max) == row_max:
+            first = min(first, int32(chunk))
+    return warp_min(first, WARP_SIZE)
 
 
 sums_of_chunks = first_pass_with(second_looks=False)

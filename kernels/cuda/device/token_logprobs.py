@@ -34,11 +34,9 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 )
 from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import (
-    granule_numbers,
     is_null,
     load,
     load_label,
-    piece_numbers,
     store,
     store_integer,
 )
@@ -47,49 +45,33 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     halved,
     is_near,
     of_cheap,
-    piece_state,
-    read_logits,
-    second_look,
 )
-from gpusoftmax.kernels.cuda.device.reduce import publish_pair, warp_min, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import (
+    NO_COLUMN,
     above_anchor,
     as_part,
-    joined,
     loss_numbers_with,
-    publish_second_look,
-    publish_state,
+    numbers_beside_with,
     ratio,
-    saved_max,
+    saved_beside,
     state_place,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    meet,
-    open_row,
     own_row,
     row_of,
     row_offset,
     row_writer,
-    slot_of,
-    stage_next,
     team_of,
-    wait_for_piece,
 )
 from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair
 from gpusoftmax.kernels.cuda.device.split import (
-    is_long,
     is_one_chunk,
-    remainder,
     split_chunks,
     split_lanes,
-    split_piece_bits,
 )
 from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
-
-NO_COLUMN = 2**31 - 1
 
 
 class Asked(NamedTuple):
@@ -191,7 +173,7 @@ def merged_distances(row_max, team, split, params):
     total, low = number(row_max, 0.0), number(row_max, 0.0)
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
         largest, exponentials = get_pair(state_place(0, chunk, split, row_max), row_max)
-        distances, _ = get_pair(state_place(4, chunk, split, row_max), row_max)
+        distances, _ = saved_beside(chunk, split, row_max)
         part = distances_as_part(distances, largest, exponentials, row_max, params)
         total, low = add_pair(total, low, part, number(row_max, 0.0))
     total, low = warp_sum_pair(total, low)
@@ -203,19 +185,9 @@ def merged_above(team, split, like):
     """How many logits of the row are counted, as a pair: float32 holds no more than 2^24 of them."""
     total, low = number(like, 0.0), number(like, 0.0)
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        _, above = get_pair(state_place(4, chunk, split, like), like)
+        _, above = saved_beside(chunk, split, like)
         total, low = add_pair(total, low, above, number(like, 0.0))
     return warp_sum_pair(total, low)
-
-
-@device
-def first_chunk_with(row_max, team, split):
-    """The first chunk whose maximum is that of the row."""
-    first = int32(NO_COLUMN)
-    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        if saved_max(chunk, split, row_max) == row_max:
-            first = min(first, int32(chunk))
-    return warp_min(first, WARP_SIZE)
 
 
 @device
@@ -235,7 +207,16 @@ _, finished_row = loss_numbers_with(finish)
 
 def token_numbers_with(with_entropy):
     """A device function for the first pass; `with_entropy` is a constant, since the other has half the work."""
-    beside_piece = beside_with(with_entropy)
+
+    @device
+    def joined_beside(one, state, other, other_state, row_max, asked, params):
+        distances, more = one[0], other[0]
+        if with_entropy:
+            distances = distances_as_part(distances, state[0], state[1], row_max, params)
+            more = distances_as_part(more, other_state[0], other_state[1], row_max, params)
+        return add(distances, more), add(one[1], other[1])
+
+    numbers_beside = numbers_beside_with(finished_row, beside_with(with_entropy), joined_beside)
 
     @device
     def token_numbers(source, asked, n_cols, team, split, params):
@@ -243,58 +224,13 @@ def token_numbers_with(with_entropy):
         are larger than the threshold, as a pair, and the first column of the maximum, which only the part that holds it
         knows: -1 elsewhere.
         """
-        params = of_cheap(params)
-        scale = params[0]
-        zero, least = number(scale, 0.0), number(scale, -math.inf)
-        held, sums = piece_numbers(scale), granule_numbers(scale)
-        state = (least, zero, zero, zero)
-        distances, above = zero, zero
-        best, column = least, int32(0)
-        last_piece = int32((1 << split_piece_bits(split)) - 1)
-        announce(split)
-        open_row((source,), n_cols, team, split, least)
-        meet(split)
-        k = int32(0)
-        while k < team.n_pieces:
-            wait_for_piece(k, team, split)
-            piece = read_logits(held, source, k, n_cols, team, split, params)
-            largest, total = piece_state(held, sums, piece, split, params)
-            ties, rest = zero, zero
-            if not is_long(split):
-                ties, rest = second_look(held, sums, largest, total, piece, split, params)
-            current = largest, total, ties, rest
-            at = slot_of(k, team, split, 1)
-            current_distances, current_above, first = beside_piece(
-                source, at, piece, largest, asked, team, split, params
-            )
-            stage_next(k, (source,), n_cols, team, split, least)
-            if largest > best:
-                best, column = largest, first
-            if k & last_piece == 0:
-                state, distances, above = current, current_distances, current_above
-            else:
-                merged = joined(state, current, params)
-                if with_entropy:
-                    distances = distances_as_part(distances, state[0], state[1], merged[0], params)
-                    current_distances = distances_as_part(current_distances, largest, total, merged[0], params)
-                state, distances, above = merged, add(distances, current_distances), add(above, current_above)
-            if not is_one_chunk(split) and k & last_piece == last_piece:
-                publish_state(k, state, team, split)
-                if not is_long(split):
-                    publish_second_look(k, state, team, split)
-                publish_pair(state_place(4, chunk_of(k, team, split), split, scale), distances, above, team, split)
-            k = int32(k + 1)
-        numbers = finished_row(state, source, n_cols, team, split, params)
-        above_low = zero
+        numbers, (distances, above), column = numbers_beside(source, asked, n_cols, team, split, params)
+        above_low = number(above, 0.0)
         if not is_one_chunk(split):
-            row_max = mul(numbers[0], number(scale, 2.0))
             if with_entropy:
-                distances = merged_distances(row_max, team, split, params)
+                distances = merged_distances(mul(numbers[0], number(above, 2.0)), team, split, of_cheap(params))
             if asked.is_counted:
-                above, above_low = merged_above(team, split, scale)
-            if asked.is_found:
-                owner = remainder(first_chunk_with(row_max, team, split), team.size)
-                column = column if owner == team.rank else int32(-1)
+                above, above_low = merged_above(team, split, above)
         return numbers, mul(distances, numbers[3]), (above, above_low), column
 
     return token_numbers

@@ -1,0 +1,181 @@
+"""What the loss of a row is measured against: a label, several labels with a share each, or a share for every class.
+
+In the words of kernels/cpu/loss_target.py. `loss` stands for cross_entropy.Loss.
+"""
+
+import math
+
+from numpy import int64
+
+from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, fma, maximum, mul, number
+from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label
+from gpusoftmax.kernels.cuda.device.reduce import warp_max, warp_sum
+from gpusoftmax.kernels.cuda.device.rows import row_of, row_offset
+from gpusoftmax.kernels.cuda.device.split import split_lanes
+from gpusoftmax.kernels.cuda.device.transform import transformed
+
+COUNTED, IGNORED, BAD = 1, 0, -1
+"""A row that is ignored is not read: loss 0, gradient 0. One with a bad label: loss and gradient NaN."""
+
+
+@device
+def number_at(numbers, index, default):
+    """numbers[index], or the default where the caller gave no numbers."""
+    return default if is_null(numbers) else load(numbers, index, default)
+
+
+@device
+def number_of_row(array, row, rows, default):
+    """The number that an array has for a row, or the default where the caller gave no array."""
+    return default if is_null(array.pointer) else load(row_of(array, row, rows).pointer, 0, default)
+
+
+@device
+def label_at(row, j, rows, loss):
+    """Label number j of a row."""
+    index = row_offset(loss.labels, row, rows) + j * loss.label_stride
+    return load_label(loss.labels.pointer, index, loss.labels.code)
+
+
+# ---------------------------------------------------------------- does a row count?
+
+
+@device
+def status_of(row, rows, loss, like):
+    if weight_of_row(row, rows, loss.row_weight, like) == number(like, 0.0):
+        return IGNORED
+    return status_of_target(row, rows, loss, loss.probs)
+
+
+@device
+def weight_of_row(row, rows, row_weight, like):
+    if row_weight is None:
+        return number(like, 1.0)
+    return number_of_row(row_weight, row, rows, number(like, 1.0))
+
+
+@device
+def status_of_target(row, rows, loss, probs):
+    if probs is None:
+        return status_of_labels(row, rows, loss, loss.shares)
+    return COUNTED
+
+
+@device
+def status_of_labels(row, rows, loss, shares):
+    if shares is None:
+        return status_of_label(label_at(row, 0, rows, loss), rows, loss)
+    return status_of_several(row, rows, loss)
+
+
+@device
+def status_of_label(label, rows, loss):
+    if label == loss.ignore_index:
+        return IGNORED
+    return COUNTED if label >= 0 and label < rows.n_cols else BAD
+
+
+@device
+def status_of_several(row, rows, loss):
+    """A bad label is one for the row; a row of which all labels are ignored is ignored."""
+    found = IGNORED
+    for j in range(loss.n_labels):
+        status = status_of_label(label_at(row, j, rows, loss), rows, loss)
+        if status == BAD:
+            return BAD
+        found = max(found, status)
+    return found
+
+
+@device
+def unused(status, like):
+    """The loss and the gradient of a row that does not count."""
+    return number(like, 0.0) if status == IGNORED else number(like, math.nan)
+
+
+# ---------------------------------------------------------------- labels with shares
+
+
+@device
+def weighted_share(row, j, label, rows, loss, like):
+    """v_j w_t; a label that is ignored has none."""
+    if label == loss.ignore_index:
+        return number(like, 0.0)
+    share = load(row_of(loss.shares, row, rows).pointer, j * loss.share_stride, like)
+    return mul(share, number_at(loss.weight, label, number(like, 1.0)))
+
+
+@device
+def sum_of_shares(row, counts, rows, loss, team, split, like):
+    """S, for all lanes of a part; 0 for a row that does not count."""
+    total = number(like, 0.0)
+    for j in range(team.lane, loss.n_labels if counts else int64(0), split_lanes(split)):
+        total = add(total, weighted_share(row, j, label_at(row, j, rows, loss), rows, loss, like))
+    return warp_sum(total, split_lanes(split))
+
+
+@device
+def distances_of_labels(row, counts, source, rows, loss, team, split, like):
+    """(largest, distances): the largest logit that a label has, and sum_j (1 - eps) v_j w_t (largest - x_t).
+
+    Read before the gradient, which may take the place of the logits, is written; the row's maximum is not known yet.
+    """
+    n_labels = loss.n_labels if counts else int64(0)
+    largest = number(like, -math.inf)
+    for j in range(team.lane, n_labels, split_lanes(split)):
+        label = label_at(row, j, rows, loss)
+        if label != loss.ignore_index:
+            largest = maximum(largest, logit_of(source, label, like))
+    largest = warp_max(largest, split_lanes(split))
+    total = number(like, 0.0)
+    for j in range(team.lane, n_labels, split_lanes(split)):
+        label = label_at(row, j, rows, loss)
+        if label != loss.ignore_index:
+            mass = mul(loss.confidence, weighted_share(row, j, label, rows, loss, like))
+            total = add(total, distance_of_mass(mass, logit_of(source, label, like), largest))
+    return largest, warp_sum(total, split_lanes(split))
+
+
+@device
+def logit_of(source, label, like):
+    """The logit of a label, transformed."""
+    return transformed(load(source.pointer, label * source.stride, like), label, source.through)
+
+
+@device
+def less_shares(values, col, width, row, rows, loss, on_share, like, shares):
+    """Takes on_share v_j w_t from the columns that are labels."""
+    if shares is None:
+        return
+    for j in range(loss.n_labels):
+        label = label_at(row, j, rows, loss)
+        if label >= col and label < col + width:
+            taken = mul(on_share, weighted_share(row, j, label, rows, loss, like))
+            for k in range(width):
+                if col + k == label:
+                    values[k] = add(values[k], -taken)
+
+
+# ---------------------------------------------------------------- the mass at a column
+
+
+@device
+def start_of_probs(row, rows, probs):
+    """Where a row begins in them, in elements."""
+    if probs is None:
+        return int64(0)
+    return int64(row_offset(probs, row, rows))
+
+
+@device
+def mass_at(col, start, loss, probs, like):
+    """g_c but for the label's part: eps/V w_c, or ((1 - eps) q_c + eps/V) w_c."""
+    return mul(share_at(col, start, loss, probs, like), number_at(loss.weight, col, number(like, 1.0)))
+
+
+@device
+def share_at(col, start, loss, probs, like):
+    if probs is None:
+        return loss.share
+    return fma(load(probs.pointer, start + col * probs.col_stride, like), loss.confidence, loss.share)
