@@ -1,5 +1,6 @@
 """One test body, three places to run: the `target` fixture is the CPU, an emulated GPU, or (with -m gpu) a real one."""
 
+import gc
 import os
 import tempfile
 
@@ -11,6 +12,10 @@ if "GPUSOFTMAX_CACHE_DIR" not in os.environ:
 
 import numpy as np
 import pytest
+
+# What Numba keeps of each kernel is a hundred thousand objects, and there are hundreds of kernels: a search of them all
+# for garbage takes ten seconds. Young ones are searched as ever.
+gc.set_threshold(50_000, 50, 1_000_000)
 
 
 class Cpu:

@@ -47,7 +47,7 @@ from gpusoftmax.kernels.cache_directory import (
     sources_unchanged,
     warn_once,
 )
-from gpusoftmax.kernels.cpu.helpers import HelperCompiler
+from gpusoftmax.kernels.cpu.helpers import HelperCompiler, KernelCompiler
 
 HELPER_OPTIONS = {
     "error_model": "numpy",
@@ -76,7 +76,7 @@ def kernel(function, releases_lock=True):
             f"kernel() takes functions defined at the top of a module; {function.__qualname__} is defined inside "
             "another function, and the values it closes over could not be told apart in the cache"
         )
-    dispatcher = numba.njit(error_model="numpy", nogil=releases_lock)(function)
+    dispatcher = numba.njit(error_model="numpy", nogil=releases_lock, pipeline_class=KernelCompiler)(function)
     if isinstance(dispatcher, Dispatcher):  # NUMBA_DISABLE_JIT=1 gives the function itself
         dispatcher._cache = _KernelCache(function)
     return dispatcher

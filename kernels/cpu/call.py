@@ -15,6 +15,7 @@ from numba.extending import NativeValue, intrinsic, models, register_model, unbo
 
 from gpusoftmax.kernels.cpu.job import Job, n_counters
 from gpusoftmax.kernels.cpu.rows import Strided
+from gpusoftmax.kernels.numba_passes import uncollected
 from gpusoftmax.kernels.operands import Labels
 
 COUNTERS_AT = 96
@@ -105,7 +106,8 @@ def _words(argument) -> list[int]:
 
 def c_function(kernel: Callable, argument: types.Type) -> int:
     """The address of the C function that a kernel is compiled to, for an argument of this type."""
-    kernel.compile((argument,))
+    with uncollected():
+        kernel.compile((argument,))
     result = kernel.overloads[argument,]
     return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
 

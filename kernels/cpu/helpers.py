@@ -4,14 +4,28 @@ Numba optimises every function it compiles and translates it to machine code, wi
 is only ever inlined: nested five deep, a kernel would be translated five times over.
 """
 
+from llvmlite import binding
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
-from numba.core.compiler_machinery import AnalysisPass, register_pass
+from numba.core.compiler_machinery import AnalysisPass, PassManager, register_pass
 from numba.core.typed_passes import NativeLowering, NopythonTypeInference
+
+from gpusoftmax.kernels.numba_passes import without_unused
 
 
 class _HelperLibrary(JITCodeLibrary):
     """LLVM code to be linked into that of callers."""
+
+    def _optimize_functions(self, ll_module):
+        """As Numba does, but not for the functions that are only declared: most of them are."""
+        if not hasattr(binding, "create_pass_builder"):  # before Numba 0.62
+            super()._optimize_functions(ll_module)
+            return
+        ll_module.data_layout = self._codegen._data_layout
+        for function in ll_module.functions:
+            if not function.is_declaration:
+                passes, builder = self._codegen._function_pass_manager()
+                passes.run(function, builder)
 
     def _optimize_final_module(self):
         pass
@@ -53,10 +67,23 @@ class _RegisterHelper(AnalysisPass):
         return False
 
 
+class KernelCompiler(CompilerBase):
+    def define_pipelines(self):
+        pipeline = _pipeline(self.state)
+        pipeline.finalize()
+        return [pipeline]
+
+
 class HelperCompiler(CompilerBase):
     def define_pipelines(self):
-        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        pipeline = _pipeline(self.state)
         pipeline.add_pass_after(_UseHelperLibrary, NopythonTypeInference)
         pipeline.add_pass_after(_RegisterHelper, NativeLowering)
         pipeline.finalize()
         return [pipeline]
+
+
+def _pipeline(state):
+    pipeline = PassManager("kernel")
+    pipeline.passes.extend(without_unused(DefaultPassBuilder.define_nopython_pipeline(state).passes))
+    return pipeline

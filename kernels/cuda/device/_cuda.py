@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 from numba import cuda, types
 from numba.cuda import dispatcher
+from numba.cuda.compiler import CUDACompiler
 from numba.cuda.extending import intrinsic
+
+from gpusoftmax.kernels.numba_passes import uncollected, without_unused
 
 # Helpers become LLVM functions that are always inlined. Numba's own inlining, of its IR, gives the same machine code
 # and copies every callee at every call: softmax took 6 s to compile instead of 2.
@@ -21,9 +24,17 @@ def compile_to_ptx(
     """PTX for one architecture; bounds = (threads of a block, blocks on a multiprocessor). Needs no driver."""
     # A helper is compiled for the current device, which asks the driver; here it is told. The helpers are LLVM code and
     # know no architecture, so those of an earlier kernel serve a later one of another architecture.
-    with _compiling:
+    every_pass = CUDACompiler.define_pipelines
+
+    def passes(compiler):
+        (pipeline,) = every_pass(compiler)
+        pipeline.passes[:] = without_unused(pipeline.passes)
+        return [pipeline]
+
+    with _compiling, uncollected():
         ask_the_driver = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=compute_capability)
+        CUDACompiler.define_pipelines = passes
         try:
             ptx, _ = cuda.compile(
                 kernel,
@@ -35,6 +46,7 @@ def compile_to_ptx(
             )
         finally:
             dispatcher.get_current_device = ask_the_driver
+            CUDACompiler.define_pipelines = every_pass
     return ptx
 
 
