@@ -72,6 +72,7 @@ _NEWER = {
     *("test_argmax", "test_logsumexp_state", "test_mask_logits", "test_sample", "test_soft_argmax"),
     *("test_spatial_softmax", "test_topk_softmax", "test_transform"),
 }
+_NEWER_OPERATIONS = ("soft_cross_entropy", "cross_entropy_backward")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -86,6 +87,9 @@ def pytest_collection_modifyitems(items):
         is_newer = item.path.stem in _NEWER and parameters.get("target") != "gpu"
         on_emulator = parameters.get("target") == "emulated"
         if on_emulator and item.path.stem == "test_bits" and "bfloat16" in dtypes:
+            item.add_marker(pytest.mark.matrix)
+        is_newer_operation = parameters.get("name") in _NEWER_OPERATIONS
+        if is_newer_operation and (item.path.stem == "test_regimes" or dtypes - {"float32"}):
             item.add_marker(pytest.mark.matrix)
         if (is_newer or on_emulator) and dtypes & {"float16", "float64"}:
             item.add_marker(pytest.mark.matrix)

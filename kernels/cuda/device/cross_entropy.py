@@ -32,7 +32,6 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     lowest_of,
     negative_log_probability,
 )
-from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.loss_target import (
     COUNTED,
     IGNORED,
@@ -49,7 +48,7 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     unused,
     weight_of_row,
 )
-from gpusoftmax.kernels.cuda.device.memory import is_null, load, store, store_integer
+from gpusoftmax.kernels.cuda.device.memory import element_size, is_null, load, store, store_integer
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
 from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import (
@@ -69,7 +68,8 @@ from gpusoftmax.kernels.cuda.device.rows import (
     team_of,
 )
 from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes
-from gpusoftmax.kernels.cuda.device.transform import pulled_back, unless_empty
+from gpusoftmax.kernels.cuda.device.staging import staged
+from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed, unless_empty
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 
@@ -123,34 +123,27 @@ loss_numbers, finished_row = loss_numbers_with(finish)
 
 
 @device
-def masses(result, values, col, width, source, split, numbers):
-    end, largest, asked = numbers
-    distances, low, total, total_low, column = result
-    zero, loss = number(largest, 0.0), asked.loss
-    for k in range(width):
-        if col + k < end:
-            mass = mass_at(col + k, asked.start, loss, loss.probs, zero)
-            distances, low = add_pair(distances, low, distance_of_mass(mass, values[k], largest), zero)
-            total, total_low = add_pair(total, total_low, mass, zero)
-            if asked.is_found and values[k] == largest:
-                column = min(column, int32(col + k))
-    return distances, low, total, total_low, column
-
-
-masses_of_granules = granules_with(masses)
-
-
-@device
 def masses_of_piece(source, at, piece, largest, asked, team, split, params):
-    """(distances, mass, first column of the maximum): sum_c g_c (max - x_c) and sum_c g_c of a piece."""
+    """(distances, mass, first column of the maximum): sum_c g_c (max - x_c) and sum_c g_c of a piece.
+
+    The columns come from the slot again, one at a time: with all of a lane's masses beside all of its logits, registers
+    run out.
+    """
     zero = number(largest, 0.0)
-    numbers = piece.first + piece.count, largest, asked
-    result = zero, zero, zero, zero, int32(NO_COLUMN)
-    distances, low, mass, mass_low, column = masses_of_granules(result, source, at, piece, team, split, numbers, zero)
-    lanes = split_lanes(split)
+    distances, low, total, total_low, column = zero, zero, zero, zero, int32(NO_COLUMN)
+    size, lanes = element_size(source.pointer), split_lanes(split)
+    for k in range(team.lane, piece.count, lanes):
+        col = piece.first + k
+        x = staged(source.pointer, int32(at + (source.shift + k) * size), zero)
+        x = transformed(x, col, source.through)
+        mass = mass_at(col, asked.start, asked.loss, asked.loss.probs, zero)
+        distances, low = add_pair(distances, low, distance_of_mass(mass, x, largest), zero)
+        total, total_low = add_pair(total, total_low, mass, zero)
+        if asked.is_found and x == largest:
+            column = min(column, int32(col))
     if asked.is_found:
         column = warp_min(column, lanes)
-    return warp_sum(add(distances, low), lanes), warp_sum(add(mass, mass_low), lanes), column
+    return warp_sum(add(distances, low), lanes), warp_sum(add(total, total_low), lanes), column
 
 
 @device
