@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from gpusoftmax import _checks, _torch_losses, _torch_rows
+from gpusoftmax import _torch_transformed as transformed
+from gpusoftmax._torch_transform import through
 
 
-def softmax(x: Tensor, axis: Any, temperature: Any, dtype: Any) -> Tensor:
-    return _torch_rows.softmax(x, _checks.axes(axis, x.ndim), _checks.temperature(temperature), _dtype(dtype))
+def softmax(x: Tensor, axis: Any, dtype: Any, transform: tuple) -> Tensor:
+    _tensors(x=x)
+    axes = _checks.axes(axis, x.ndim)
+    return transformed.softmax(x, axes, through(x, axes, *transform), _dtype(dtype))
 
 
-def log_softmax(x: Tensor, axis: Any, temperature: Any, dtype: Any) -> Tensor:
-    return _torch_rows.log_softmax(x, _checks.axes(axis, x.ndim), _checks.temperature(temperature), _dtype(dtype))
+def log_softmax(x: Tensor, axis: Any, dtype: Any, transform: tuple) -> Tensor:
+    _tensors(x=x)
+    axes = _checks.axes(axis, x.ndim)
+    return transformed.log_softmax(x, axes, through(x, axes, *transform), _dtype(dtype))
 
 
 def softmax_backward(probs: Tensor, dprobs: Tensor, names: tuple[str, str], axis: Any, temperature: Any) -> Tensor:
@@ -28,11 +34,12 @@ def log_softmax_backward(log_probs: Tensor, dlog_probs: Tensor, axis: Any, tempe
     return _torch_rows.log_softmax_backward(log_probs, dlog_probs, *options)
 
 
-def logsumexp(x: Tensor, axis: Any, keepdims: bool, temperature: Any, dtype: Any) -> Tensor:
+def logsumexp(x: Tensor, axis: Any, keepdims: bool, dtype: Any, transform: tuple) -> Tensor:
+    _tensors(x=x)
     dtype = _dtype(dtype)
     x = x.double() if dtype == torch.float64 else x  # which is also what it is computed in
-    options = _checks.axes(axis, x.ndim), bool(keepdims), _checks.temperature(temperature)
-    lse = _torch_rows.logsumexp(x, *options)
+    axes = _checks.axes(axis, x.ndim)
+    lse = transformed.logsumexp(x, axes, bool(keepdims), through(x, axes, *transform))
     return lse if dtype is None else lse.to(dtype)
 
 
@@ -45,31 +52,33 @@ def cross_entropy(
     reduction: Any,
     label_smoothing: Any,
     validate: bool | None,
+    transform: tuple,
 ) -> Tensor:
     _tensors(logits=logits, target=target, weight=logits if weight is None else weight)
     (axis,) = _checks.class_axis(axis, logits.ndim)
+    given = through(logits, (axis,), *transform)
     if logits.ndim > 1:
         logits = logits.movedim(axis, 1)  # torch's place for the classes
+        if type(given) is not float:
+            given = given.moved(axis, 1, logits.ndim)
     _checks.reduction(reduction)
     numbers = _checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing)
-    return _torch_losses.cross_entropy(logits, target, weight, _torch_losses.Loss(*numbers, validate))
+    return transformed.cross_entropy(logits, target, weight, _torch_losses.Loss(*numbers, validate), given)
 
 
 def token_logprobs(
     logits: Tensor,
     target: Tensor,
     axis: Any,
-    temperature: Any,
     ignore_index: Any,
     wanted: tuple[bool, bool, bool, bool],
     validate: bool | None,
+    transform: tuple,
 ) -> tuple[Tensor | None, ...]:
     _tensors(logits=logits, target=target)
     (axis,) = _checks.class_axis(axis, logits.ndim)
-    numbers = _checks.temperature(temperature), _checks.ignore_index(ignore_index)
-    return _torch_losses.token_logprobs(
-        logits, target, _torch_losses.Tokens(axis, *numbers, *map(bool, wanted), validate)
-    )
+    tokens = _torch_losses.Tokens(axis, 1.0, _checks.ignore_index(ignore_index), *map(bool, wanted), validate)
+    return transformed.token_logprobs(logits, target, tokens, through(logits, (axis,), *transform))
 
 
 def _dtype(dtype: Any) -> torch.dtype | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gpusoftmax import _torch_ops as ops
 from gpusoftmax import _torch_rows as rows
+from gpusoftmax import _torch_transform_ops as transformed_ops
 
 
 class Loss(NamedTuple):
@@ -46,15 +47,27 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, loss: L
 
 def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
     """As cross_entropy, with the gradient in the memory of the logits, where one is recorded."""
-    if not rows.recorded(logits) or torch.compiler.is_compiling():
+    if not can_be_in_place(logits):
         return cross_entropy(logits, target, weight, loss)
+    check_weight(weight)
+    return InPlaceCrossEntropy.apply(logits, target, weight, loss, None)
+
+
+def can_be_in_place(logits: Tensor, *others: Tensor | None) -> bool:
+    """Whether there is a gradient to overwrite the logits, and nobody but them wants it."""
+    if not rows.recorded(logits) or torch.compiler.is_compiling():
+        return False
     if logits.is_leaf:
         raise ValueError(
             "input is a leaf that requires grad, whose values inplace=True would overwrite: expected the result of "
             "other operations, or inplace=False"
         )
-    check_weight(weight)
-    return _InPlaceCrossEntropy.apply(logits, target, weight, loss)
+    if any(one is not None and one.requires_grad for one in others):
+        raise ValueError(
+            "temperature or bias requires grad, and with inplace=True there is a gradient for input alone: "
+            "inplace=False, or pass it .detach()"
+        )
+    return True
 
 
 def check_weight(weight: Tensor | None) -> None:
@@ -87,7 +100,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: None) -> tuple:
         logits, target, weight, divisor = ctx.saved_tensors
         if rows.recorded(logits, dloss):
-            return _graph_of_dlogits(logits, target, weight, dloss, ctx.loss), None, None, None
+            return graph_of_dlogits(logits, target, weight, dloss, ctx.loss), None, None, None
         return _dlogits(logits, target, weight, divisor, dloss, ctx.loss), None, None, None
 
 
@@ -120,7 +133,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         loss = ctx.loss
         if torch.is_grad_enabled():
             logits, target, weight, _ = ctx.saved_tensors
-            return _graph_of_dlogits(logits, target, weight, dloss, loss), None, None, None
+            return graph_of_dlogits(logits, target, weight, dloss, loss), None, None, None
         dlogits, ctx.dlogits = ctx.dlogits, None
         as_it_is = loss.reduction != "none" and can_look(dloss) and dloss.item() == 1
         if dlogits is None or not as_it_is and dlogits.dtype in (torch.float16, torch.bfloat16):
@@ -152,10 +165,15 @@ def _dlogits(
     return dlogits.mul_(_per_row(dloss, logits, target, ignore_index)).to(logits.dtype)
 
 
-class _InPlaceCrossEntropy(torch.autograd.Function):
+class InPlaceCrossEntropy(torch.autograd.Function):
+    """through: a Through of _torch_transform.py, if the logits go through more than nothing."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
-        value = ops.cross_entropy_in_place(logits, target, weight, *loss)
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss, through: Any) -> Tensor:
+        if through is None:
+            value = ops.cross_entropy_in_place(logits, target, weight, *loss)
+        else:
+            value = transformed_ops.cross_entropy_transformed_in_place(logits, target, weight, *loss, *through)
         ctx.dlogits = logits.detach()
         ctx.version = ctx.dlogits._version
         if loss.reduction == "none":
@@ -176,7 +194,7 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
                 "backward: leave them alone, or inplace=False"
             )
         target = ctx.saved_tensors[0] if ctx.loss.reduction == "none" else None
-        return _times(dlogits, dloss, target, ctx.loss.ignore_index), None, None, None
+        return _times(dlogits, dloss, target, ctx.loss.ignore_index), None, None, None, None
 
 
 def _times(dlogits: Tensor, dloss: Tensor, target: Tensor | None, ignore_index: int) -> Tensor:
@@ -191,7 +209,7 @@ def _per_row(dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -
     return torch.where(target == ignore_index, 0, dloss).unsqueeze(ops.class_dim(logits))
 
 
-def _graph_of_dlogits(logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor, loss: Loss) -> Tensor:
+def graph_of_dlogits(logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor, loss: Loss) -> Tensor:
     """The gradient with respect to the logits, as a function of these and of dloss that autograd knows."""
     dim, dtype = ops.class_dim(logits), dloss.dtype
     n_cols = logits.shape[dim]
@@ -214,6 +232,16 @@ def _graph_of_dlogits(logits: Tensor, target: Tensor, weight: Tensor | None, dlo
         each = each.reshape([n_cols if axis == dim else 1 for axis in range(logits.ndim)])
         dlogits = dlogits - (upstream * share).unsqueeze(dim) * each
     return torch.where(counts.unsqueeze(dim), dlogits, 0).to(logits.dtype)
+
+
+def reduced(of_rows: Tensor, target: Tensor, weight: Tensor | None, loss: Loss, n_cols: int) -> Tensor:
+    """The losses of rows as `loss` has them."""
+    if loss.reduction != "mean":
+        return of_rows.sum() if loss.reduction == "sum" else of_rows
+    counts = target != loss.ignore_index
+    if weight is None:
+        return of_rows.sum() / counts.sum()
+    return of_rows.sum() / (weight.to(of_rows.dtype)[target.long().clamp(0, n_cols - 1)] * counts).sum()
 
 
 # ---------------------------------------------------------------- tokens
@@ -264,7 +292,7 @@ class _TokenLogprobs(torch.autograd.Function):
         dentropy = others[tokens.lse] if tokens.entropy else None
         dim, temperature, ignore_index = tokens[:3]
         if rows.recorded(logits, *(one for one in (dlogprob, dlse, dentropy) if one is not None)):
-            return _graph_of_tokens(logits, target, dlogprob, dlse, dentropy, tokens), None, None
+            return graph_of_tokens(logits, target, dlogprob, dlse, dentropy, tokens), None, None
         dlogits = None
         if dlogprob is not None or dentropy is not None:
             dlogits = ops.token_logprobs_backward(logits, target, dlogprob, dentropy, dim, temperature, ignore_index)
@@ -306,7 +334,7 @@ def _entropy_terms(probs: Tensor, log_probs: Tensor) -> Tensor:
     return probs * torch.where(probs > 0, log_probs, 0)  # 0 log 0 = 0
 
 
-def _graph_of_tokens(
+def graph_of_tokens(
     logits: Tensor,
     target: Tensor,
     dlogprob: Tensor | None,
@@ -314,7 +342,7 @@ def _graph_of_tokens(
     dentropy: Tensor | None,
     tokens: Tokens,
 ) -> Tensor | None:
-    """As _graph_of_dlogits, for token_logprobs."""
+    """As graph_of_dlogits, for token_logprobs."""
     given = [one for one in (dlogprob, dlse, dentropy) if one is not None]
     if not given:
         return None

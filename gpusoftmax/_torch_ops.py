@@ -49,7 +49,7 @@ def _fake_rows_backward(y, dy, dim, temperature, dtype):
 
 @defined_as("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
 def softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype | None) -> Tensor:
-    return gpusoftmax.softmax(x, _axis(dim), temperature=temperature, dtype=dtype)
+    return gpusoftmax.softmax(x, axis_of(dim), temperature=temperature, dtype=dtype)
 
 
 @defined_as(
@@ -59,12 +59,12 @@ def softmax_backward(
     probs: Tensor, dprobs: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype
 ) -> Tensor:
     out = None if dtype == probs.dtype else torch.empty(probs.shape, dtype=dtype, device=probs.device)
-    return gpusoftmax.softmax_backward(probs, dprobs, _axis(dim), temperature=temperature, out=out)
+    return gpusoftmax.softmax_backward(probs, dprobs, axis_of(dim), temperature=temperature, out=out)
 
 
 @defined_as("(Tensor x, int[] dim, float temperature, ScalarType? dtype) -> Tensor", _fake_rows)
 def log_softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype | None) -> Tensor:
-    return gpusoftmax.log_softmax(x, _axis(dim), temperature=temperature, dtype=dtype)
+    return gpusoftmax.log_softmax(x, axis_of(dim), temperature=temperature, dtype=dtype)
 
 
 @defined_as(
@@ -75,21 +75,21 @@ def log_softmax_backward(
     log_probs: Tensor, dlog_probs: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype
 ) -> Tensor:
     out = None if dtype == log_probs.dtype else torch.empty(log_probs.shape, dtype=dtype, device=log_probs.device)
-    return gpusoftmax.log_softmax_backward(log_probs, dlog_probs, _axis(dim), temperature=temperature, out=out)
+    return gpusoftmax.log_softmax_backward(log_probs, dlog_probs, axis_of(dim), temperature=temperature, out=out)
 
 
-def _axis(dim: Sequence[int]) -> tuple[int, ...] | int:
+def axis_of(dim: Sequence[int]) -> tuple[int, ...] | int:
     return tuple(dim) or -1  # a tensor without axes has none to name
 
 
-def _fake_logsumexp(x, dim, keepdim, temperature):
+def fake_logsumexp(x, dim, keepdim, *transform):
     shape = [1 if axis in dim else size for axis, size in enumerate(x.shape) if keepdim or axis not in dim]
     return x.new_empty(shape, dtype=row_dtype(x.dtype))
 
 
-@defined_as("(Tensor x, int[] dim, bool keepdim, float temperature) -> Tensor", _fake_logsumexp)
+@defined_as("(Tensor x, int[] dim, bool keepdim, float temperature) -> Tensor", fake_logsumexp)
 def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool, temperature: float) -> Tensor:
-    return gpusoftmax.logsumexp(x, _axis(dim), keepdims=keepdim, temperature=temperature)
+    return gpusoftmax.logsumexp(x, axis_of(dim), keepdims=keepdim, temperature=temperature)
 
 
 # ---------------------------------------------------------------- losses
@@ -208,7 +208,7 @@ def cross_entropy_in_place(
 # ---------------------------------------------------------------- tokens
 
 
-def _fake_token_logprobs(logits, target, dim, temperature, ignore_index, lse, entropy, rank, argmax, validate):
+def fake_token_logprobs(logits, target, dim, temperature, ignore_index, lse, entropy, rank, argmax, validate):
     batch = [size for axis, size in enumerate(logits.shape) if axis != dim]
     dtype = row_dtype(logits.dtype)
     wanted = (True, target.shape, dtype), (lse, batch, dtype), (entropy, batch, dtype)
@@ -219,7 +219,7 @@ def _fake_token_logprobs(logits, target, dim, temperature, ignore_index, lse, en
 @defined_as(
     "(Tensor logits, Tensor target, int dim, float temperature, int ignore_index, bool lse, bool entropy, bool rank, "
     "bool argmax, bool? validate) -> Tensor[]",
-    _fake_token_logprobs,
+    fake_token_logprobs,
 )
 def token_logprobs(
     logits: Tensor, target: Tensor, dim: int, temperature: float, ignore_index: int, *wanted: Any

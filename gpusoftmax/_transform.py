@@ -32,7 +32,16 @@ def split(
         temperature, temperatures = 1.0, temperature
     if getattr(n_valid, "ndim", 0):
         n_valid, valid_of_rows = None, n_valid
+    temperature, n_valid = _number(temperature, "temperature"), _number(n_valid, "n_valid")
     return (temperatures, bias, mask, valid_of_rows), (temperature, softcap, n_valid, empty_row)
+
+
+def _number(given: Any, name: str) -> Any:
+    """Of an array without axes its value, which may be another one at the next call."""
+    if not hasattr(given, "ndim") or not hasattr(given, "item"):
+        return given
+    _arrays.wrap(given, name)  # unless it is traced, or has a gradient that would be lost
+    return given.item()
 
 
 def applied(
@@ -63,6 +72,8 @@ def applied(
         scale, temperature = scale_of(1.0, temperature, dtype), 1.0
     if bias is not None:
         bias = _beside(bias, x, "bias", name, result, floating=True)
+        if bias.dtype == "float64" != dtype:  # kernels widen what they read, and narrow nothing
+            bias = _arrays.contiguous(bias, dtype)
         bias = bias._replace(strides=_checks.stretched(bias, x, axes, n_cols, "bias"))
     if mask is not None:
         mask = _beside(mask, x, "mask", name, result)

@@ -57,7 +57,7 @@ def log_softmax(
         return _rowwise.forward("log_softmax", x, axis, dtype, out, transform)
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument
-    return _gradients.call("log_softmax", argument, out, transform, x, axis, temperature, dtype)
+    return _gradients.call("log_softmax", argument, out, transform, x, axis, dtype)
 
 
 def log_softmax_backward(

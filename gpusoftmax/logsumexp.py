@@ -56,7 +56,7 @@ def logsumexp(
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument
     transform = temperature, bias, softcap, mask, n_valid
-    return _gradients.call("logsumexp", argument, out, transform, x, axis, keepdims, temperature, dtype)
+    return _gradients.call("logsumexp", argument, out, transform, x, axis, keepdims, dtype)
 
 
 def _logsumexp(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype, *options):

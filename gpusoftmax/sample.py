@@ -112,9 +112,12 @@ def sample(
     try:
         index = _drawn(logits, *given)
     except _arrays.RequiresGrad as refusal:
-        if refusal.argument != "logits":
+        if refusal.argument not in ("logits", "temperature", "bias"):
             raise
-        index = _drawn(logits.detach(), *given)  # indices have no gradient
+        # Indices have no gradient.
+        arrays = tuple(map(_detached, arrays))
+        given = axis, _detached(temperature), top_k, top_p, min_p, rng, arrays[1:], options[1:]
+        index = _drawn(_detached(logits), *given)
     if not more:
         return index
     # -1 is no column: its log-probability is NaN, unless it is checked.
@@ -124,13 +127,17 @@ def sample(
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument
         transform = temperature, bias, softcap, mask, n_valid
-        given = logits, index, axis, temperature, _NO_INDEX, flags[:4], False
+        given = logits, index, axis, _NO_INDEX, flags[:4], False
         found = _gradients.call("token_logprobs", argument, None, transform, *given)
     return Sample(index, found[0] if return_logprob else None, found[2])
 
 
 _NO_INDEX = -(2**63)
 """No column is ignored."""
+
+
+def _detached(array):
+    return array.detach() if getattr(array, "requires_grad", False) else array
 
 
 def _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, beside, transform):

@@ -91,7 +91,7 @@ def softmax(
         return _rowwise.forward("softmax", x, axis, dtype, out, through, any_temperature=True)
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument
-    return _gradients.call("softmax", argument, out, transform, x, axis, temperature, dtype)
+    return _gradients.call("softmax", argument, out, transform, x, axis, dtype)
 
 
 def softmax_backward(

@@ -103,7 +103,7 @@ def token_logprobs(
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument
     transform = temperature, bias, softcap, mask, n_valid
-    options = axis, temperature, ignore_index, wanted, validate
+    options = axis, ignore_index, wanted, validate
     return TokenLogprobs(*_gradients.call("token_logprobs", argument, None, transform, logits, target, *options))
 
 

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpusoftmax import _checks, _torch_layer, _torch_losses, _torch_ops, _torch_rows
+from gpusoftmax import _checks, _torch_layer, _torch_losses, _torch_ops
+from gpusoftmax import _torch_transformed as transformed
+from gpusoftmax._torch_transform import through
 from gpusoftmax.token_logprobs import TokenLogprobs
 
 __all__ = [
@@ -42,7 +44,12 @@ def softmax(
     dim: int | Sequence[int] | None,
     dtype: torch.dtype | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    n_valid: int | Tensor | None = None,
+    empty_row: str = "nan",
 ) -> Tensor:
     """torch.softmax of input / temperature along `dim`, differentiable.
 
@@ -54,8 +61,10 @@ def softmax(
         Along which the results sum to 1; None means all.
     dtype : torch.dtype, optional
         Of the result; by default that of `input`, float32 for half types inside torch.autocast.
-    temperature : float
-        Divides the logits; finite and above 0.
+    temperature : float, or tensor with the shape of `input` without `dim`, or without axes
+        Divides the logits; finite and above 0. Of a tensor no value is looked at, rows where it is not are NaN.
+    bias, softcap, mask, n_valid, empty_row
+        What the logits go through then, as in gpusoftmax.softmax. Tensors of temperatures and the bias have gradients.
 
     Returns
     -------
@@ -65,6 +74,11 @@ def softmax(
     ------
     TypeError, ValueError, IndexError
         As gpusoftmax.softmax; TypeError also for what is no tensor, and for integers without a `dtype`.
+
+    Notes
+    -----
+    Logits that are masked get the gradient 0. With a bias, a softcap or temperatures of rows operations of torch bring
+    the gradient back to `input`; what the other functions have a kernel for is said there.
 
     Examples
     --------
@@ -76,7 +90,9 @@ def softmax(
     tensor([[ 0.2500, -0.2500]])
     """
     x, dtype = _logits(input, dtype)
-    return _torch_rows.softmax(x, _dims(dim, x.ndim), _checks.temperature(temperature), dtype)
+    dims = _dims(dim, x.ndim)
+    given = through(x, dims, temperature, bias, softcap, mask, n_valid, empty_row)
+    return transformed.softmax(x, dims, given, dtype)
 
 
 def log_softmax(
@@ -84,7 +100,12 @@ def log_softmax(
     dim: int | Sequence[int] | None,
     dtype: torch.dtype | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    n_valid: int | Tensor | None = None,
+    empty_row: str = "nan",
 ) -> Tensor:
     """torch.log_softmax of input / temperature along `dim`, differentiable: confident rows keep their small values.
 
@@ -100,7 +121,9 @@ def log_softmax(
     tensor([-4.2484e-18, -4.0000e+01])
     """
     x, dtype = _logits(input, dtype)
-    return _torch_rows.log_softmax(x, _dims(dim, x.ndim), _checks.temperature(temperature), dtype)
+    dims = _dims(dim, x.ndim)
+    given = through(x, dims, temperature, bias, softcap, mask, n_valid, empty_row)
+    return transformed.log_softmax(x, dims, given, dtype)
 
 
 def logsumexp(
@@ -108,14 +131,18 @@ def logsumexp(
     dim: int | Sequence[int] | None,
     keepdim: bool = False,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    n_valid: int | Tensor | None = None,
 ) -> Tensor:
     """torch.logsumexp of input / temperature along `dim`, differentiable.
 
     Parameters
     ----------
-    input, dim, temperature
-        As in `softmax`.
+    input, dim, temperature, bias, softcap, mask, n_valid
+        As in `softmax`. A row that is masked whole has the gradient 0.
     keepdim : bool
         Keep the reduced axes with size 1.
 
@@ -139,7 +166,9 @@ def logsumexp(
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     x, _ = _logits(input, None)
-    return _torch_rows.logsumexp(x, _dims(dim, x.ndim), bool(keepdim), _checks.temperature(temperature))
+    dims = _dims(dim, x.ndim)
+    given = through(x, dims, temperature, bias, softcap, mask, n_valid)
+    return transformed.logsumexp(x, dims, bool(keepdim), given)
 
 
 def cross_entropy(
@@ -150,6 +179,12 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    n_valid: int | Tensor | None = None,
+    empty_row: str = "nan",
     inplace: bool = False,
 ) -> Tensor:
     """torch.nn.functional.cross_entropy, in nats, with one read of the logits for the loss and one for the gradient.
@@ -168,6 +203,9 @@ def cross_entropy(
     reduction : "mean", "sum" or "none"
     label_smoothing : float, 0 to 1
         Share of the probability that is spread evenly over all classes.
+    temperature, bias, softcap, mask, n_valid, empty_row
+        What the logits go through before, as in `softmax`; for rows that are masked whole `empty_row="zero"` makes loss
+        and gradient 0. The kernel of the loss brings the gradient back to `input`.
     inplace : bool
         Let the gradient overwrite `input`, where one is recorded: saves an array of its size. The result can then be
         differentiated once, and torch reports whoever else needs the logits. float16 gradients are rounded before they
@@ -183,7 +221,8 @@ def cross_entropy(
     IndexError
         On the CPU, a label out of range. On a GPU, where looking would wait, such a row gets a NaN loss and gradient.
     TypeError, ValueError
-        As gpusoftmax.cross_entropy; TypeError also for a `weight` that requires grad, ValueError for a leaf `inplace`.
+        As gpusoftmax.cross_entropy; TypeError also for a `weight` that requires grad, ValueError for a leaf `inplace`,
+        or where a temperature or bias requires grad beside it.
 
     Examples
     --------
@@ -196,7 +235,13 @@ def cross_entropy(
     """
     x, _ = _logits(input, None)
     _tensor(target, "target")
+    given = through(x, (_torch_ops.class_dim(x),), temperature, bias, softcap, mask, n_valid, empty_row)
     if target.is_floating_point():
+        if given != 1.0:
+            raise TypeError(
+                "target holds probabilities of classes, which torch's own function takes, without temperature, bias, "
+                "softcap or mask: apply them to input before, or pass labels"
+            )
         if not torch.compiler.is_compiling():  # which knows no warnings
             _warn_once(
                 "target holds probabilities of classes, which gpusoftmax has no kernel for: torch's function is used"
@@ -205,8 +250,7 @@ def cross_entropy(
         return torch.nn.functional.cross_entropy(input, target, weight, **options)
     _checks.reduction(reduction)
     loss = _torch_losses.Loss(_checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing))
-    function = _torch_losses.cross_entropy_in_place if inplace else _torch_losses.cross_entropy
-    return function(x, target, weight, loss)
+    return transformed.cross_entropy(x, target, weight, loss, given, inplace)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -337,7 +381,11 @@ def token_logprobs(
     target: Tensor,
     dim: int = -1,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    n_valid: int | Tensor | None = None,
     ignore_index: int = -100,
     return_lse: bool = False,
     return_entropy: bool = False,
@@ -348,10 +396,13 @@ def token_logprobs(
 
     Parameters
     ----------
-    logits, target, temperature, ignore_index, return_lse, return_entropy, return_rank, return_argmax
+    logits, target, ignore_index, return_lse, return_entropy, return_rank, return_argmax
         As in gpusoftmax.token_logprobs.
     dim : int
         Along which the tokens lie.
+    temperature, bias, softcap, mask, n_valid
+        What the logits go through before, as in `softmax`. A kernel brings the gradient back to `logits`, that of `lse`
+        alone as in `softmax`.
 
     Returns
     -------
@@ -376,9 +427,10 @@ def token_logprobs(
     x, _ = _logits(logits, None, "logits")
     _tensor(target, "target")
     (axis,) = _checks.class_axis(dim, x.ndim)
-    numbers = _checks.temperature(temperature), _checks.ignore_index(ignore_index)
+    given = through(x, (axis,), temperature, bias, softcap, mask, n_valid)
     wanted = bool(return_lse), bool(return_entropy), bool(return_rank), bool(return_argmax)
-    return TokenLogprobs(*_torch_losses.token_logprobs(x, target, _torch_losses.Tokens(axis, *numbers, *wanted)))
+    tokens = _torch_losses.Tokens(axis, 1.0, _checks.ignore_index(ignore_index), *wanted)
+    return TokenLogprobs(*transformed.token_logprobs(x, target, tokens, given))
 
 
 def sample(

@@ -640,7 +640,20 @@ def test_shapes_without_values():
 
 X = torch.randn(3, 5, 2, dtype=torch.float32, generator=torch.manual_seed(0))
 TARGET, WEIGHT = torch.tensor([[0, 4], [1, 1], [2, 3]]), torch.linspace(0.5, 2, 5)
+ROWS = torch.rand((3, 2), generator=torch.manual_seed(0)) + 0.5
+THROUGH = [  # temperature, softcap, n_valid, empty_row, temperatures, bias, mask, valid_of_rows
+    (1.0, 2.0, None, "zero", ROWS, torch.linspace(-1, 1, 5), X > -1, torch.tensor([[5, 4], [3, 5], [5, 5]])),
+    (0.7, None, 4, "nan", None, None, None, None),
+]
 OPERATORS = {
+    "softmax_transformed": [(X, [1], None, *THROUGH[0]), (X, [1], torch.bfloat16, *THROUGH[1])],
+    "log_softmax_transformed": [(X, [1], None, *THROUGH[0])],
+    "logsumexp_transformed": [(X, [1], False, *THROUGH[0])],
+    "cross_entropy_transformed": [(X, TARGET, WEIGHT, 1, "mean", 0.0, None, *THROUGH[0])],
+    "cross_entropy_transformed_with_grad": [(torch.float32, X, TARGET, WEIGHT, 1, "none", 0.0, None, *THROUGH[0])],
+    "cross_entropy_transformed_in_place": [(X.clone(), TARGET, WEIGHT, 1, "mean", 0.0, None, *THROUGH[0])],
+    "token_logprobs_transformed": [(X, TARGET, 1, 1, *wanted, None, *THROUGH[0]) for wanted in ((True,) * 4,)],
+    "token_logprobs_transformed_backward": [(torch.float32, X, TARGET, ROWS, ROWS, 1, 1, *THROUGH[0])],
     "softmax": [(X, [1], 1.0, None), (X, [0, 2], 0.7, torch.bfloat16)],
     "log_softmax": [(X, [1], 1.0, None), (X, [0, 1, 2], 0.7, torch.float64)],
     "softmax_backward": [(X.softmax(1), X, [1], 0.7, torch.float32), (X.softmax(1), X, [1], 1.0, torch.float16)],

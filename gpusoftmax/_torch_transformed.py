@@ -1,0 +1,308 @@
+"""The functions of _torch_rows.py and _torch_losses.py of logits that go through a transform, see _torch_transform.py.
+
+A value is one call of a kernel, which transforms the logits where it reads them. So is the first derivative where the
+kernel has one that brings it back to the logits as they were given; otherwise the gradient with respect to the
+transformed logits z is, and operations of torch bring it back. Where it is to be differentiated again, z is made by
+operations of torch, and the formulas that autograd knows go on from there; in forward mode and under torch.func so is
+the value.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpusoftmax import _torch_losses as losses
+from gpusoftmax import _torch_ops as ops
+from gpusoftmax import _torch_rows as rows
+from gpusoftmax import _torch_transform_ops as kernels
+from gpusoftmax._torch_losses import Loss, Tokens
+from gpusoftmax._torch_transform import Dims, Through, of_temperature_and_bias, pulled_back, transformed
+
+
+class _Call(NamedTuple):
+    """What is done, beside the logits and their transform."""
+
+    op: str
+    dim: Dims
+    options: tuple
+    target: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def softmax(x: Tensor, dim: Dims, through: float | Through, dtype: torch.dtype | None) -> Tensor:
+    if type(through) is float:
+        return rows.softmax(x, dim, through, dtype)
+    return _called(_Call("softmax", dim, (dtype,)), x, through)[0]
+
+
+def log_softmax(x: Tensor, dim: Dims, through: float | Through, dtype: torch.dtype | None) -> Tensor:
+    if type(through) is float:
+        return rows.log_softmax(x, dim, through, dtype)
+    return _called(_Call("log_softmax", dim, (dtype,)), x, through)[0]
+
+
+def logsumexp(x: Tensor, dim: Dims, keepdim: bool, through: float | Through) -> Tensor:
+    """A row that is masked whole has the gradient 0."""
+    if type(through) is float:
+        return rows.logsumexp(x, dim, keepdim, through)
+    return _called(_Call("logsumexp", dim, (keepdim,)), x, through._replace(empty_row="zero"))[0]
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Loss,
+    through: float | Through,
+    inplace: bool = False,
+) -> Tensor:
+    """inplace: with the gradient in the memory of the logits, where one is recorded."""
+    if through == 1.0:
+        function = losses.cross_entropy_in_place if inplace else losses.cross_entropy
+        return function(logits, target, weight, loss)
+    if type(through) is float:
+        through = Through(through)
+    if inplace and losses.can_be_in_place(logits, through.temperatures, through.bias):
+        return losses.InPlaceCrossEntropy.apply(logits, target, weight, loss, through)
+    losses.check_weight(weight)
+    return _called(_Call("cross_entropy", (ops.class_dim(logits),), loss, target, weight), logits, through)[0]
+
+
+def token_logprobs(
+    logits: Tensor, target: Tensor, tokens: Tokens, through: float | Through
+) -> tuple[Tensor | None, ...]:
+    """logprob, lse, entropy, rank, argmax."""
+    if type(through) is float:
+        return losses.token_logprobs(logits, target, tokens._replace(temperature=through))
+    made = iter(_called(_Call("token_logprobs", (tokens.dim,), tokens, target), logits, through))
+    return tuple([next(made) if wanted else None for wanted in (True, *tokens[3:7])])
+
+
+def _called(call: _Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _OPS[call.op].composed(call, x, through)
+    *numbers, temperatures, bias, mask, valid = through
+    if rows.recorded(x, *[one for one in (temperatures, bias) if one is not None]):
+        beside = temperatures, bias, mask, valid, call.target, call.weight
+        made = _Transformed.apply(call.op, call.dim, call.options, tuple(numbers), x, *beside)
+        return made if isinstance(made, tuple) else (made,)
+    return _OPS[call.op].value(call, x, through)
+
+
+class _Transformed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, op: str, dim: Dims, options: tuple, numbers: tuple, x: Tensor, *beside: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        temperatures, bias, mask, valid, target, weight = beside
+        call, through = _Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
+        ctx.dlogits, made = None, None
+        if op == "cross_entropy" and losses.can_look(x):
+            # As in _FusedCrossEntropy: on the CPU loss and gradient come from one read.
+            *made, ctx.dlogits = kernels.cross_entropy_transformed_with_grad(
+                _dtype_of_gradient(ctx, x), x, target, weight, *options, *through
+            )
+        made = tuple(made or _OPS[op].value(call, x, through))
+        ctx.given = op, dim, options, numbers
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[one for one in made if not one.is_floating_point()])
+        ctx.save_for_backward(x, *beside, *(made if _OPS[op].keeps else ()))
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple:
+        if all(one is None for one in upstream):
+            return (None,) * 11
+        x, temperatures, bias, mask, valid, target, weight, *made = ctx.saved_tensors
+        op, dim, options, numbers = ctx.given
+        call, through = _Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        given = [one for one in (x, temperatures, bias, *upstream) if one is not None and one.is_floating_point()]
+        if rows.recorded(*given):
+            takes = _OPS[op].takes_temperature
+            z, left, empty = transformed(x, dim, through, takes)
+            dz = _OPS[op].dz(call, z, left, upstream)
+            dz = dz if empty is None else torch.where(empty, 0, dz)
+            dx = pulled_back(dz, x, dim, through, takes)
+        else:
+            kept = made if dlogits is None else [dlogits]
+            dx = _OPS[op].dx(call, x, through, kept, upstream, _dtype_of_gradient(ctx, x))
+        of_others = of_temperature_and_bias(dx, x, dim, through, ctx.needs_input_grad[5:7])
+        return None, None, None, None, dx.to(x.dtype), *of_others, None, None, None, None
+
+
+def _dtype_of_gradient(ctx: Any, x: Tensor) -> torch.dtype:
+    """Of that of the logits while it is worked on: not rounded to half types if sums are taken of it."""
+    return ops.row_dtype(x.dtype) if any(ctx.needs_input_grad[5:7]) else x.dtype
+
+
+# ---------------------------------------------------------------- softmax, log_softmax, logsumexp
+
+
+def _value_of_rows(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    return (getattr(kernels, f"{call.op}_transformed")(x, call.dim, *call.options, *through),)
+
+
+def _softmax_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    z, left, empty = transformed(x, call.dim, through)
+    probs = rows.softmax(z, call.dim, left, call.options[0] or x.dtype)
+    return (probs if empty is None else torch.where(empty, 0, probs),)
+
+
+def _softmax_dx(
+    call: _Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+) -> Tensor:
+    if through.is_mask:  # where it is masked, so are the probabilities 0
+        return ops.softmax_backward(*made, *upstream, call.dim, through.temperature, dtype)
+    dz = ops.softmax_backward(*made, *upstream, call.dim, 1.0, ops.row_dtype(x.dtype))
+    return pulled_back(dz, x, call.dim, through)
+
+
+def _softmax_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+    probs = rows.softmax(z, call.dim, left, None)
+    return rows.softmax_backward(probs, upstream[0].to(z.dtype), call.dim, left, z.dtype)
+
+
+def _log_softmax_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    z, left, empty = transformed(x, call.dim, through)
+    log_probs = rows.log_softmax(z, call.dim, left, call.options[0] or x.dtype)
+    return (log_probs if empty is None else torch.where(empty, -torch.inf, log_probs),)
+
+
+def _log_softmax_dx(
+    call: _Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+) -> Tensor:
+    left = through.temperature if through.is_mask else 1.0
+    dz = ops.log_softmax_backward(*made, *upstream, call.dim, left, ops.row_dtype(x.dtype))
+    return pulled_back(dz, x, call.dim, through)
+
+
+def _log_softmax_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+    log_probs = rows.log_softmax(z, call.dim, left, None)
+    return rows.log_softmax_backward(log_probs, upstream[0].to(z.dtype), call.dim, left, z.dtype)
+
+
+def _logsumexp_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    z, left, empty = transformed(x, call.dim, through)
+    lse = rows.logsumexp(z, call.dim, call.options[0], left)
+    return (torch.where(empty.reshape(lse.shape), -torch.inf, lse),)
+
+
+def _logsumexp_dx(
+    call: _Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+) -> Tensor:
+    left = through.temperature if through.is_mask else 1.0
+    dlse = upstream[0].reshape(_per_row(x, call.dim)) / left
+    return pulled_back(kernels.softmax_transformed(x, call.dim, dlse.dtype, *through).mul_(dlse), x, call.dim, through)
+
+
+def _logsumexp_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+    return rows.softmax(z, call.dim, left, None) * (upstream[0].reshape(_per_row(z, call.dim)) / left)
+
+
+def _per_row(x: Tensor, dim: Dims) -> list[int]:
+    return [1 if axis in dim else size for axis, size in enumerate(x.shape)]
+
+
+# ---------------------------------------------------------------- losses
+
+
+def _cross_entropy_value(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    return (kernels.cross_entropy_transformed(x, call.target, call.weight, *call.options, *through),)
+
+
+def _cross_entropy_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    z, _, empty = transformed(x, call.dim, through, takes_temperature=False)
+    loss = Loss(*call.options)
+    if empty is None:
+        return (losses.cross_entropy(z, call.target, call.weight, loss),)
+    of_rows = losses.cross_entropy(z, call.target, call.weight, loss._replace(reduction="none"))
+    of_rows = torch.where(empty.reshape(of_rows.shape), 0, of_rows)
+    return (losses.reduced(of_rows, call.target, call.weight, loss, z.shape[call.dim[0]]),)
+
+
+def _cross_entropy_dx(
+    call: _Call, x: Tensor, through: Through, kept: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+) -> Tensor:
+    (dloss,), loss = upstream, Loss(*call.options)
+    is_one = loss.reduction != "none" and losses.can_look(dloss) and dloss.item() == 1
+    if not kept or (kept[0].dtype.itemsize == 2 and not is_one):
+        # Half types are rounded only when what comes from above is in them.
+        wide = dtype if is_one else ops.row_dtype(dtype)
+        _, *kept = kernels.cross_entropy_transformed_with_grad(
+            wide, x, call.target, call.weight, *loss._replace(validate=False), *through
+        )
+    if is_one:
+        return kept[0]
+    if loss.reduction == "none":
+        dloss = torch.where(call.target == loss.ignore_index, 0, dloss).unsqueeze(call.dim[0])
+    return kept[0].mul_(dloss)
+
+
+def _cross_entropy_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+    return losses.graph_of_dlogits(z, call.target, call.weight, upstream[0], Loss(*call.options))
+
+
+def _token_logprobs_value(call: _Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
+    dim, _, *options = call.options
+    return tuple(kernels.token_logprobs_transformed(x, call.target, dim, *options, *through))
+
+
+def _token_logprobs_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
+    z, left, _ = transformed(x, call.dim, through)
+    made = losses.token_logprobs(z, call.target, Tokens(*call.options)._replace(temperature=left))
+    return tuple(one for one in made if one is not None)
+
+
+def _gradients_of_tokens(tokens: Tokens, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Those with respect to logprob, lse and entropy."""
+    dlogprob, *others = upstream
+    return dlogprob, others[0] if tokens.lse else None, others[tokens.lse] if tokens.entropy else None
+
+
+def _token_logprobs_dx(
+    call: _Call,
+    x: Tensor,
+    through: Through,
+    made: list[Tensor],
+    upstream: tuple[Tensor | None, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    tokens = Tokens(*call.options)
+    dlogprob, dlse, dentropy = _gradients_of_tokens(tokens, upstream)
+    wide = dtype if dlse is None else dlse.dtype
+    dx = None
+    if dlogprob is not None or dentropy is not None:
+        beside = call.target, dlogprob, dentropy, tokens.dim, tokens.ignore_index
+        dx = kernels.token_logprobs_transformed_backward(wide, x, *beside, *through)
+    if dlse is not None:
+        of_lse = _logsumexp_dx(call, x, through._replace(empty_row="zero"), made, (dlse,), dtype)
+        dx = of_lse if dx is None else of_lse.add_(dx)
+    return dx
+
+
+def _token_logprobs_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor | None, ...]) -> Tensor:
+    tokens = Tokens(*call.options)._replace(temperature=left)
+    return losses.graph_of_tokens(z, call.target, *_gradients_of_tokens(tokens, upstream), tokens)
+
+
+class _Op(NamedTuple):
+    value: Callable  # by a kernel
+    composed: Callable  # by operations that autograd knows
+    dx: Callable  # the gradient with respect to the logits, from kernels
+    dz: Callable  # and with respect to the transformed ones, as operations that autograd knows
+    keeps: bool = False  # the value, for dx
+    takes_temperature: bool = True
+
+
+_OPS = {
+    "softmax": _Op(_value_of_rows, _softmax_composed, _softmax_dx, _softmax_dz, keeps=True),
+    "log_softmax": _Op(_value_of_rows, _log_softmax_composed, _log_softmax_dx, _log_softmax_dz, keeps=True),
+    "logsumexp": _Op(_value_of_rows, _logsumexp_composed, _logsumexp_dx, _logsumexp_dz),
+    "cross_entropy": _Op(
+        _cross_entropy_value, _cross_entropy_composed, _cross_entropy_dx, _cross_entropy_dz, takes_temperature=False
+    ),
+    "token_logprobs": _Op(_token_logprobs_value, _token_logprobs_composed, _token_logprobs_dx, _token_logprobs_dz),
+}
