@@ -123,6 +123,13 @@ def one_value(value: int) -> Labels:
     return Labels((value + 2**63) % 2**64 - 2**63, 0, 0, ONE_VALUE)
 
 
+def has_address(argument) -> bool:
+    """Whether the first field of a kernel's argument is the address of an array: it changes from call to call."""
+    if isinstance(argument, Labels):
+        return argument.code != ONE_VALUE
+    return isinstance(argument, Operand | Numbers)
+
+
 @functools.lru_cache(maxsize=256)
 def noise_scales(temperature: float, dtype: str):
     """(unit, noise) with noise / unit = temperature, for the score x unit + g noise of a logit x with Gumbel noise g.

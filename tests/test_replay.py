@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import gpusoftmax
-from gpusoftmax import _replay
+from gpusoftmax import _replay, _replay_cpu, _transform
 from tests import inputs, tolerances
 from tests.calls import CALLS, IN_PLACE, arguments, same_bits
+from tests.conftest import Cpu
 from tests.emulator import emulated_gpu
 from tests.emulator.gpu import EmulatedArray
 
@@ -146,6 +147,23 @@ def test_interleaved_halves_take_the_ordinary_way(gpu):
         x, out = gpu.array(buffer[:, ::2]), gpu.array(buffer[:, 1::2])
         assert gpusoftmax.softmax(x, out=out) is out
         tolerances.check_softmax(gpu.get(out), base[:, ::2])
+
+
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_a_number_for_all_rows_is_no_address(gpu, monkeypatch, on):
+    """n_valid for all rows stands where the kernels have an address if rows have their own."""
+    target, module = (Cpu(), _replay_cpu) if on == "cpu" else (gpu, _replay)
+
+    def probs(seed, n_valid):
+        x = inputs.make("spread", SHAPE, F32, seed)
+        made = target.get(gpusoftmax.softmax(target.array(x), n_valid=n_valid, empty_row="zero"))
+        tolerances.check_softmax(made[:, :n_valid], np.ascontiguousarray(x[:, :n_valid]))
+        assert (made[:, n_valid:] == 0).all()
+
+    probs(1, 33), probs(1, 7)
+    monkeypatch.setattr(module, "_record", lambda *_: pytest.fail("not replayed"))
+    monkeypatch.setattr(_transform, "applied", lambda *_, **__: pytest.fail("not replayed"))
+    probs(2, 33), probs(3, 7), probs(4, 33)
 
 
 def test_labels_are_checked_each_time(gpu):

@@ -16,7 +16,7 @@ from numba.extending import NativeValue, intrinsic, models, register_model, unbo
 from gpusoftmax.kernels.cpu.job import Job, n_counters
 from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.numba_passes import uncollected
-from gpusoftmax.kernels.operands import Labels
+from gpusoftmax.kernels.operands import has_address
 
 COUNTERS_AT = 96
 """Words. The longest list of arguments, that of the loss with a transform, takes 67."""
@@ -84,7 +84,7 @@ def addresses(arguments: Sequence) -> Iterator[tuple[int, int]]:
     """(word, address) of every array among the arguments and in their transforms."""
     word = len(Job._fields)
     for argument in arguments:
-        if isinstance(argument, Strided | Labels):
+        if isinstance(argument, Strided) or has_address(argument):
             yield word, argument[0]
         if isinstance(argument, Strided) and argument.transform is not None:
             ahead = argument._replace(transform=None)

@@ -10,7 +10,7 @@ import numpy as np
 from gpusoftmax.kernels.cuda import compile, driver
 from gpusoftmax.kernels.cuda.compile import Image
 from gpusoftmax.kernels.cuda.plan import Columns, Long, Plan, Short, row_plan
-from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Numbers, Operand, Place, Rows, Transform
+from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Numbers, Operand, Place, Rows, Transform, has_address
 
 _STRIDED = {dtype: f"strided {dtype}" for dtype in (*STORAGE, *MASKS)}
 _SPLITS = {Short: "short", Long: "long", Columns: "columns"}
@@ -67,7 +67,7 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
     signature, words, addresses = [], [], []
     for argument in arguments:
         kind = type(argument)
-        if kind in (Operand, Labels, Numbers):  # they begin with their address
+        if has_address(argument):
             addresses.append(len(words))
         if kind is Operand:
             signature.append(_STRIDED[argument.dtype])
@@ -104,7 +104,7 @@ def _add_transform(transform: Transform | None, words: list, addresses: list[int
         return ""
     kinds = []
     for field in transform:
-        if isinstance(field, Operand | Labels):
+        if has_address(field):
             addresses.append(len(words))
         if isinstance(field, Operand):
             kinds.append(_STRIDED[field.dtype])
