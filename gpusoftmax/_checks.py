@@ -121,16 +121,20 @@ def valid_count(value, n_cols: int) -> int:
 
 
 def stretched(array, x, axes: tuple[int, ...], n_cols: int, name: str) -> tuple[int, ...]:
-    """The strides that walk an array of one element for each of n_cols columns beside x.
+    """The strides that walk an array of one element for each column beside x. It has the shape of x, with a size of 1
+    wherever it is the same for all, or just that of the columns.
 
-    It has the shape of x, with a size of 1 wherever it is the same for all, or just the columns.
+    n_cols: elements for the columns of one axis, which may be words.
     """
-    expected = tuple(n_cols if axis in axes else size for axis, size in enumerate(x.shape))
-    if array.shape == (n_cols,) and len(axes) == 1:
-        return tuple(array.strides[0] if axis in axes else 0 for axis in range(x.ndim))
+    sizes = {axis: n_cols if len(axes) == 1 else x.shape[axis] for axis in axes}
+    expected = tuple(sizes.get(axis, size) for axis, size in enumerate(x.shape))
+    columns = tuple(sizes.values())
+    if array.shape == columns:
+        strides = dict(zip(axes, array.strides, strict=True))
+        return tuple(strides.get(axis, 0) for axis in range(x.ndim))
     if array.ndim != x.ndim or any(size not in (1, full) for size, full in zip(array.shape, expected, strict=True)):
         raise ValueError(
-            f"{name} has shape {array.shape}, expected ({n_cols},), one for each column, or {expected}, where sizes "
+            f"{name} has shape {array.shape}, expected {columns}, one for each column, or {expected}, where sizes "
             f"of 1 stand for all"
         )
     return tuple(0 if size == 1 else stride for size, stride in zip(array.shape, array.strides, strict=True))

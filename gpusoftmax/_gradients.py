@@ -5,7 +5,9 @@ from typing import Any
 
 from gpusoftmax import _arrays
 
-_HAVE_GRADIENTS = ("x", "logits", "probs", "dprobs", "tangent", "log_probs", "dlog_probs", "temperature", "bias")
+_HAVE_GRADIENTS = {
+    "x", "logits", "features", "probs", "dprobs", "tangent", "log_probs", "dlog_probs", "temperature", "bias"
+}  # fmt: skip
 
 
 def call(function: str, argument: str, out: Any, transform: tuple, *arguments: Any) -> Any:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpusoftmax import _checks, _torch_losses, _torch_rows
+import gpusoftmax
+from gpusoftmax import _checks, _torch_expected, _torch_losses, _torch_rows
 from gpusoftmax import _torch_transformed as transformed
-from gpusoftmax._torch_transform import through
+from gpusoftmax._torch_transform import Through, options_of, through
 
 
 def softmax(x: Tensor, axis: Any, dtype: Any, transform: tuple) -> Tensor:
@@ -79,6 +80,56 @@ def token_logprobs(
     (axis,) = _checks.class_axis(axis, logits.ndim)
     tokens = _torch_losses.Tokens(axis, 1.0, _checks.ignore_index(ignore_index), *map(bool, wanted), validate)
     return transformed.token_logprobs(logits, target, tokens, through(logits, (axis,), *transform))
+
+
+def top_logprobs(
+    logits: Tensor, k: Any, target: Tensor | None, axis: Any, ignore_index: Any, validate: bool | None, transform: tuple
+) -> tuple[Tensor, Tensor]:
+    """(logprob, token)."""
+    _tensors(logits=logits, target=logits if target is None else target)
+    (axis,) = _checks.class_axis(axis, logits.ndim)
+    given = _through(logits, (axis,), transform)
+    with torch.no_grad():
+        token = gpusoftmax.top_logprobs(
+            logits, k, target, axis=axis, ignore_index=ignore_index, validate=validate, **options_of(given)
+        ).token
+    several = token if target is None else token[..., 1:]
+    nothing_else = (False,) * 4
+    logprob = token_logprobs(logits, several, axis, _NO_INDEX, nothing_else, False, transform)[0]
+    if target is not None:
+        of_target = token_logprobs(logits, target, axis, ignore_index, nothing_else, False, transform)[0]
+        logprob = torch.cat([of_target.unsqueeze(-1), logprob], -1)
+    return logprob, token
+
+
+_NO_INDEX = -(2**63)
+"""No token is ignored."""
+
+
+def soft_argmax(x: Tensor, axis: Any, keepdims: bool, dtype: Any, transform: tuple) -> Tensor:
+    _tensors(x=x)
+    axes = _checks.one_axis(axis, x.ndim)
+    return _torch_expected.soft_argmax(x, axes, bool(keepdims), _dtype(dtype), _through(x, axes, transform))
+
+
+def spatial_softmax(features: Tensor, dtype: Any, transform: tuple) -> Tensor:
+    _tensors(features=features)
+    _checks.image_width(features.shape, "features")
+    given = _through(features, (features.ndim - 2, features.ndim - 1), transform)
+    return _torch_expected.spatial_softmax(features, _dtype(dtype), given)
+
+
+def topk_softmax(logits: Tensor, k: Any, axis: Any, renormalize: bool, transform: tuple) -> tuple[Tensor, ...]:
+    """(probs, indices)."""
+    _tensors(logits=logits)
+    (axis,) = _checks.class_axis(axis, logits.ndim)
+    k = _checks.token_count(k, logits.shape[axis])
+    return _torch_expected.topk_softmax(logits, k, (axis,), bool(renormalize), _through(logits, (axis,), transform))
+
+
+def _through(x: Tensor, axes: tuple[int, ...], transform: tuple) -> Through:
+    given = through(x, axes, *transform)
+    return Through(given) if type(given) is float else given
 
 
 def _dtype(dtype: Any) -> torch.dtype | None:

@@ -73,6 +73,17 @@ def through(
     return found.temperature if nothing else found
 
 
+def options_of(given: Through) -> dict[str, Any]:
+    """The arguments of the core's functions."""
+    return {
+        "temperature": given.temperature if given.temperatures is None else given.temperatures,
+        "bias": given.bias,
+        "softcap": given.softcap,
+        "mask": given.mask,
+        "n_valid": given.n_valid if given.valid_of_rows is None else given.valid_of_rows,
+    }
+
+
 def transformed(
     x: Tensor, dim: Dims, given: Through, takes_temperature: bool = True
 ) -> tuple[Tensor, float, Tensor | None]:
@@ -133,9 +144,10 @@ def per_row(numbers: Tensor, x: Tensor, dim: Dims) -> Tensor:
 
 
 def stretched_over(beside: Tensor, x: Tensor, dim: Dims) -> Tensor:
-    """A bias or mask in as many axes as x, where it may have just the columns."""
-    if beside.ndim == 1 and len(dim) == 1:
-        return beside.reshape([-1 if axis in dim else 1 for axis in range(x.ndim)])
+    """A bias or mask in as many axes as x, where it may have just those of the columns."""
+    if beside.ndim == len(dim):
+        sizes = dict(zip(dim, beside.shape, strict=True))
+        return beside.reshape([sizes.get(axis, 1) for axis in range(x.ndim)])
     return beside
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gpusoftmax
 from gpusoftmax._torch_ops import axis_of, class_dim, defined_as, fake_logsumexp, fake_token_logprobs, row_dtype
-from gpusoftmax._torch_transform import Through
+from gpusoftmax._torch_transform import Through, options_of
 
 _THROUGH = (
     "float temperature, float? softcap, SymInt? n_valid, str empty_row, "
@@ -19,23 +19,9 @@ _THROUGH = (
 )
 
 
-def _options(through: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of the core's functions."""
+def _with_empty_row(through: Sequence[Any]) -> dict[str, Any]:
     given = Through(*through)
-    return {
-        "temperature": given.temperature if given.temperatures is None else given.temperatures,
-        "bias": given.bias,
-        "softcap": given.softcap,
-        "mask": given.mask,
-        "n_valid": given.n_valid if given.valid_of_rows is None else given.valid_of_rows,
-        "empty_row": given.empty_row,
-    }
-
-
-def _without_empty_row(through: Sequence[Any]) -> dict[str, Any]:
-    options = _options(through)
-    del options["empty_row"]
-    return options
+    return {**options_of(given), "empty_row": given.empty_row}
 
 
 def _rows(name: str) -> Callable[..., Tensor]:
@@ -46,7 +32,7 @@ def _rows(name: str) -> Callable[..., Tensor]:
         return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
     def transformed(x, dim, dtype, *through):
-        return function(x, axis_of(dim), dtype=dtype, **_options(through))
+        return function(x, axis_of(dim), dtype=dtype, **_with_empty_row(through))
 
     transformed.__name__ = f"{name}_transformed"
     return defined_as(f"(Tensor x, int[] dim, ScalarType? dtype, {_THROUGH}) -> Tensor", fake)(transformed)
@@ -58,7 +44,7 @@ log_softmax_transformed = _rows("log_softmax")
 
 @defined_as(f"(Tensor x, int[] dim, bool keepdim, {_THROUGH}) -> Tensor", fake_logsumexp)
 def logsumexp_transformed(x: Tensor, dim: Sequence[int], keepdim: bool, *through: Any) -> Tensor:
-    return gpusoftmax.logsumexp(x, axis_of(dim), keepdims=keepdim, **_without_empty_row(through))
+    return gpusoftmax.logsumexp(x, axis_of(dim), keepdims=keepdim, **options_of(Through(*through)))
 
 
 _LOSS = (
@@ -79,7 +65,7 @@ def _loss_options(logits: Tensor, options: Sequence[Any]) -> dict[str, Any]:
         "reduction": reduction,
         "label_smoothing": label_smoothing,
         "validate": validate,
-        **_options(through),
+        **_with_empty_row(through),
     }
 
 
@@ -122,7 +108,7 @@ def token_logprobs_transformed(
     names = "return_lse", "return_entropy", "return_rank", "return_argmax", "validate"
     wanted = dict(zip(names, options[:5], strict=True))
     fields = gpusoftmax.token_logprobs(
-        logits, target, axis=dim, ignore_index=ignore_index, **wanted, **_without_empty_row(options[5:])
+        logits, target, axis=dim, ignore_index=ignore_index, **wanted, **options_of(Through(*options[5:]))
     )
     return [field for field in fields if field is not None]
 
@@ -146,6 +132,6 @@ def token_logprobs_transformed_backward(
     ignore_index: int,
     *through: Any,
 ) -> Tensor:
-    options = {"axis": dim, "ignore_index": ignore_index, "validate": False, **_without_empty_row(through)}
+    options = {"axis": dim, "ignore_index": ignore_index, "validate": False, **options_of(Through(*through))}
     out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     return gpusoftmax.token_logprobs_backward(logits, target, dlogprob, dentropy, out=out, **options)

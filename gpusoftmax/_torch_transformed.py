@@ -21,10 +21,22 @@ from gpusoftmax._torch_losses import Loss, Tokens
 from gpusoftmax._torch_transform import Dims, Through, of_temperature_and_bias, pulled_back, transformed
 
 
-class _Call(NamedTuple):
+class Op(NamedTuple):
+    """An operation. Its functions take the Call and the logits, and what else they need, see `_Transformed`."""
+
+    value: Callable  # by a kernel
+    composed: Callable  # by operations that autograd knows
+    dx: Callable  # the gradient with respect to the logits, from kernels
+    dz: Callable  # and with respect to the transformed ones, as operations that autograd knows
+    value_and_dx: Callable | None = None  # on the CPU, if that is one kernel: for the gradient 1 of the value
+    keeps: bool = False  # the value, for dx and dz
+    takes_temperature: bool = True
+
+
+class Call(NamedTuple):
     """What is done, beside the logits and their transform."""
 
-    op: str
+    op: Op
     dim: Dims
     options: tuple
     target: Tensor | None = None
@@ -34,20 +46,20 @@ class _Call(NamedTuple):
 def softmax(x: Tensor, dim: Dims, through: float | Through, dtype: torch.dtype | None) -> Tensor:
     if type(through) is float:
         return rows.softmax(x, dim, through, dtype)
-    return _called(_Call("softmax", dim, (dtype,)), x, through)[0]
+    return called(Call(_SOFTMAX, dim, (dtype,)), x, through)[0]
 
 
 def log_softmax(x: Tensor, dim: Dims, through: float | Through, dtype: torch.dtype | None) -> Tensor:
     if type(through) is float:
         return rows.log_softmax(x, dim, through, dtype)
-    return _called(_Call("log_softmax", dim, (dtype,)), x, through)[0]
+    return called(Call(_LOG_SOFTMAX, dim, (dtype,)), x, through)[0]
 
 
 def logsumexp(x: Tensor, dim: Dims, keepdim: bool, through: float | Through) -> Tensor:
     """A row that is masked whole has the gradient 0."""
     if type(through) is float:
         return rows.logsumexp(x, dim, keepdim, through)
-    return _called(_Call("logsumexp", dim, (keepdim,)), x, through._replace(empty_row="zero"))[0]
+    return called(Call(_LOGSUMEXP, dim, (keepdim,)), x, through._replace(empty_row="zero"))[0]
 
 
 def cross_entropy(
@@ -67,7 +79,7 @@ def cross_entropy(
     if inplace and losses.can_be_in_place(logits, through.temperatures, through.bias):
         return losses.InPlaceCrossEntropy.apply(logits, target, weight, loss, through)
     losses.check_weight(weight)
-    return _called(_Call("cross_entropy", (ops.class_dim(logits),), loss, target, weight), logits, through)[0]
+    return called(Call(_CROSS_ENTROPY, (ops.class_dim(logits),), loss, target, weight), logits, through)[0]
 
 
 def token_logprobs(
@@ -76,39 +88,37 @@ def token_logprobs(
     """logprob, lse, entropy, rank, argmax."""
     if type(through) is float:
         return losses.token_logprobs(logits, target, tokens._replace(temperature=through))
-    made = iter(_called(_Call("token_logprobs", (tokens.dim,), tokens, target), logits, through))
+    made = iter(called(Call(_TOKEN_LOGPROBS, (tokens.dim,), tokens, target), logits, through))
     return tuple([next(made) if wanted else None for wanted in (True, *tokens[3:7])])
 
 
-def _called(call: _Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
+def called(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _OPS[call.op].composed(call, x, through)
+        return call.op.composed(call, x, through)
     *numbers, temperatures, bias, mask, valid = through
     if rows.recorded(x, *[one for one in (temperatures, bias) if one is not None]):
         beside = temperatures, bias, mask, valid, call.target, call.weight
         made = _Transformed.apply(call.op, call.dim, call.options, tuple(numbers), x, *beside)
         return made if isinstance(made, tuple) else (made,)
-    return _OPS[call.op].value(call, x, through)
+    return call.op.value(call, x, through)
 
 
 class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, op: str, dim: Dims, options: tuple, numbers: tuple, x: Tensor, *beside: Tensor | None
+        ctx: Any, op: Op, dim: Dims, options: tuple, numbers: tuple, x: Tensor, *beside: Tensor | None
     ) -> tuple[Tensor, ...]:
         temperatures, bias, mask, valid, target, weight = beside
-        call, through = _Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
+        call, through = Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
         ctx.dlogits, made = None, None
-        if op == "cross_entropy" and losses.can_look(x):
+        if op.value_and_dx is not None and losses.can_look(x):
             # As in _FusedCrossEntropy: on the CPU loss and gradient come from one read.
-            *made, ctx.dlogits = kernels.cross_entropy_transformed_with_grad(
-                _dtype_of_gradient(ctx, x), x, target, weight, *options, *through
-            )
-        made = tuple(made or _OPS[op].value(call, x, through))
+            *made, ctx.dlogits = op.value_and_dx(call, x, through, _dtype_of_gradient(ctx, x))
+        made = tuple(made or op.value(call, x, through))
         ctx.given = op, dim, options, numbers
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[one for one in made if not one.is_floating_point()])
-        ctx.save_for_backward(x, *beside, *(made if _OPS[op].keeps else ()))
+        ctx.save_for_backward(x, *beside, *(made if op.keeps else ()))
         return made
 
     @staticmethod
@@ -117,18 +127,18 @@ class _Transformed(torch.autograd.Function):
             return (None,) * 11
         x, temperatures, bias, mask, valid, target, weight, *made = ctx.saved_tensors
         op, dim, options, numbers = ctx.given
-        call, through = _Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
+        call, through = Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
         dlogits, ctx.dlogits = ctx.dlogits, None
         given = [one for one in (x, temperatures, bias, *upstream) if one is not None and one.is_floating_point()]
         if rows.recorded(*given):
-            takes = _OPS[op].takes_temperature
+            takes = op.takes_temperature
             z, left, empty = transformed(x, dim, through, takes)
-            dz = _OPS[op].dz(call, z, left, upstream)
+            dz = op.dz(call, z, left, upstream, made)
             dz = dz if empty is None else torch.where(empty, 0, dz)
             dx = pulled_back(dz, x, dim, through, takes)
         else:
             kept = made if dlogits is None else [dlogits]
-            dx = _OPS[op].dx(call, x, through, kept, upstream, _dtype_of_gradient(ctx, x))
+            dx = op.dx(call, x, through, kept, upstream, _dtype_of_gradient(ctx, x))
         of_others = of_temperature_and_bias(dx, x, dim, through, ctx.needs_input_grad[5:7])
         return None, None, None, None, dx.to(x.dtype), *of_others, None, None, None, None
 
@@ -141,18 +151,18 @@ def _dtype_of_gradient(ctx: Any, x: Tensor) -> torch.dtype:
 # ---------------------------------------------------------------- softmax, log_softmax, logsumexp
 
 
-def _value_of_rows(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
-    return (getattr(kernels, f"{call.op}_transformed")(x, call.dim, *call.options, *through),)
+def _softmax_value(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    return (kernels.softmax_transformed(x, call.dim, *call.options, *through),)
 
 
-def _softmax_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+def _softmax_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
     z, left, empty = transformed(x, call.dim, through)
     probs = rows.softmax(z, call.dim, left, call.options[0] or x.dtype)
     return (probs if empty is None else torch.where(empty, 0, probs),)
 
 
 def _softmax_dx(
-    call: _Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+    call: Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
 ) -> Tensor:
     if through.is_mask:  # where it is masked, so are the probabilities 0
         return ops.softmax_backward(*made, *upstream, call.dim, through.temperature, dtype)
@@ -160,45 +170,53 @@ def _softmax_dx(
     return pulled_back(dz, x, call.dim, through)
 
 
-def _softmax_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+def _softmax_dz(call: Call, z: Tensor, left: float, upstream: tuple[Tensor], made: list[Tensor]) -> Tensor:
     probs = rows.softmax(z, call.dim, left, None)
     return rows.softmax_backward(probs, upstream[0].to(z.dtype), call.dim, left, z.dtype)
 
 
-def _log_softmax_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+def _log_softmax_value(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    return (kernels.log_softmax_transformed(x, call.dim, *call.options, *through),)
+
+
+def _log_softmax_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
     z, left, empty = transformed(x, call.dim, through)
     log_probs = rows.log_softmax(z, call.dim, left, call.options[0] or x.dtype)
     return (log_probs if empty is None else torch.where(empty, -torch.inf, log_probs),)
 
 
 def _log_softmax_dx(
-    call: _Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+    call: Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
 ) -> Tensor:
     left = through.temperature if through.is_mask else 1.0
     dz = ops.log_softmax_backward(*made, *upstream, call.dim, left, ops.row_dtype(x.dtype))
     return pulled_back(dz, x, call.dim, through)
 
 
-def _log_softmax_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+def _log_softmax_dz(call: Call, z: Tensor, left: float, upstream: tuple[Tensor], made: list[Tensor]) -> Tensor:
     log_probs = rows.log_softmax(z, call.dim, left, None)
     return rows.log_softmax_backward(log_probs, upstream[0].to(z.dtype), call.dim, left, z.dtype)
 
 
-def _logsumexp_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+def _logsumexp_value(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
+    return (kernels.logsumexp_transformed(x, call.dim, *call.options, *through),)
+
+
+def _logsumexp_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
     z, left, empty = transformed(x, call.dim, through)
     lse = rows.logsumexp(z, call.dim, call.options[0], left)
     return (torch.where(empty.reshape(lse.shape), -torch.inf, lse),)
 
 
 def _logsumexp_dx(
-    call: _Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+    call: Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
 ) -> Tensor:
     left = through.temperature if through.is_mask else 1.0
     dlse = upstream[0].reshape(_per_row(x, call.dim)) / left
     return pulled_back(kernels.softmax_transformed(x, call.dim, dlse.dtype, *through).mul_(dlse), x, call.dim, through)
 
 
-def _logsumexp_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+def _logsumexp_dz(call: Call, z: Tensor, left: float, upstream: tuple[Tensor], made: list[Tensor]) -> Tensor:
     return rows.softmax(z, call.dim, left, None) * (upstream[0].reshape(_per_row(z, call.dim)) / left)
 
 
@@ -209,11 +227,16 @@ def _per_row(x: Tensor, dim: Dims) -> list[int]:
 # ---------------------------------------------------------------- losses
 
 
-def _cross_entropy_value(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+def _cross_entropy_value(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
     return (kernels.cross_entropy_transformed(x, call.target, call.weight, *call.options, *through),)
 
 
-def _cross_entropy_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor]:
+def _cross_entropy_with_grad(call: Call, x: Tensor, through: Through, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    beside = call.target, call.weight, *call.options
+    return kernels.cross_entropy_transformed_with_grad(dtype, x, *beside, *through)
+
+
+def _cross_entropy_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor]:
     z, _, empty = transformed(x, call.dim, through, takes_temperature=False)
     loss = Loss(*call.options)
     if empty is None:
@@ -224,7 +247,7 @@ def _cross_entropy_composed(call: _Call, x: Tensor, through: Through) -> tuple[T
 
 
 def _cross_entropy_dx(
-    call: _Call, x: Tensor, through: Through, kept: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
+    call: Call, x: Tensor, through: Through, kept: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
 ) -> Tensor:
     (dloss,), loss = upstream, Loss(*call.options)
     is_one = loss.reduction != "none" and losses.can_look(dloss) and dloss.item() == 1
@@ -241,16 +264,16 @@ def _cross_entropy_dx(
     return kept[0].mul_(dloss)
 
 
-def _cross_entropy_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor]) -> Tensor:
+def _cross_entropy_dz(call: Call, z: Tensor, left: float, upstream: tuple[Tensor], made: list[Tensor]) -> Tensor:
     return losses.graph_of_dlogits(z, call.target, call.weight, upstream[0], Loss(*call.options))
 
 
-def _token_logprobs_value(call: _Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
+def _token_logprobs_value(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     dim, _, *options = call.options
     return tuple(kernels.token_logprobs_transformed(x, call.target, dim, *options, *through))
 
 
-def _token_logprobs_composed(call: _Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
+def _token_logprobs_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     z, left, _ = transformed(x, call.dim, through)
     made = losses.token_logprobs(z, call.target, Tokens(*call.options)._replace(temperature=left))
     return tuple(one for one in made if one is not None)
@@ -263,7 +286,7 @@ def _gradients_of_tokens(tokens: Tokens, upstream: tuple[Tensor | None, ...]) ->
 
 
 def _token_logprobs_dx(
-    call: _Call,
+    call: Call,
     x: Tensor,
     through: Through,
     made: list[Tensor],
@@ -283,26 +306,22 @@ def _token_logprobs_dx(
     return dx
 
 
-def _token_logprobs_dz(call: _Call, z: Tensor, left: float, upstream: tuple[Tensor | None, ...]) -> Tensor:
+def _token_logprobs_dz(
+    call: Call, z: Tensor, left: float, upstream: tuple[Tensor | None, ...], made: list[Tensor]
+) -> Tensor:
     tokens = Tokens(*call.options)._replace(temperature=left)
     return losses.graph_of_tokens(z, call.target, *_gradients_of_tokens(tokens, upstream), tokens)
 
 
-class _Op(NamedTuple):
-    value: Callable  # by a kernel
-    composed: Callable  # by operations that autograd knows
-    dx: Callable  # the gradient with respect to the logits, from kernels
-    dz: Callable  # and with respect to the transformed ones, as operations that autograd knows
-    keeps: bool = False  # the value, for dx
-    takes_temperature: bool = True
-
-
-_OPS = {
-    "softmax": _Op(_value_of_rows, _softmax_composed, _softmax_dx, _softmax_dz, keeps=True),
-    "log_softmax": _Op(_value_of_rows, _log_softmax_composed, _log_softmax_dx, _log_softmax_dz, keeps=True),
-    "logsumexp": _Op(_value_of_rows, _logsumexp_composed, _logsumexp_dx, _logsumexp_dz),
-    "cross_entropy": _Op(
-        _cross_entropy_value, _cross_entropy_composed, _cross_entropy_dx, _cross_entropy_dz, takes_temperature=False
-    ),
-    "token_logprobs": _Op(_token_logprobs_value, _token_logprobs_composed, _token_logprobs_dx, _token_logprobs_dz),
-}
+_SOFTMAX = Op(_softmax_value, _softmax_composed, _softmax_dx, _softmax_dz, keeps=True)
+_LOG_SOFTMAX = Op(_log_softmax_value, _log_softmax_composed, _log_softmax_dx, _log_softmax_dz, keeps=True)
+_LOGSUMEXP = Op(_logsumexp_value, _logsumexp_composed, _logsumexp_dx, _logsumexp_dz)
+_CROSS_ENTROPY = Op(
+    _cross_entropy_value,
+    _cross_entropy_composed,
+    _cross_entropy_dx,
+    _cross_entropy_dz,
+    value_and_dx=_cross_entropy_with_grad,
+    takes_temperature=False,
+)
+_TOKEN_LOGPROBS = Op(_token_logprobs_value, _token_logprobs_composed, _token_logprobs_dx, _token_logprobs_dz)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
 
 
 def soft_argmax(
@@ -41,7 +41,8 @@ def soft_argmax(
     -------
     array or NumPy scalar, the shape of `x` without the reduced axis
         Between 0 and n_cols - 1. Exactly c (rounded to the dtype) where column c has all the probability. NaN for a row
-        without columns, and for one that holds NaN, +inf or nothing but -inf.
+        without columns, and for one that holds NaN, +inf or nothing but -inf. Of a torch tensor that requires grad it
+        is differentiable, any number of times.
 
     Raises
     ------
@@ -61,7 +62,12 @@ def soft_argmax(
     array([2., 3.])
     """
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
-    return _replay.call(_soft_argmax, (x, out, *arrays), axis, keepdims, dtype, *options)
+    try:
+        return _replay.call(_soft_argmax, (x, out, *arrays), axis, keepdims, dtype, *options)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    transform = temperature, bias, softcap, mask, n_valid
+    return _gradients.call("soft_argmax", argument, out, transform, x, axis, keepdims, dtype)
 
 
 def _soft_argmax(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype, *options):

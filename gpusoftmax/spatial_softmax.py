@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
 
 
-def spatial_softmax(features: Any, *, temperature: float = 1.0, dtype: Any = None, out: Any = None) -> Any:
+def spatial_softmax(
+    features: Any, *, temperature: Any = 1.0, mask: Any = None, dtype: Any = None, out: Any = None
+) -> Any:
     """The expected coordinates (x, y) of each feature map, under the softmax over all its pixels.
 
     x runs along the last axis of `features`, to the right, and comes first; y runs along the axis before it, down. Both
@@ -16,8 +18,10 @@ def spatial_softmax(features: Any, *, temperature: float = 1.0, dtype: Any = Non
     features : array, shape (..., height, width)
         Typically (batch, channels, height, width). dtypes and kinds as in `softmax`. Any strides; where no single one
         walks the pixels of a map, that costs one copy.
-    temperature : float
-        Divides the features; finite and above 0.
+    temperature : float, or array with the shape of `features` without its last two axes
+        Divides the features; finite and above 0. An array has one for each map, and maps where it is not are NaN.
+    mask : array of bool, shape (height, width) or that of `features`, where sizes of 1 stand for all, optional
+        True keeps a pixel; the others have no probability, whatever they hold.
     dtype : dtype, optional
         Of the result; by default float32, float64 for float64.
     out : array, shape (..., 2), optional
@@ -26,8 +30,9 @@ def spatial_softmax(features: Any, *, temperature: float = 1.0, dtype: Any = Non
     Returns
     -------
     array, shape (..., 2)
-        (x, y) of each map. NaN for one that holds NaN, +inf or nothing but -inf. Exactly a pixel's coordinates (rounded
-        to the dtype) where it has all the probability.
+        (x, y) of each map. NaN for one that holds NaN, +inf or nothing but -inf, or is masked whole. Exactly a pixel's
+        coordinates (rounded to the dtype) where it has all the probability. Of a torch tensor that requires grad they
+        are differentiable, any number of times.
 
     Raises
     ------
@@ -48,18 +53,25 @@ def spatial_softmax(features: Any, *, temperature: float = 1.0, dtype: Any = Non
     >>> spatial_softmax(np.array([[0.0, 50.0, 0.0], [0.0, 0.0, 0.0]])).round(6)
     array([ 0., -1.])
     """
-    return _replay.call(_spatial_softmax, (features, out), temperature, dtype)
+    arrays, options = _transform.split(temperature, None, None, mask, None)
+    try:
+        return _replay.call(_spatial_softmax, (features, out, *arrays), dtype, *options)
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    transform = temperature, None, None, mask, None
+    return _gradients.call("spatial_softmax", argument, out, transform, features, dtype)
 
 
-def _spatial_softmax(features, out, temperature, dtype):
+def _spatial_softmax(features, out, temperatures, bias, mask, valid, dtype, *options):
     pixels = _arrays.logits(features, "features")
     width = _checks.image_width(pixels.shape, "features")
     axes = pixels.ndim - 2, pixels.ndim - 1
-    temperature = _checks.temperature(temperature)
     dtype = None if dtype is None else _checks.dtype_name(dtype)
     row_dtype = "float64" if pixels.dtype == "float64" else "float32"
     coordinates = _arrays.output(out, pixels, (*pixels.shape[:-2], 2), row_dtype, dtype)
     _checks.no_overlap(coordinates, pixels, "features")
+    arrays, compute_dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(pixels, coordinates)
+    pixels, temperature = _transform.applied(pixels, axes, compute_dtype, arrays, options, coordinates, "features")
     kernel = _arrays.kernels(pixels.place, "spatial_softmax").spatial_softmax
     x_and_y = [_arrays.per_row(_arrays.part(coordinates, k), axes, pixels.ndim) for k in range(2)]
     _arrays.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels], x_and_y)
@@ -67,7 +79,13 @@ def _spatial_softmax(features, out, temperature, dtype):
 
 
 def spatial_softmax_backward(
-    features: Any, coordinates: Any, dcoordinates: Any, *, temperature: float = 1.0, out: Any = None
+    features: Any,
+    coordinates: Any,
+    dcoordinates: Any,
+    *,
+    temperature: Any = 1.0,
+    mask: Any = None,
+    out: Any = None,
 ) -> Any:
     """Gradient with respect to the features of `spatial_softmax`, from its result and the gradient of that.
 
@@ -82,8 +100,8 @@ def spatial_softmax_backward(
     coordinates, dcoordinates : array, shape (..., 2)
         The result of `spatial_softmax` and the gradient with respect to it: same dtype, library and device as each
         other, library and device those of `features`; any strides.
-    temperature
-        As given to `spatial_softmax`.
+    temperature, mask
+        As given to `spatial_softmax`. Pixels that are masked have the gradient 0.
     out : array, optional
         Where to write the result; may be `features` itself.
 
@@ -107,10 +125,13 @@ def spatial_softmax_backward(
     >>> spatial_softmax_backward(np.zeros((1, 2)), np.zeros(2), np.array([1.0, 5.0]))
     array([[-0.5,  0.5]])
     """
-    return _replay.call(_spatial_softmax_backward, (features, coordinates, dcoordinates, out), temperature)
+    arrays, options = _transform.split(temperature, None, None, mask, None)
+    return _replay.call(_spatial_softmax_backward, (features, coordinates, dcoordinates, out, *arrays), *options)
 
 
-def _spatial_softmax_backward(features, coordinates, dcoordinates, out, temperature):
+def _spatial_softmax_backward(
+    features, coordinates, dcoordinates, out, temperatures, bias, mask, valid, *options
+):  # fmt: skip
     pixels = _arrays.logits(features, "features")
     width = _checks.image_width(pixels.shape, "features")
     axes = pixels.ndim - 2, pixels.ndim - 1
@@ -119,9 +140,10 @@ def _spatial_softmax_backward(features, coordinates, dcoordinates, out, temperat
         _checks.same_home(pixels, array, "features", name)
         _checks.same_shape(array, (*pixels.shape[:-2], 2), name, f"to match features {pixels.shape}")
     _checks.same_dtype(points, gradient, "coordinates", "dcoordinates")
-    temperature = _checks.temperature(temperature)
     result = _arrays.output(out, pixels, pixels.shape, pixels.dtype)
-    _checks.temperature_fits(temperature, _arrays.compute_dtype(pixels, points, result))
+    arrays, dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(pixels, points, result)
+    pixels, temperature = _transform.applied(pixels, axes, dtype, arrays, options, result, "features")
+    _checks.temperature_fits(temperature, dtype)
     _checks.no_partial_overlap(result, pixels, "features")
     _checks.no_overlap(result, points, "coordinates")
     _checks.no_overlap(result, gradient, "dcoordinates")

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from gpusoftmax import _arrays, _checks, _replay, _tokens, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _tokens, _transform
 from gpusoftmax.kernels.operands import Labels
 
 _ON_CHIP = 64
@@ -56,7 +56,8 @@ def top_logprobs(
         `axis` and one axis of length k, or 1 + k with a target, at the end:
 
         logprob : float32 (float64 for float64 logits)
-            In descending order; log_softmax(logits / temperature)[token], bit for bit.
+            In descending order; log_softmax(logits / temperature)[token], bit for bit. Differentiable where torch's
+            `logits` require grad.
         token : int64
             Of tokens with equal logits the lower comes first. -1 in a row that holds NaN, but for the target.
 
@@ -77,7 +78,13 @@ def top_logprobs(
     """
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
     call = _top_logprobs, (logits, target, *arrays), k, axis, ignore_index, validate
-    return TopLogprobs(*_replay.call(*call, *options))
+    try:
+        return TopLogprobs(*_replay.call(*call, *options))
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    transform = temperature, bias, softcap, mask, n_valid
+    given = logits, k, target, axis, ignore_index, validate
+    return TopLogprobs(*_gradients.call("top_logprobs", argument, None, transform, *given))
 
 
 def _top_logprobs(

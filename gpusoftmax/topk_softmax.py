@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
 
 
 class TopkSoftmax(NamedTuple):
@@ -51,7 +51,8 @@ def topk_softmax(
 
         probs : float32 (float64 for float64 logits)
             In descending order. Without renormalisation softmax(logits / temperature) in that dtype, bit for bit. NaN
-            in a row that has no softmax.
+            in a row that has no softmax. Differentiable where torch's `logits` require grad, of which columns that are
+            not among the k have the gradient 0 if they are renormalised.
         indices : int64
             The columns; of those with equal logits the lower comes first. -1 in a row that has no softmax: it holds NaN
             or +inf, or nothing but -inf.
@@ -59,7 +60,7 @@ def topk_softmax(
     Raises
     ------
     TypeError
-        Unsupported dtypes; a torch tensor that requires grad; a `k` that is no int.
+        Unsupported dtypes; a `k` that is no int.
     ValueError
         Bad axis or temperature; a `k` that is not from 1 to n_cols.
 
@@ -80,7 +81,12 @@ def topk_softmax(
     array([[0.5 , 0.25]])
     """
     arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
-    return TopkSoftmax(*_replay.call(_topk_softmax, (logits, *arrays), k, axis, renormalize, *options))
+    try:
+        return TopkSoftmax(*_replay.call(_topk_softmax, (logits, *arrays), k, axis, renormalize, *options))
+    except _arrays.RequiresGrad as refusal:
+        argument = refusal.argument
+    transform = temperature, bias, softcap, mask, n_valid
+    return TopkSoftmax(*_gradients.call("topk_softmax", argument, None, transform, logits, k, axis, renormalize))
 
 
 def _topk_softmax(logits, temperatures, bias, mask, valid, k, axis, renormalize, *options):

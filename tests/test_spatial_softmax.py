@@ -9,6 +9,7 @@ from gpusoftmax.kernels.cpu import run as run_module
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG
 from tests import inputs, tolerances
 from tests.calls import Untouched, same_bits
+from tests.conftest import Cpu
 from tests.emulator import emulated_gpu
 from tests.test_regimes import WAYS, force
 
@@ -315,3 +316,58 @@ def test_arrays_that_do_not_fit():
             gpusoftmax.spatial_softmax_backward(features, wrong, points)
     with pytest.raises(ValueError, match="out shares memory with dcoordinates"):
         gpusoftmax.spatial_softmax_backward(features, points, features.reshape(-1)[:6].reshape(3, 2), out=features)
+
+
+# ---------------------------------------------------------------- masks, and temperatures of maps
+
+
+def check_masks_and_temperatures(target, of_backward):
+    """What is masked is as -inf there, bit for bit, and has no gradient; powers of two are exact temperatures."""
+    features = inputs.make("spread", (2, 3, 12, 9), F32)
+    mask = np.random.default_rng(0).random((12, 9)) < 0.6
+    temperature = 2.0 ** np.array([[0, 1, -1], [2, -2, 0]], np.float32)
+    kept = np.where(mask, features, -INF).astype(F32)
+    features[:, :, ~mask] = NAN
+    x, given, per_map = target.array(features), target.array(mask), target.array(temperature)
+    points = gpusoftmax.spatial_softmax(x, mask=given, temperature=per_map)
+    everywhere = target.array(np.tile(mask, (2, 1, 1, 1)))
+    found = np.asarray(target.get(points))
+    assert same_bits(target.get(gpusoftmax.spatial_softmax(x, mask=everywhere, temperature=per_map)), found)
+    for image in np.ndindex(2, 3):
+        alone = gpusoftmax.spatial_softmax(target.array(kept[image]), temperature=float(temperature[image]))
+        np.testing.assert_allclose(target.get(alone), found[image], rtol=2e-6, atol=2e-6)
+    whole = np.asarray(target.get(gpusoftmax.spatial_softmax(x, mask=target.array(mask & False), temperature=per_map)))
+    assert np.isnan(whole).all()
+    if not of_backward:
+        return
+    upstream = inputs.make("spread", found.shape, found.dtype)
+    gradients = gpusoftmax.spatial_softmax_backward(
+        x, points, target.array(upstream), mask=given, temperature=per_map
+    )  # fmt: skip
+    gradients = np.asarray(target.get(gradients))
+    assert (gradients[:, :, ~mask] == 0).all()
+    for image in np.ndindex(2, 3):
+        arrays = (target.array(one[image]) for one in (kept, found, upstream))
+        back = gpusoftmax.spatial_softmax_backward(*arrays, temperature=float(temperature[image]))
+        np.testing.assert_allclose(target.get(back), gradients[image], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("of_backward", [False, pytest.param(True, marks=pytest.mark.matrix)])
+def test_masks_and_temperatures_of_maps(of_backward):
+    check_masks_and_temperatures(Cpu(), of_backward)
+
+
+@pytest.mark.matrix
+def test_masks_and_temperatures_of_maps_on_a_gpu():
+    with emulated_gpu("sm_90") as gpu:
+        check_masks_and_temperatures(gpu, True)
+
+
+def test_masks_that_do_not_fit():
+    features = np.zeros((2, 4, 5), F32)
+    with pytest.raises(ValueError, match=r"^mask has shape \(4,\), expected \(4, 5\), .* or \(2, 4, 5\)"):
+        gpusoftmax.spatial_softmax(features, mask=np.ones(4, bool))
+    with pytest.raises(TypeError, match="^mask has dtype int32, expected bool"):
+        gpusoftmax.spatial_softmax(features, mask=np.ones((4, 5), np.int32))
+    with pytest.raises(ValueError, match=r"^temperature has shape \(4, 5\), expected \(2,\)"):
+        gpusoftmax.spatial_softmax(features, temperature=np.ones((4, 5), F32))

@@ -346,6 +346,23 @@ def test_shapes_that_are_stretched():
     assert same(target, logits, {"n_valid": np.array([99, 70, 70])}, {"n_valid": 70})  # more than there are
 
 
+def test_several_axes():
+    """A mask and a bias with the axes of the columns, or with all."""
+    x = inputs.make("spread", (2, 5, 14), np.float32)
+    rng = np.random.default_rng(0)
+    bias, mask = rng.normal(size=(5, 14)).astype(np.float32), rng.random((5, 14)) < 0.7
+    flat = gpusoftmax.softmax(x.reshape(2, 70), bias=bias.reshape(70), mask=np.tile(mask.reshape(70), (2, 1)))
+    for options in (
+        {"bias": bias, "mask": mask},
+        {"bias": bias[None], "mask": np.tile(mask, (2, 1, 1))},
+        {"bias": np.tile(bias, (2, 1, 1)), "mask": mask[None]},
+    ):
+        probs = gpusoftmax.softmax(x, axis=(1, 2), **options)
+        assert probs.tobytes() == flat.tobytes()
+    with pytest.raises(ValueError, match=r"^mask has shape \(70,\), expected \(5, 14\), .* or \(2, 5, 14\)"):
+        gpusoftmax.softmax(x, axis=(1, 2), mask=mask.reshape(70))
+
+
 def test_another_axis(target):
     logits = inputs.make("spread", (2, 45, 6), np.float32)
     rng = np.random.default_rng(0)

@@ -324,6 +324,9 @@ RECORDED = {
     "logsumexp",
     "cross_entropy",
     "token_logprobs",
+    "soft_argmax",
+    "top_logprobs",
+    "topk_softmax",
 }
 INDICES = {"argmax", "sample"}
 
