@@ -2,11 +2,19 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _replay
+from gpusoftmax import _arrays, _checks, _replay, _transform
 from gpusoftmax.kernels.operands import Limits
 
 
-def top_k_mask_logits(logits: Any, top_k: int, axis: int | tuple[int, ...] | None = -1, *, out: Any = None) -> Any:
+def top_k_mask_logits(
+    logits: Any,
+    top_k: int,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    mask: Any = None,
+    n_valid: Any = None,
+    out: Any = None,
+) -> Any:
     """`logits` with -inf for all but the `top_k` largest along `axis`.
 
     The default axis is the last one, -1; None means all axes. All logits that equal the last of the largest stay, so
@@ -21,13 +29,15 @@ def top_k_mask_logits(logits: Any, top_k: int, axis: int | tuple[int, ...] | Non
         How many stay; all do if there are no more.
     axis : int, tuple of int or None
         Along which they are counted. A tuple of axes that no single stride walks costs one copy.
+    mask, n_valid
+        Which logits there are, as in `softmax`: the others become -inf whatever they hold, and are not counted.
     out : array, optional
         Where to write the result, which is then what is returned. It decides the dtype. It may be `logits` itself.
 
     Returns
     -------
     array, the shape, dtype, kind and device of `logits`
-        NaN stays NaN and is not counted.
+        NaN stays NaN and is not counted, unless it is masked.
 
     Raises
     ------
@@ -43,7 +53,7 @@ def top_k_mask_logits(logits: Any, top_k: int, axis: int | tuple[int, ...] | Non
     >>> top_k_mask_logits(np.array([3.0, 1.0, 2.0]), 2)
     array([  3., -inf,   2.])
     """
-    return _replay.call(_mask, (logits, out), axis, 1.0, top_k, None)
+    return _masked(logits, out, mask, n_valid, axis, 1.0, top_k, None)
 
 
 def top_p_mask_logits(
@@ -52,6 +62,8 @@ def top_p_mask_logits(
     axis: int | tuple[int, ...] | None = -1,
     *,
     temperature: float = 1.0,
+    mask: Any = None,
+    n_valid: Any = None,
     out: Any = None,
 ) -> Any:
     """`logits` with -inf for all but the fewest largest whose probabilities add up to `top_p` or more.
@@ -61,7 +73,7 @@ def top_p_mask_logits(
 
     Parameters
     ----------
-    logits, axis, out
+    logits, axis, mask, n_valid, out
         As in `top_k_mask_logits`.
     top_p : float above 0, at most 1
         The part of the probability that stays, within 1e-6.
@@ -85,16 +97,23 @@ def top_p_mask_logits(
     >>> top_p_mask_logits(np.log([0.6, 0.1, 0.3]), 0.8).round(1)
     array([-0.5, -inf, -1.2])
     """
-    return _replay.call(_mask, (logits, out), axis, temperature, None, _checks.top_p(top_p))
+    return _masked(logits, out, mask, n_valid, axis, temperature, None, _checks.top_p(top_p))
 
 
-def _mask(logits, out, axis, temperature, top_k, top_p):
+def _masked(logits, out, mask, n_valid, axis, temperature, *limits):
+    temperature = _checks.temperature(temperature)  # of all rows
+    (_, _, mask, valid), transform = _transform.split(temperature, None, None, mask, n_valid)
+    return _replay.call(_mask, (logits, out, mask, valid), axis, *limits, *transform)
+
+
+def _mask(logits, out, mask, valid, axis, top_k, top_p, *transform):
     x = _arrays.logits(logits, "logits")
     axes = _checks.axes(axis, x.ndim)
     limits = Limits(_checks.top_k(top_k), _checks.top_p(top_p))
-    temperature = _checks.temperature(temperature)
     masked = _arrays.output(out, x, x.shape, x.dtype)
-    _checks.temperature_fits(temperature, _arrays.compute_dtype(x, masked))
+    dtype = _arrays.compute_dtype(x, masked)
+    x, temperature = _transform.applied(x, axes, dtype, (None, None, mask, valid), transform, masked, "logits")
+    _checks.temperature_fits(temperature, dtype)
     _checks.no_partial_overlap(masked, x, "logits")
     kernel = _arrays.kernels(x.place, "mask_logits").mask_logits
     if x.size:

@@ -89,3 +89,27 @@ def test_axes_and_out():
     place = logits.copy()
     assert top_p(place, 0.5, out=place) is place and np.array_equal(place, top_p(logits, 0.5))
     assert top_k(np.zeros((0, 4), F32), 2).shape == (0, 4)
+
+
+@pytest.mark.parametrize("n_cols", [31, pytest.param(4099, marks=pytest.mark.matrix)])
+def test_what_is_masked_is_left_out(target, n_cols):
+    """Bit for bit what comes of -inf there, whatever the logits are."""
+    logits = inputs.make("spread", (4, n_cols), F32, seed=n_cols)
+    rng = np.random.default_rng(0)
+    mask, n_valid = rng.random(logits.shape) < 0.6, rng.integers(n_cols // 2, n_cols, 4)
+    there = mask & (np.arange(n_cols) < n_valid[:, None])
+    there[3] = mask[3] = False
+    kept = np.where(there, logits, -np.inf).astype(F32)
+    logits[~there] = np.nan
+    given = {"mask": target.array(mask), "n_valid": target.array(n_valid)}
+    for function, limit in ((top_k, 7), (top_p, 0.8)):
+        x = target.array(logits.copy())
+        found = target.get(function(x, limit, **given))
+        assert found.tobytes() == target.get(function(target.array(kept), limit)).tobytes()
+        assert function(x, limit, out=x, **given) is x
+        assert target.get(x).tobytes() == found.tobytes()
+
+
+def test_a_temperature_is_one_number():
+    with pytest.raises(TypeError, match="^temperature is .*, expected one number"):
+        top_p(np.zeros((2, 3)), 0.5, temperature=np.ones(2))
