@@ -56,10 +56,11 @@ def backward(op: str, y: Any, dy: Any, names: tuple[str, str], axis: Any, temper
 
     names: of y and dy, in messages.
     """
-    return _replay.call(_backward, (y, dy, out), op, *names, axis, temperature)
+    (temperatures, *_), (temperature, *_) = _transform.split(temperature, None, None, None, None)
+    return _replay.call(_backward, (y, dy, out, temperatures), op, *names, axis, temperature)
 
 
-def _backward(y, dy, out, op, y_name, dy_name, axis, temperature):
+def _backward(y, dy, out, temperatures, op, y_name, dy_name, axis, temperature):
     value, gradient = _arrays.logits(y, y_name), _arrays.logits(dy, dy_name)
     _checks.same_home(value, gradient, y_name, dy_name)
     _checks.same_dtype(value, gradient, y_name, dy_name)
@@ -67,10 +68,16 @@ def _backward(y, dy, out, op, y_name, dy_name, axis, temperature):
     axes = _checks.axes(axis, value.ndim)
     temperature = _checks.temperature(temperature)
     result = _arrays.output(out, value, value.shape, value.dtype)
-    _checks.temperature_fits(temperature, _arrays.compute_dtype(value, result))
+    dtype = _arrays.compute_dtype(value, result)
+    _checks.temperature_fits(temperature, dtype)
     _checks.no_partial_overlap(result, value, y_name)
     _checks.no_partial_overlap(result, gradient, dy_name)
-    kernel = getattr(_arrays.kernels(value.place, op), f"{op}_backward")
+    kernels, place = _arrays.kernels(value.place, op), value.place
+    reads, call = [value, gradient], getattr(kernels, f"{op}_backward")
+    numbers = (temperature, place)
+    if temperatures is not None:
+        reads.append(_transform.temperatures_of_rows(temperatures, value, axes, dtype, y_name, result))
+        call, numbers = getattr(kernels, f"tempered_{op}_backward"), (place,)
     if value.size:
-        _arrays.for_rows(lambda *rows: kernel(*rows, temperature, value.place), axes, [value, gradient], [result])
+        _arrays.for_rows(lambda *rows: call(*rows, *numbers), axes, reads, [result])
     return _arrays.result(result, out)

@@ -1,5 +1,6 @@
 """The functions of the core, with its arguments and defaults, for tensors that require grad."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 import gpusoftmax
 from gpusoftmax import _checks, _torch_expected, _torch_losses, _torch_rows
 from gpusoftmax import _torch_transformed as transformed
-from gpusoftmax._torch_transform import Through, options_of, through
+from gpusoftmax._torch_ops import row_dtype
+from gpusoftmax._torch_transform import Through, options_of, per_row, through
 
 
 def softmax(x: Tensor, axis: Any, dtype: Any, transform: tuple) -> Tensor:
@@ -25,14 +27,21 @@ def log_softmax(x: Tensor, axis: Any, dtype: Any, transform: tuple) -> Tensor:
 
 def softmax_backward(probs: Tensor, dprobs: Tensor, names: tuple[str, str], axis: Any, temperature: Any) -> Tensor:
     _tensors(**dict(zip(names, (probs, dprobs), strict=True)))
-    options = _checks.axes(axis, probs.ndim), _checks.temperature(temperature), probs.dtype
-    return _torch_rows.softmax_backward(probs, dprobs, *options)
+    return _backward(_torch_rows.softmax_backward, probs, dprobs, axis, temperature)
 
 
 def log_softmax_backward(log_probs: Tensor, dlog_probs: Tensor, axis: Any, temperature: Any) -> Tensor:
     _tensors(log_probs=log_probs, dlog_probs=dlog_probs)
-    options = _checks.axes(axis, log_probs.ndim), _checks.temperature(temperature), log_probs.dtype
-    return _torch_rows.log_softmax_backward(log_probs, dlog_probs, *options)
+    return _backward(_torch_rows.log_softmax_backward, log_probs, dlog_probs, axis, temperature)
+
+
+def _backward(function: Callable[..., Tensor], y: Tensor, dy: Tensor, axis: Any, temperature: Any) -> Tensor:
+    axes = _checks.axes(axis, y.ndim)
+    given = through(y, axes, temperature, None, None, None, None)
+    if type(given) is float:
+        return function(y, dy, axes, given, y.dtype)
+    undivided = function(y, dy, axes, 1.0, row_dtype(y.dtype))
+    return (undivided / per_row(given.temperatures, y, axes)).to(y.dtype)
 
 
 def logsumexp(x: Tensor, axis: Any, keepdims: bool, dtype: Any, transform: tuple) -> Tensor:

@@ -28,9 +28,9 @@ def split(
 ) -> tuple[tuple, tuple]:
     """(arrays, options), as a call that is replayed has them apart."""
     temperatures, valid_of_rows = None, None
-    if getattr(temperature, "ndim", 0):
+    if getattr(temperature, "shape", ()):
         temperature, temperatures = 1.0, temperature
-    if getattr(n_valid, "ndim", 0):
+    if getattr(n_valid, "shape", ()):
         n_valid, valid_of_rows = None, n_valid
     temperature, n_valid = _number(temperature, "temperature"), _number(n_valid, "n_valid")
     return (temperatures, bias, mask, valid_of_rows), (temperature, softcap, n_valid, empty_row)
@@ -63,11 +63,7 @@ def applied(
     n_cols = _arrays.column_count(x, axes)
     scale, rows_temperature = None, None
     if temperatures is not None:
-        rows_temperature = _beside(temperatures, x, "temperature", name, result, floating=True)
-        _checks.same_shape(rows_temperature, batch_shape, "temperature", "one for each row, or a single number")
-        if rows_temperature.dtype != dtype:
-            rows_temperature = _arrays.contiguous(rows_temperature, dtype)
-        rows_temperature = _arrays.per_row(rows_temperature, axes, x.ndim)
+        rows_temperature = temperatures_of_rows(temperatures, x, axes, dtype, name, result)
     elif temperature != 1.0 and not is_zero and (bias is not None or softcap is not None or not takes_temperature):
         scale, temperature = scale_of(1.0, temperature, dtype), 1.0
     if bias is not None:
@@ -94,6 +90,18 @@ def applied(
     if any(field is not None for field in fields):
         x = x._replace(transform=Transform(*fields))
     return x, temperature
+
+
+def temperatures_of_rows(
+    given: Any, x: Array, axes: tuple[int, ...], dtype: str, x_name: str, result: Array | None
+) -> Array:
+    """One for each row of x, in the format of the computation, to be walked beside x."""
+    array = _beside(given, x, "temperature", x_name, result, floating=True)
+    batch_shape = _arrays.without_axes(x, axes)
+    _checks.same_shape(array, batch_shape, "temperature", "one for each row, or a single number")
+    if array.dtype != dtype:
+        array = _arrays.contiguous(array, dtype)
+    return _arrays.per_row(array, axes, x.ndim)
 
 
 def _beside(given: Any, x: Array, name: str, x_name: str, result: Array | None, floating: bool = False) -> Array:

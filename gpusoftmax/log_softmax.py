@@ -65,7 +65,7 @@ def log_softmax_backward(
     dlog_probs: Any,
     axis: int | tuple[int, ...] | None = -1,
     *,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
     out: Any = None,
 ) -> Any:
     """Gradient with respect to the logits of `log_softmax`, from its result and the gradient with respect to that.
@@ -77,7 +77,7 @@ def log_softmax_backward(
     log_probs, dlog_probs : array, shape (..., n_cols, ...)
         The log-softmax and the gradient with respect to it: same shape, dtype, library and device; any strides.
     axis, temperature
-        As given to `log_softmax`.
+        As given to `log_softmax`; a temperature for each row makes the row NaN where it is not finite and above 0.
     out : array, optional
         Where to write the result; may be `log_probs` or `dlog_probs` itself.
 
@@ -89,6 +89,11 @@ def log_softmax_backward(
     ------
     TypeError, ValueError
         As `softmax_backward`.
+
+    Notes
+    -----
+    A column that was masked, whose log-probability is -inf, gets dlog_probs / temperature, as one of any other -inf: to
+    be set to 0 by the caller. Its dlog_probs counts in the sum, too. For a softcap see `softmax_backward`.
 
     Examples
     --------

@@ -99,7 +99,7 @@ def softmax_backward(
     dprobs: Any,
     axis: int | tuple[int, ...] | None = -1,
     *,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
     out: Any = None,
 ) -> Any:
     """Gradient with respect to the logits of `softmax`, from its result and the gradient with respect to that.
@@ -113,7 +113,7 @@ def softmax_backward(
     probs, dprobs : array, shape (..., n_cols, ...)
         The softmax and the gradient with respect to it: same shape, dtype, library and device; any strides.
     axis, temperature
-        As given to `softmax`.
+        As given to `softmax`; a temperature for each row makes the row NaN where it is not finite and above 0.
     out : array, optional
         Where to write the result; may be `probs` or `dprobs` itself.
 
@@ -125,6 +125,12 @@ def softmax_backward(
     ------
     TypeError, ValueError
         As `softmax`; also when `probs` and `dprobs` differ in shape, dtype, library or device.
+
+    Notes
+    -----
+    What else `softmax` may have done to the logits: a bias changes nothing here, and what was masked has the
+    probability and so the gradient 0. Under a softcap the result is to be multiplied by 1 - (z / softcap)^2, where z
+    are the logits after it: one pass more, by the arrays' own library, which gpusoftmax.torch adds by itself.
 
     Examples
     --------
@@ -146,7 +152,7 @@ def softmax_jvp(
     tangent: Any,
     axis: int | tuple[int, ...] | None = -1,
     *,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
     out: Any = None,
 ) -> Any:
     """How the result of `softmax` changes when its logits move along `tangent`: forward-mode differentiation.

@@ -6,6 +6,7 @@ memory, and what it would have launched is recorded. test_codegen.py says which 
 """
 
 import ast
+import contextlib
 import functools
 import itertools
 import math
@@ -120,7 +121,8 @@ def _calls(dtype, out_dtype, shape, axis):
     like = {"out": _Array(shape, out_dtype), "axis": axis}
     for function in ("softmax", "log_softmax"):
         yield function, (x,), like
-        yield f"{function}_backward", (x, _Array(shape, dtype)), like
+        for temperature in (1.0, _Array(batch, np.float64 if np.float64 in (dtype, out_dtype) else np.float32)):
+            yield f"{function}_backward", (x, _Array(shape, dtype)), {**like, "temperature": temperature}
     yield "softmax_jvp", (x, _Array(shape, dtype)), like
     for function in ("logsumexp", "soft_argmax"):
         per_row = {} if dtype == out_dtype else {"out": _Array(batch, out_dtype)}
@@ -159,6 +161,33 @@ def _calls(dtype, out_dtype, shape, axis):
         yield "softmax", (_Array((4, 4, n_cols), dtype),), {"axis": (0, 2)}  # no single stride walks these: copies
 
 
+def _transformed_calls(dtype):
+    """As _calls, in one dtype, along the last axis: one call for each family, whose logits go through every option."""
+    (n_rows, n_cols), _ = SPLITS[1]
+    row_dtype = np.float64 if dtype == np.float64 else np.float32
+    x, target, per_row = _Array((n_rows, n_cols), dtype), _Array((n_rows,), np.int64), _Array((n_rows,), row_dtype)
+    left_out = {"mask": _Array((n_rows, n_cols // 32), np.int32), "n_valid": _Array((n_rows,), np.int64)}
+    everything = {"temperature": per_row, "bias": _Array((n_cols,), dtype), "softcap": 30.0, **left_out}
+    for function in ("softmax", "log_softmax"):
+        yield function, (x,), {**everything, "empty_row": "zero"}
+    for function in ("logsumexp", "argmax", "soft_argmax"):
+        yield function, (x,), everything
+    yield "soft_argmax_backward", (x, per_row, per_row), everything
+    yield "cross_entropy_with_grad", (x, target, _Array((n_cols,), dtype)), {**everything, "label_smoothing": 0.1}
+    yield "token_logprobs", (x, target), {**everything, "return_entropy": True}
+    yield "token_logprobs_backward", (x, target, per_row, per_row), everything
+    for function in ("top_logprobs", "topk_softmax"):
+        yield function, (x, 8), everything
+    for limits in ({}, {"top_k": 9, "top_p": 0.9}):
+        yield "sample", (x,), {**everything, "rng": (_Array((n_rows,), np.int64), 0), **limits}
+    yield "top_k_mask_logits", (x, 5), left_out
+    yield "top_p_mask_logits", (x, 0.9), left_out
+    maps, points = _maps(n_rows, n_cols, dtype, -1), _Array((n_rows, 2), row_dtype)
+    of_maps = {"temperature": per_row, "mask": _Array(maps.shape, np.bool_)}
+    yield "spatial_softmax", (maps,), of_maps
+    yield "spatial_softmax_backward", (maps, points, points), of_maps
+
+
 def _maps(n_maps, n_pixels, dtype, axis):
     """Square feature maps one after another, or (axis 0) side by side."""
     side = math.isqrt(n_pixels)
@@ -170,7 +199,9 @@ def public_functions():
     return {function for function, _, _ in _calls(np.float32, np.float32, *SPLITS[0])}
 
 
-def _launches(dtype, out_dtype):
+@contextlib.contextmanager
+def _recorded():
+    """Collects (kernel, signature) of what would have been launched."""
     recorded = []
     stand_in = {
         "device": lambda ordinal: driver.Device(ordinal, "sm_90", 132),
@@ -178,6 +209,11 @@ def _launches(dtype, out_dtype):
         "launch": lambda *_: None,
     }
     with mock.patch.multiple(driver, **stand_in):
+        yield recorded
+
+
+def _launches(dtype, out_dtype):
+    with _recorded() as recorded:
         for shape, axis in SPLITS:
             for function, arguments, options in _calls(dtype, out_dtype, shape, axis):
                 getattr(gpusoftmax, function)(*arguments, **options)
@@ -200,6 +236,18 @@ def specialisations(mixed=False):
         for known in specialisations():
             found.pop(known[:2], None)
     return tuple(Specialisation(*key, dtype) for key, dtype in found.items())
+
+
+@functools.cache
+def transformed_specialisations():
+    """A kernel of each family with every option on its logits, in each dtype."""
+    found = {}
+    for dtype in inputs.DTYPES:
+        with _recorded() as recorded:
+            for function, arguments, options in _transformed_calls(dtype):
+                getattr(gpusoftmax, function)(*arguments, **options)
+        found.update(dict.fromkeys(recorded, dtype.name))
+    return tuple(Specialisation(*key, dtype) for key, dtype in found.items() if "|" in " ".join(key[1]))
 
 
 def kernels_on_disk():

@@ -143,11 +143,42 @@ def test_machine_code_moves_16_bytes_at_a_time(kernel):
 # ---- the whole matrix
 
 
-@pytest.mark.codegen_full
-@pytest.mark.parametrize("arch", codegen.LINKED)
-@pytest.mark.parametrize("kernel", SPECIALISATIONS + codegen.specialisations(mixed=True), ids=str)
-def test_whole_matrix(kernel, arch):
+def check_everything(kernel, arch):
     codegen.check_ptx(kernel, arch)
     for device in codegen.LINKED[arch]:
         entry, bounds = compile.entry_of(codegen.ptx_of(kernel, arch)), compile.launch_bounds(kernel.signature, arch)
         codegen.check_link(codegen.link(kernel, device), entry, device, *bounds)
+
+
+@pytest.mark.codegen_full
+@pytest.mark.parametrize("arch", codegen.LINKED)
+@pytest.mark.parametrize("kernel", SPECIALISATIONS + codegen.specialisations(mixed=True), ids=str)
+def test_whole_matrix(kernel, arch):
+    check_everything(kernel, arch)
+
+
+TRANSFORMED = codegen.transformed_specialisations()
+IN_EVERY_RUN = [str(one) == "softmax_rows-long-float32" for one in TRANSFORMED]
+
+
+def test_every_family_is_transformed():
+    families = {one.kernel.partition(".")[0] for one in SPECIALISATIONS if one.reads_rows}
+    families -= {"copy", "logsumexp_state"}  # take no transform
+    assert {one.kernel.partition(".")[0] for one in TRANSFORMED} == families
+    assert sum(IN_EVERY_RUN) == 1
+
+
+@pytest.mark.parametrize(
+    "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.codegen_full) for arch in codegen.LINKED]
+)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(one, marks=[] if usual else pytest.mark.codegen_full)
+        for one, usual in zip(TRANSFORMED, IN_EVERY_RUN, strict=True)
+    ],
+    ids=str,
+)
+def test_transformed_logits(kernel, arch):
+    """Every option at once, along long rows."""
+    check_everything(kernel, arch)

@@ -220,6 +220,29 @@ def test_gradients_of_soft_argmax(target):
     assert (got[z == -INF] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(70, 40), *(pytest.param(shape, marks=MATRIX) for shape in ((3, 5000), (2, 64)))])
+@pytest.mark.parametrize("op", ["softmax", pytest.param("log_softmax", marks=MATRIX)])
+def test_backwards_with_a_temperature_for_each_row(target, op, shape):
+    """A row has the bits that it gets from its temperature alone."""
+    logits, upstream = inputs.make("spread", shape, np.float32), inputs.make("peaked", shape, np.float32)
+    temperature = np.random.default_rng(0).uniform(0.2, 3, shape[0])  # float64: to be rounded to float32
+    temperature[:2] = NAN, -1
+    result = getattr(gpusoftmax, op)(logits)
+    backward = getattr(gpusoftmax, f"{op}_backward")
+    given = [target.array(one) for one in (result, upstream, temperature)]
+    found = target.get(backward(*given[:2], temperature=given[2]))
+    assert np.isnan(found[:2]).all()
+    for row in range(2, shape[0]):
+        alone = target.array(result[row : row + 1]), target.array(upstream[row : row + 1])
+        same_one = float(np.float32(temperature[row]))
+        expected = target.get(backward(*alone, temperature=same_one))
+        assert expected.tobytes() == found[row : row + 1].tobytes()
+        if target.name == "emulated" and row > 4:
+            break
+    beside = [target.array(np.ascontiguousarray(one.T)) for one in (result, upstream)]  # rows side by side
+    np.testing.assert_allclose(target.get(backward(*beside, 0, temperature=given[2])).T, found, rtol=1e-4, atol=1e-6)
+
+
 @MATRIX
 def test_smoothing_under_a_softcap(target):
     logits = inputs.make("spread", (3, 300), np.float32)

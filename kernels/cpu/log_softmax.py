@@ -7,14 +7,27 @@ The two terms of the first line are not positive: nothing cancels. The loss is c
 same row state, so log_probs[target] is -loss bit for bit.
 """
 
+import numpy as np
+
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.here import unless_empty
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, number_of_row, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, fold_state, save, save_state, saved, sum_of_saved
-from gpusoftmax.kernels.cpu.vector import add, exp, fma, is_half, load_cols, log_probability, log_sum, mul, negative
+from gpusoftmax.kernels.cpu.vector import (
+    add,
+    exp,
+    fma,
+    inverse_temperature,
+    is_half,
+    load_cols,
+    log_probability,
+    log_sum,
+    mul,
+    negative,
+)
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 
@@ -29,6 +42,14 @@ def log_softmax_backward(
 ) -> None:
     scale, _ = scale_of(1.0, temperature, compute_dtype(log_probs.dtype, dlog_probs.dtype, dlogits.dtype))
     run(log_softmax_backward_rows, rows, log_probs, dlog_probs, dlogits, scale)
+
+
+def tempered_log_softmax_backward(
+    rows: Rows, log_probs: Operand, dlog_probs: Operand, temperatures: Operand, dlogits: Operand, place: Place
+) -> None:
+    """log_softmax_backward with a temperature for each row, in the format of the arithmetic."""
+    one = np.dtype(temperatures.dtype).type(1)
+    run(tempered_log_softmax_backward_rows, rows, log_probs, dlog_probs, dlogits, temperatures, one, in_blocks=False)
 
 
 @kernel
@@ -78,6 +99,27 @@ def log_probabilities(col, left, here, arguments):
 def log_softmax_backward_rows(call):
     way, job, rows, log_probs, dlog_probs, dlogits, scale = arguments(call)
     walk(way, job, rows, log_probs, dlog_probs, dlogits, nothing_first, sum_gradient, total, gradient, (scale,), scale)
+
+
+@kernel
+def tempered_log_softmax_backward_rows(call):
+    way, job, rows, log_probs, dlog_probs, dlogits, temperatures, one = arguments(call)
+    numbers = rows, temperatures, one
+    walk(way, job, rows, log_probs, dlog_probs, dlogits, nothing_first, sum_gradient, total_and_scale, tempered,
+         numbers, one)  # fmt: skip
+
+
+@device
+def total_and_scale(here, numbers):
+    rows, temperatures, one = numbers
+    return negative(total(here, numbers)), inverse_temperature(number_of_row(temperatures, rows, here, 0, one))[0]
+
+
+@device
+def tempered(here, first, last, summary, numbers):
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        write_chunk(centred, summary, here, col, count)
 
 
 @device

@@ -24,8 +24,8 @@ from typing import NamedTuple
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.here import Line, pulled_back_cols
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element
-from gpusoftmax.kernels.cpu.states import FIELDS, LOW, MAX, OWN, SUM, chunk_ratio, fold_sum, row_max, save, saved
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
+from gpusoftmax.kernels.cpu.states import LOW, MAX, OWN, SUM, chunk_ratio, fold_sum, row_max, save, saved
 from gpusoftmax.kernels.cpu.vector import (
     add,
     add_pair,
@@ -35,9 +35,7 @@ from gpusoftmax.kernels.cpu.vector import (
     exp_below,
     fma,
     is_across,
-    lanes_of,
     line_and_place,
-    load,
     load_cols,
     moved_moment,
     mul,
@@ -46,7 +44,6 @@ from gpusoftmax.kernels.cpu.vector import (
     prefetch_to_read,
     ratio_of_pairs,
     row_inverse,
-    store,
     store_cols,
     sub,
 )
@@ -197,16 +194,6 @@ def fold_exponentials(here, scale, scale_low):
     row = fold_sum(here.states, n_chunks, here.zero, scale, scale_low)
     inverse = row_inverse(row_max(here.states, n_chunks, here.zero), row.sum, row.low)
     return row.shift, row.exponent, mul(inverse, scale)
-
-
-@device
-def number_of_row(array, rows, here, field, like):
-    """The number of a row, or of the row in each lane, from an array of one number per row."""
-    lanes, n_chunks = lanes_of(here.zero), count_of_chunks(here.n_cols)
-    for lane in range(here.n_rows):
-        value = load(element(array, here.row + lane, rows), 0, like)
-        store(here.states, (n_chunks * FIELDS + field) * lanes + lane, value)
-    return saved(here.states, n_chunks, field, here.zero)
 
 
 @device

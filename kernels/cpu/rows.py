@@ -6,7 +6,7 @@ import numpy as np
 
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max
-from gpusoftmax.kernels.cpu.states import FIELDS, MAX, save
+from gpusoftmax.kernels.cpu.states import FIELDS, MAX, save, saved
 from gpusoftmax.kernels.cpu.vector import advance, lanes_of, load, pointer_to, store
 from gpusoftmax.kernels.operands import Transform
 
@@ -71,3 +71,13 @@ def store_per_row(array, rows, here, values, like):
     store(here.states, place, values)
     for lane in range(here.n_rows):
         store(element(array, here.row + lane, rows), 0, load(here.states, place + lane, like))
+
+
+@device
+def number_of_row(array, rows, here, field, like):
+    """The number of a row, or of the row in each lane, from an array of one number per row."""
+    lanes, n_chunks = lanes_of(here.zero), count_of_chunks(here.n_cols)
+    for lane in range(here.n_rows):
+        value = load(element(array, here.row + lane, rows), 0, like)
+        store(here.states, (n_chunks * FIELDS + field) * lanes + lane, value)
+    return saved(here.states, n_chunks, field, here.zero)

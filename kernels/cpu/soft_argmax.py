@@ -11,11 +11,10 @@ from gpusoftmax.kernels.cpu.moments import (
     fold_moments,
     measure_exponentials,
     measure_moments,
-    number_of_row,
     scale_below,
     write_gradients,
 )
-from gpusoftmax.kernels.cpu.rows import save_maxima, store_per_row
+from gpusoftmax.kernels.cpu.rows import number_of_row, save_maxima, store_per_row
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one

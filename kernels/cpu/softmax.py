@@ -6,17 +6,20 @@
 Softmax reads a row once: the exponentials stay where the probabilities go, and are multiplied there by 1 / s.
 """
 
+import numpy as np
+
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.here import unless_empty
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, save_maxima
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, number_of_row, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, row_max, save, saved, sum_of_saved
 from gpusoftmax.kernels.cpu.vector import (
     add,
     fma,
     inverse_pair,
+    inverse_temperature,
     is_half,
     load_cols,
     mul,
@@ -37,6 +40,14 @@ def softmax_backward(
 ) -> None:
     scale, _ = scale_of(1.0, temperature, compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype))
     run(softmax_backward_rows, rows, probs, dprobs, dlogits, scale)
+
+
+def tempered_softmax_backward(
+    rows: Rows, probs: Operand, dprobs: Operand, temperatures: Operand, dlogits: Operand, place: Place
+) -> None:
+    """softmax_backward with a temperature for each row, in the format of the arithmetic."""
+    one = np.dtype(temperatures.dtype).type(1)
+    run(tempered_softmax_backward_rows, rows, probs, dprobs, dlogits, temperatures, one, in_blocks=False)
 
 
 @kernel
@@ -93,6 +104,26 @@ def scaled(col, left, here, arguments):
 def softmax_backward_rows(call):
     way, job, rows, probs, dprobs, dlogits, scale = arguments(call)
     walk(way, job, rows, probs, dprobs, dlogits, nothing_first, sum_products, dot, gradient, (scale,), scale)
+
+
+@kernel
+def tempered_softmax_backward_rows(call):
+    way, job, rows, probs, dprobs, dlogits, temperatures, one = arguments(call)
+    numbers = rows, temperatures, one
+    walk(way, job, rows, probs, dprobs, dlogits, nothing_first, sum_products, dot_and_scale, tempered, numbers, one)
+
+
+@device
+def dot_and_scale(here, numbers):
+    rows, temperatures, one = numbers
+    return dot(here, numbers), inverse_temperature(number_of_row(temperatures, rows, here, 0, one))[0]
+
+
+@device
+def tempered(here, first, last, summary, numbers):
+    for chunk in range(first, last):
+        col, count = chunk_range(here, chunk)
+        write_chunk(centred, summary, here, col, count)
 
 
 @device

@@ -1,5 +1,7 @@
 """Softmax over rows of logits, and its backward, on the GPU. kernels/cuda/device/softmax.py holds the kernels."""
 
+import numpy as np
+
 from gpusoftmax.kernels.cuda.launch import launch_rows
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of
 
@@ -14,3 +16,12 @@ def softmax_backward(
 ) -> None:
     scale, _ = scale_of(1.0, temperature, compute_dtype(probs.dtype, dprobs.dtype, dlogits.dtype))
     launch_rows("softmax.softmax_backward_rows", place, rows, probs, dprobs, dlogits, scale, reads=2)
+
+
+def tempered_softmax_backward(
+    rows: Rows, probs: Operand, dprobs: Operand, temperatures: Operand, dlogits: Operand, place: Place
+) -> None:
+    """softmax_backward with a temperature for each row, in the format of the arithmetic."""
+    one = np.dtype(temperatures.dtype).type(1)
+    arrays = probs, dprobs, temperatures, dlogits
+    launch_rows("softmax.tempered_softmax_backward_rows", place, rows, *arrays, one, reads=2)

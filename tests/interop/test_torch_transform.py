@@ -336,6 +336,16 @@ def test_the_core_goes_there():
 
 
 @MATRIX
+@pytest.mark.parametrize("op", ["softmax", "log_softmax"])
+def test_backwards_with_a_temperature_for_each_row(op):
+    result = getattr(torch, op)(random(3, 7).detach(), -1).requires_grad_()
+    upstream, temperature = random(3, 7, seed=1), everything()["temperature"]
+    backward = getattr(gpusoftmax, f"{op}_backward")
+    assert gradcheck(lambda y, dy, t: backward(y, dy, temperature=t), (result, upstream, temperature))
+    assert gradgradcheck(lambda y, dy, t: backward(y, dy, temperature=t), (result, upstream, temperature))
+
+
+@MATRIX
 def test_all_of_the_core_goes_there():
     x, options = random(3, 7), everything()
     for call in (gpusoftmax.log_softmax, gpusoftmax.logsumexp):

@@ -1,12 +1,12 @@
 """Log-softmax and its backward. The mathematics stands in kernels/cpu/log_softmax.py."""
 
 from gpusoftmax.kernels.cuda.device._cuda import device
-from gpusoftmax.kernels.cuda.device.arithmetic import fma, log_sum, mul, number
+from gpusoftmax.kernels.cuda.device.arithmetic import fma, inverse_temperature, log_sum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import cheap_exp, negative_log_probability
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params
 from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
-from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.rows import number_of_row, own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import unless_empty
 
 
@@ -69,3 +69,14 @@ def log_softmax_backward_rows(rows, split, start, log_probs, dlog_probs, dlogits
     total = total_of_rows(sources, n_cols, team, split, scale)
     # 2. dlogits = (dlog_probs - exp(log_probs) total) / T
     write_gradients(row_of(dlogits, row, rows), sources, n_cols, team, split, (-total, scale), scale)
+
+
+def tempered_log_softmax_backward_rows(rows, split, start, log_probs, dlog_probs, temperatures, dlogits, one):
+    """With a temperature for each row."""
+    team = team_of(split, 2)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    sources = row_of(log_probs, row, rows), row_of(dlog_probs, row, rows)
+    total = total_of_rows(sources, n_cols, team, split, one)
+    scale, _ = inverse_temperature(number_of_row(temperatures, row, rows, one))
+    write_gradients(row_of(dlogits, row, rows), sources, n_cols, team, split, (-total, scale), one)

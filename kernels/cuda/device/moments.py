@@ -36,7 +36,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     lowest_of,
     ordered_exp_from,
 )
-from gpusoftmax.kernels.cuda.device.memory import load, n_values, piece_numbers, stored_in_halves, vector_width
+from gpusoftmax.kernels.cuda.device.memory import n_values, piece_numbers, stored_in_halves, vector_width
 from gpusoftmax.kernels.cuda.device.piece_state import (
     gap_params,
     group_sum,
@@ -55,7 +55,6 @@ from gpusoftmax.kernels.cuda.device.rows import (
     has_columns,
     meet,
     open_row,
-    row_of,
     row_writer,
     stage_next,
     wait_for_piece,
@@ -268,12 +267,6 @@ def row_backward_with(has_lines):
             write(target, (source,), n_cols, team, split, numbers, scale)
 
     return row_backward
-
-
-@device
-def number_of_row(array, row, rows, like):
-    """The number of a row from an array of one number per row."""
-    return load(row_of(array, row, rows).pointer, 0, like) if row < rows.n_rows else number(like, 0.0)
 
 
 backward_along_a_line = row_backward_with(has_lines=False)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
+from gpusoftmax.kernels.cuda.device.arithmetic import number
 from gpusoftmax.kernels.cuda.device.columns import (
     copy_walked,
     in_walked_row,
@@ -41,6 +42,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     advance,
     element_size,
     granule_numbers,
+    load,
     misalignment,
     n_values,
     row_offset,
@@ -634,3 +636,9 @@ def exchange_states(split):
         cuda.syncwarp()  # the chunks of a row are one warp's
     else:
         cuda.syncthreads()
+
+
+@device
+def number_of_row(array, row, rows, like):
+    """The number of a row from an array of one number per row."""
+    return load(row_of(array, row, rows).pointer, 0, like) if row < rows.n_rows else number(like, 0.0)

@@ -3,7 +3,7 @@
 import math
 
 from gpusoftmax.kernels.cuda.device._cuda import device
-from gpusoftmax.kernels.cuda.device.arithmetic import mul, number, row_inverse, sub
+from gpusoftmax.kernels.cuda.device.arithmetic import inverse_temperature, mul, number, row_inverse, sub
 from gpusoftmax.kernels.cuda.device.exponential import (
     anchor,
     cheap_exp_from,
@@ -17,7 +17,7 @@ from gpusoftmax.kernels.cuda.device.memory import stored_in_halves
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
 from gpusoftmax.kernels.cuda.device.row_state import softmax_state
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
-from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.rows import number_of_row, own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import unless_empty
 
 
@@ -92,3 +92,14 @@ def softmax_backward_rows(rows, split, start, probs, dprobs, dlogits, scale):
     dot = dot_of_rows(sources, n_cols, team, split, scale)
     # 2. dlogits = probs (dprobs - dot) / T
     write_gradients(row_of(dlogits, row, rows), sources, n_cols, team, split, (dot, scale), scale)
+
+
+def tempered_softmax_backward_rows(rows, split, start, probs, dprobs, temperatures, dlogits, one):
+    """With a temperature for each row."""
+    team = team_of(split, 2)
+    row = own_row(start, split)
+    n_cols = rows.n_cols if row < rows.n_rows else 0
+    sources = row_of(probs, row, rows), row_of(dprobs, row, rows)
+    dot = dot_of_rows(sources, n_cols, team, split, one)
+    scale, _ = inverse_temperature(number_of_row(temperatures, row, rows, one))
+    write_gradients(row_of(dlogits, row, rows), sources, n_cols, team, split, (dot, scale), one)
