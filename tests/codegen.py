@@ -471,14 +471,17 @@ def _cannot_wrap(one, made):
 # ---- what must hold of machine code
 
 
-def check_link(linked, entry, arch, threads, min_blocks):
-    """No spills, no stack, static shared memory within the limit, and so many blocks fit a multiprocessor."""
+def check_link(linked, entry, arch, threads, min_blocks, may_spill=0):
+    """No spills (of more bytes), no stack, static shared memory within the limit, and so many blocks fit a
+    multiprocessor.
+    """
     assert f"'{entry}' for '{arch}'" in linked.report, linked.report
     stack, stores, loads = re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", linked.report
     ).groups()
-    assert (stack, stores, loads) == ("0", "0", "0"), f"stack {stack}, spilled {stores} bytes, loaded {loads}"
-    assert "lmem" not in linked.report, linked.report
+    spilled = f"stack {stack}, spilled {stores} bytes, loaded {loads}"
+    assert int(stores) <= may_spill and (int(stack) == 0 or 0 < int(stores)), spilled
+    assert "lmem" not in linked.report or int(stores), linked.report
     assert linked.shared_bytes <= STATIC_SHARED_BYTES
     room = blocks_per_sm(linked.registers, threads)
     assert room >= min_blocks, (

@@ -143,11 +143,11 @@ def test_machine_code_moves_16_bytes_at_a_time(kernel):
 # ---- the whole matrix
 
 
-def check_everything(kernel, arch):
+def check_everything(kernel, arch, may_spill=0):
     codegen.check_ptx(kernel, arch)
     for device in codegen.LINKED[arch]:
         entry, bounds = compile.entry_of(codegen.ptx_of(kernel, arch)), compile.launch_bounds(kernel.signature, arch)
-        codegen.check_link(codegen.link(kernel, device), entry, device, *bounds)
+        codegen.check_link(codegen.link(kernel, device), entry, device, *bounds, may_spill)
 
 
 @pytest.mark.codegen_full
@@ -159,6 +159,13 @@ def test_whole_matrix(kernel, arch):
 
 TRANSFORMED = codegen.transformed_specialisations()
 IN_EVERY_RUN = [str(one) == "softmax_rows-long-float32" for one in TRANSFORMED]
+
+
+LOSSES = ("log_softmax_rows", "logsumexp_rows", "smoothed_cross_entropy_rows")
+MAY_SPILL = 72
+"""Bytes of a thread in these, whose sums are measured twice where a row is confident: 128 registers are all that two
+blocks of 256 leave them. 2026-11-26, float32 on sm_90, with all of temperature, bias, softcap, mask, n_valid at once.
+"""
 
 
 def test_every_family_is_transformed():
@@ -181,4 +188,4 @@ def test_every_family_is_transformed():
 )
 def test_transformed_logits(kernel, arch):
     """Every option at once, along long rows."""
-    check_everything(kernel, arch)
+    check_everything(kernel, arch, MAY_SPILL if kernel.name in LOSSES else 0)
