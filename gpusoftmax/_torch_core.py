@@ -8,6 +8,7 @@ from torch import Tensor
 
 import gpusoftmax
 from gpusoftmax import _checks, _torch_expected, _torch_losses, _torch_rows
+from gpusoftmax import _torch_full_loss as full
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._torch_ops import row_dtype
 from gpusoftmax._torch_transform import Through, options_of, per_row, through
@@ -62,18 +63,30 @@ def cross_entropy(
     reduction: Any,
     label_smoothing: Any,
     validate: bool | None,
+    more: tuple,
     transform: tuple,
-) -> Tensor:
-    _tensors(logits=logits, target=target, weight=logits if weight is None else weight)
+) -> Any:
+    """more: shares, row_weight, normalizer, z_loss, and whether z_loss, lse and n_correct are wanted."""
+    shares, row_weight, normalizer, z_loss, wanted = more
+    others = {"weight": weight, "target[1]": shares, "row_weight": row_weight}
+    _tensors(logits=logits, target=target, **{name: one for name, one in others.items() if one is not None})
     (axis,) = _checks.class_axis(axis, logits.ndim)
     given = through(logits, (axis,), *transform)
     if logits.ndim > 1:
+        if shares is None and target.is_floating_point() and target.ndim == logits.ndim:
+            target = target.movedim(axis, 1)
         logits = logits.movedim(axis, 1)  # torch's place for the classes
         if type(given) is not float:
             given = given.moved(axis, 1, logits.ndim)
     _checks.reduction(reduction)
-    numbers = _checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing)
-    return transformed.cross_entropy(logits, target, weight, _torch_losses.Loss(*numbers, validate), given)
+    ignore_index, label_smoothing = _checks.ignore_index(ignore_index), _checks.label_smoothing(label_smoothing)
+    is_soft = shares is not None or target.is_floating_point()
+    if is_soft or row_weight is not None or normalizer is not None or z_loss or any(wanted):
+        options = full.Options(ignore_index, label_smoothing, _checks.z_loss(z_loss), wanted[0], wanted[2], validate)
+        target_of_rows = full.Target(target, shares, weight, row_weight)
+        return full.full_cross_entropy(logits, target_of_rows, options, given, reduction, normalizer, wanted)
+    loss = _torch_losses.Loss(ignore_index, reduction, label_smoothing, validate)
+    return transformed.cross_entropy(logits, target, weight, loss, given)
 
 
 def token_logprobs(

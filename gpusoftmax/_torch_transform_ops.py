@@ -13,13 +13,13 @@ import gpusoftmax
 from gpusoftmax._torch_ops import axis_of, class_dim, defined_as, fake_logsumexp, fake_token_logprobs, row_dtype
 from gpusoftmax._torch_transform import Through, options_of
 
-_THROUGH = (
+THROUGH = (
     "float temperature, float? softcap, SymInt? n_valid, str empty_row, "
     "Tensor? temperatures, Tensor? bias, Tensor? mask, Tensor? valid_of_rows"
 )
 
 
-def _with_empty_row(through: Sequence[Any]) -> dict[str, Any]:
+def with_empty_row(through: Sequence[Any]) -> dict[str, Any]:
     given = Through(*through)
     return {**options_of(given), "empty_row": given.empty_row}
 
@@ -32,17 +32,17 @@ def _rows(name: str) -> Callable[..., Tensor]:
         return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
     def transformed(x, dim, dtype, *through):
-        return function(x, axis_of(dim), dtype=dtype, **_with_empty_row(through))
+        return function(x, axis_of(dim), dtype=dtype, **with_empty_row(through))
 
     transformed.__name__ = f"{name}_transformed"
-    return defined_as(f"(Tensor x, int[] dim, ScalarType? dtype, {_THROUGH}) -> Tensor", fake)(transformed)
+    return defined_as(f"(Tensor x, int[] dim, ScalarType? dtype, {THROUGH}) -> Tensor", fake)(transformed)
 
 
 softmax_transformed = _rows("softmax")
 log_softmax_transformed = _rows("log_softmax")
 
 
-@defined_as(f"(Tensor x, int[] dim, bool keepdim, {_THROUGH}) -> Tensor", fake_logsumexp)
+@defined_as(f"(Tensor x, int[] dim, bool keepdim, {THROUGH}) -> Tensor", fake_logsumexp)
 def logsumexp_transformed(x: Tensor, dim: Sequence[int], keepdim: bool, *through: Any) -> Tensor:
     return gpusoftmax.logsumexp(x, axis_of(dim), keepdims=keepdim, **options_of(Through(*through)))
 
@@ -65,11 +65,11 @@ def _loss_options(logits: Tensor, options: Sequence[Any]) -> dict[str, Any]:
         "reduction": reduction,
         "label_smoothing": label_smoothing,
         "validate": validate,
-        **_with_empty_row(through),
+        **with_empty_row(through),
     }
 
 
-@defined_as(f"({_LOSS}, {_THROUGH}) -> Tensor", _fake_loss)
+@defined_as(f"({_LOSS}, {THROUGH}) -> Tensor", _fake_loss)
 def cross_entropy_transformed(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     return gpusoftmax.cross_entropy(logits, target, weight, **_loss_options(logits, options))
 
@@ -78,7 +78,7 @@ def _fake_loss_with_grad(dtype, logits, *others):
     return _fake_loss(logits, *others), logits.new_empty(logits.shape, dtype=dtype)
 
 
-@defined_as(f"(ScalarType dtype, {_LOSS}, {_THROUGH}) -> (Tensor loss, Tensor dlogits)", _fake_loss_with_grad)
+@defined_as(f"(ScalarType dtype, {_LOSS}, {THROUGH}) -> (Tensor loss, Tensor dlogits)", _fake_loss_with_grad)
 def cross_entropy_transformed_with_grad(
     dtype: torch.dtype, logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def cross_entropy_transformed_with_grad(
     return gpusoftmax.cross_entropy_with_grad(logits, target, weight, out=out, **_loss_options(logits, options))
 
 
-@defined_as(f"({_LOSS.replace('Tensor logits', 'Tensor(a!) logits')}, {_THROUGH}) -> Tensor", _fake_loss)
+@defined_as(f"({_LOSS.replace('Tensor logits', 'Tensor(a!) logits')}, {THROUGH}) -> Tensor", _fake_loss)
 def cross_entropy_transformed_in_place(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     """The loss; the gradient overwrites the logits."""
     options = _loss_options(logits, options)
@@ -99,7 +99,7 @@ def _fake_token_logprobs(logits, target, dim, *options):
 
 @defined_as(
     "(Tensor logits, Tensor target, int dim, int ignore_index, bool lse, bool entropy, bool rank, bool argmax, "
-    f"bool? validate, {_THROUGH}) -> Tensor[]",
+    f"bool? validate, {THROUGH}) -> Tensor[]",
     _fake_token_logprobs,
 )
 def token_logprobs_transformed(
@@ -119,7 +119,7 @@ def _fake_token_logprobs_backward(dtype, logits, *others):
 
 @defined_as(
     "(ScalarType dtype, Tensor logits, Tensor target, Tensor? dlogprob, Tensor? dentropy, int dim, int ignore_index, "
-    f"{_THROUGH}) -> Tensor",
+    f"{THROUGH}) -> Tensor",
     _fake_token_logprobs_backward,
 )
 def token_logprobs_transformed_backward(

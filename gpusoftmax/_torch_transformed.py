@@ -41,6 +41,8 @@ class Call(NamedTuple):
     options: tuple
     target: Tensor | None = None
     weight: Tensor | None = None
+    shares: Tensor | None = None
+    row_weight: Tensor | None = None
 
 
 def softmax(x: Tensor, dim: Dims, through: float | Through, dtype: torch.dtype | None) -> Tensor:
@@ -97,7 +99,7 @@ def called(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
         return call.op.composed(call, x, through)
     *numbers, temperatures, bias, mask, valid = through
     if rows.recorded(x, *[one for one in (temperatures, bias) if one is not None]):
-        beside = temperatures, bias, mask, valid, call.target, call.weight
+        beside = temperatures, bias, mask, valid, *call[3:]
         made = _Transformed.apply(call.op, call.dim, call.options, tuple(numbers), x, *beside)
         return made if isinstance(made, tuple) else (made,)
     return call.op.value(call, x, through)
@@ -108,8 +110,7 @@ class _Transformed(torch.autograd.Function):
     def forward(
         ctx: Any, op: Op, dim: Dims, options: tuple, numbers: tuple, x: Tensor, *beside: Tensor | None
     ) -> tuple[Tensor, ...]:
-        temperatures, bias, mask, valid, target, weight = beside
-        call, through = Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
+        call, through = Call(op, dim, options, *beside[4:]), Through(*numbers, *beside[:4])
         ctx.dlogits, made = None, None
         if op.value_and_dx is not None and losses.can_look(x):
             # As in _FusedCrossEntropy: on the CPU loss and gradient come from one read.
@@ -124,10 +125,12 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:
         if all(one is None for one in upstream):
-            return (None,) * 11
-        x, temperatures, bias, mask, valid, target, weight, *made = ctx.saved_tensors
+            return (None,) * 13
+        x, *others = ctx.saved_tensors
+        beside, made = others[:8], others[8:]
         op, dim, options, numbers = ctx.given
-        call, through = Call(op, dim, options, target, weight), Through(*numbers, temperatures, bias, mask, valid)
+        call, through = Call(op, dim, options, *beside[4:]), Through(*numbers, *beside[:4])
+        temperatures, bias, *_ = beside
         dlogits, ctx.dlogits = ctx.dlogits, None
         given = [one for one in (x, temperatures, bias, *upstream) if one is not None and one.is_floating_point()]
         if rows.recorded(*given):
@@ -140,7 +143,7 @@ class _Transformed(torch.autograd.Function):
             kept = made if dlogits is None else [dlogits]
             dx = op.dx(call, x, through, kept, upstream, _dtype_of_gradient(ctx, x))
         of_others = of_temperature_and_bias(dx, x, dim, through, ctx.needs_input_grad[5:7])
-        return None, None, None, None, dx.to(x.dtype), *of_others, None, None, None, None
+        return None, None, None, None, dx.to(x.dtype), *of_others, *[None] * 6
 
 
 def _dtype_of_gradient(ctx: Any, x: Tensor) -> torch.dtype:

@@ -124,11 +124,10 @@ def cross_entropy(
         loss, _, *told = _replay.call(_loss.loss_and_gradient, placed, *options, 1.0, False, *more, *transform)
         return CrossEntropy(loss, *told) if any(wanted) else loss
     except _arrays.RequiresGrad as refusal:
-        if any(wanted) or z_loss or any(part is not None for part in (shares, row_weight, normalizer, divide_by)):
-            raise
         argument = refusal.argument
     transform = temperature, bias, softcap, mask, n_valid, empty_row
-    return _gradients.call("cross_entropy", argument, None, transform, logits, target, weight, *options)
+    more = shares, row_weight, divide_by if normalizer is None else normalizer, z_loss, wanted
+    return _gradients.call("cross_entropy", argument, None, transform, logits, target, weight, *options, more)
 
 
 def cross_entropy_with_grad(

@@ -21,7 +21,10 @@ from torch import Tensor
 
 from gpusoftmax import _checks, _torch_layer, _torch_losses, _torch_ops
 from gpusoftmax import _torch_transformed as transformed
+from gpusoftmax._loss import split_target
+from gpusoftmax._torch_full_loss import Options, Target, full_cross_entropy
 from gpusoftmax._torch_transform import through
+from gpusoftmax.cross_entropy import CrossEntropy
 from gpusoftmax.token_logprobs import TokenLogprobs
 
 __all__ = [
@@ -173,20 +176,26 @@ def logsumexp(
 
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
     weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     mask: Tensor | None = None,
     n_valid: int | Tensor | None = None,
     empty_row: str = "nan",
+    return_z_loss: bool = False,
+    return_lse: bool = False,
+    return_correct: bool = False,
     inplace: bool = False,
-) -> Tensor:
+) -> Tensor | CrossEntropy:
     """torch.nn.functional.cross_entropy, in nats, with one read of the logits for the loss and one for the gradient.
 
     Parameters
@@ -194,8 +203,10 @@ def cross_entropy(
     input : tensor, shape (n_cols,), (N, n_cols) or (N, n_cols, d1, ...)
         Logits: float16, bfloat16, float32 or float64, with any strides.
     target : tensor of integers, the shape of `input` without the class dimension
-        Class of each row, from 0 to n_cols - 1, or `ignore_index`. Probabilities of classes (a floating tensor of the
-        shape of `input`) are handed to torch's own function, with a warning.
+        Class of each row, from 0 to n_cols - 1, or `ignore_index`. Or probabilities of classes: a floating tensor of
+        the shape of `input`, or a pair (indices, probabilities) of tensors with one more dimension at the end, for
+        rows in which few classes have any. They get no gradient, but where torch's own function, which is then used,
+        has one to give.
     weight : tensor, shape (n_cols,), optional
         A factor for each class, which gets no gradient.
     ignore_index : int
@@ -203,26 +214,34 @@ def cross_entropy(
     reduction : "mean", "sum" or "none"
     label_smoothing : float, 0 to 1
         Share of the probability that is spread evenly over all classes.
+    z_loss, row_weight, normalizer
+        As in gpusoftmax.cross_entropy: z_loss * lse**2 is added to the loss of each row; a factor for each row, which
+        gets no gradient; what "mean" divides by instead.
     temperature, bias, softcap, mask, n_valid, empty_row
         What the logits go through before, as in `softmax`; for rows that are masked whole `empty_row="zero"` makes loss
         and gradient 0. The kernel of the loss brings the gradient back to `input`.
+    return_z_loss, return_lse, return_correct : bool
+        What else to return, from the same read of the logits, detached.
     inplace : bool
         Let the gradient overwrite `input`, where one is recorded: saves an array of its size. The result can then be
         differentiated once, and torch reports whoever else needs the logits. float16 gradients are rounded before they
-        meet the scale of a GradScaler. Compiled code, which plans its memory itself, ignores it.
+        meet the scale of a GradScaler. Compiled code, which plans its memory itself, ignores it; so do the options that
+        torch's function does not have.
 
     Returns
     -------
     tensor, float32 (float64 for float64 logits; torch: the dtype of `input`)
-        A single number for "mean" and "sum", the shape of `target` for "none".
+        A single number for "mean" and "sum", the shape of the rows for "none".
+    gpusoftmax.CrossEntropy
+        If more is asked for, a named tuple: loss, z_loss, lse and n_correct, as gpusoftmax.cross_entropy has them.
 
     Raises
     ------
     IndexError
         On the CPU, a label out of range. On a GPU, where looking would wait, such a row gets a NaN loss and gradient.
     TypeError, ValueError
-        As gpusoftmax.cross_entropy; TypeError also for a `weight` that requires grad, ValueError for a leaf `inplace`,
-        or where a temperature or bias requires grad beside it.
+        As gpusoftmax.cross_entropy; TypeError also for a `weight` or `row_weight` that requires grad, ValueError for a
+        leaf `inplace`, or where a temperature or bias requires grad beside it.
 
     Examples
     --------
@@ -234,23 +253,24 @@ def cross_entropy(
     tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
     x, _ = _logits(input, None)
+    target, shares = split_target(target)
     _tensor(target, "target")
     given = through(x, (_torch_ops.class_dim(x),), temperature, bias, softcap, mask, n_valid, empty_row)
-    if target.is_floating_point():
-        if given != 1.0:
-            raise TypeError(
-                "target holds probabilities of classes, which torch's own function takes, without temperature, bias, "
-                "softcap or mask: apply them to input before, or pass labels"
-            )
+    wanted = return_z_loss, return_lse, return_correct
+    plain = not z_loss and row_weight is normalizer is shares is None and not any(wanted)
+    if plain and given == 1.0 and target.is_floating_point() and target.requires_grad:
         if not torch.compiler.is_compiling():  # which knows no warnings
-            _warn_once(
-                "target holds probabilities of classes, which gpusoftmax has no kernel for: torch's function is used"
-            )
+            _warn_once("target requires grad, for which gpusoftmax has no kernel: torch's function is used")
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return torch.nn.functional.cross_entropy(input, target, weight, **options)
     _checks.reduction(reduction)
-    loss = _torch_losses.Loss(_checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing))
-    return transformed.cross_entropy(x, target, weight, loss, given, inplace)
+    ignore_index, label_smoothing = _checks.ignore_index(ignore_index), _checks.label_smoothing(label_smoothing)
+    if plain and not target.is_floating_point():
+        loss = _torch_losses.Loss(ignore_index, reduction, label_smoothing)
+        return transformed.cross_entropy(x, target, weight, loss, given, inplace)
+    options = Options(ignore_index, label_smoothing, _checks.z_loss(z_loss), return_z_loss, return_correct, None)
+    target_of_rows = Target(target, shares, weight, row_weight)
+    return full_cross_entropy(x, target_of_rows, options, given, reduction, normalizer, wanted)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
