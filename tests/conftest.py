@@ -1,6 +1,7 @@
 """One test body, three places to run: the `target` fixture is the CPU, an emulated GPU, or (with -m gpu) a real one."""
 
 import gc
+import inspect
 import os
 import tempfile
 
@@ -75,12 +76,37 @@ _NEWER = {
 _NEWER_OPERATIONS = ("soft_cross_entropy", "cross_entropy_backward")
 
 
+def _is_for_the_gpu(item):
+    """Whether a test takes kernels for the GPU. Those for the CPU come first, so that of two processes that share the
+    tests one compiles for the CPU and one for the GPU: what kernels of a target have in common, each compiles anew.
+    """
+    if hasattr(item, "callspec") and "target" in item.callspec.params:
+        return item.callspec.params["target"] != "cpu"
+    return "gpu" in item.fixturenames or _mentions(item.function, {"emulated_gpu", "codegen"}, set())
+
+
+def _mentions(function, names, seen):
+    """Whether a function, or one of its module that it calls, names one of these."""
+    seen.add(function)
+    used = {*function.__code__.co_names}
+    called = {function.__globals__.get(name) for name in used if inspect.isfunction(function.__globals__.get(name))}
+    called = {one for one in called if one.__module__ == function.__module__} - seen
+    return not used.isdisjoint(names) or any(_mentions(one, names, seen) for one in called)
+
+
+_OLDER_OPS = {
+    *("softmax", "softmax_backward", "softmax_jvp", "log_softmax", "log_softmax_backward", "logsumexp"),
+    *("cross_entropy", "cross_entropy_with_grad"),
+}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The emulator's bits are asked of float32. float16 and float64 take the paths of bfloat16 and float32, and each is
     a kernel to compile for every way to walk rows: the marker `matrix` has them, for the emulated GPU and, of the newer
-    ops, for the CPU.
+    ops, for the CPU. What is asked of every op by its name, is asked of the newer ones in float64, not in float16.
     """
+    items.sort(key=_is_for_the_gpu)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         dtypes = {str(getattr(value, "name", value)) for key, value in parameters.items() if key.endswith("dtype")}
@@ -90,6 +116,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.matrix)
         is_newer_operation = parameters.get("name") in _NEWER_OPERATIONS
         if is_newer_operation and (item.path.stem == "test_regimes" or dtypes - {"float32"}):
+            item.add_marker(pytest.mark.matrix)
+        is_by_name = item.path.stem in ("test_arrays", "test_bits") and parameters.get("target") != "gpu"
+        if is_by_name and parameters.get("name", "softmax") not in _OLDER_OPS and "float16" in dtypes:
             item.add_marker(pytest.mark.matrix)
         if (is_newer or on_emulator) and dtypes & {"float16", "float64"}:
             item.add_marker(pytest.mark.matrix)
