@@ -493,6 +493,8 @@ def contiguous(array: Array, dtype: str) -> Array:
     walks = zip(array.shape, array.strides, _row_major(array.shape), strict=True)
     if dtype == array.dtype and all(size <= 1 or stride == dense for size, stride, dense in walks):
         return array
+    if not array.ndim:  # rows of copies have an axis
+        return contiguous(array._replace(shape=(1,), strides=(1,)), dtype)._replace(shape=(), strides=())
     copied = empty(array, array.shape, dtype)
     copy_into(array, copied)
     return copied

@@ -291,6 +291,19 @@ def test_normalizer_on_the_device(target):
         np.testing.assert_allclose(got[1], want[1], rtol=1e-6, atol=1e-9)
 
 
+def test_numbers_of_another_format(target):
+    """One row, whose numbers are arrays without axes, in float64: they are brought to the format of the computation."""
+    logits = target.array(inputs.make("spread", (40,), np.float32))
+    labels, double = target.array(np.array(3)), target.array(np.array(2.0))
+    told = gpusoftmax.cross_entropy(logits, labels, row_weight=double, normalizer=double, return_lse=True)
+    plain = gpusoftmax.cross_entropy(logits, labels)
+    np.testing.assert_allclose(target.get(told.loss), target.get(plain), rtol=1e-6)
+    lse = target.array(np.asarray(target.get(told.lse)).astype(np.float64))
+    got = gpusoftmax.cross_entropy_backward(logits, labels, lse, double)
+    _, want = gpusoftmax.cross_entropy_with_grad(logits, labels, grad_scale=2.0)
+    np.testing.assert_allclose(target.get(got), target.get(want), rtol=0, atol=2e-6)
+
+
 def test_parts_of_a_batch_add_up():
     """Gradient accumulation: with the number of all tokens as normalizer, parts give what the whole batch does."""
     logits = inputs.make("spread", (12, 50), np.float64)
