@@ -23,13 +23,14 @@ from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.first_max import chunk_of_max, first_max
-from gpusoftmax.kernels.cpu.here import index_in, pulled_back_cols, pulled_back_one, unless_empty
+from gpusoftmax.kernels.cpu.here import index_in, pulled_back_cols, pulled_back_one, unless_empty, where_given
 from gpusoftmax.kernels.cpu.loss_target import (
     COUNTED,
     label_at,
     label_of,
     mass_at,
     number_at,
+    only_label,
     share_of_label,
     shares_at,
     status_of,
@@ -303,7 +304,7 @@ def measure_and_keep(here, first, last, loss):
 
 @device
 def measure_chunks(here, is_kept, first, last, loss):
-    if lanes_of(here.zero) == 1 and status_of(here.row, loss) != COUNTED:
+    if lanes_of(here.zero) == 1 and status_of(only_label(here.row, loss), here.row, loss) != COUNTED:
         return  # a row that is not used is not read
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
@@ -508,9 +509,13 @@ def save_numbers_of_rows(here, n_chunks, loss, shares, is_dense):
         row = here.row + lane
         place = n_chunks * FIELDS * lanes + lane
         save_row_weight(here, place + ROW_WEIGHT * lanes, row, loss, loss.row_weight)
-        is_counted = status_of(row, loss) == COUNTED
         if is_dense is None:
-            save_label(here, place, lane, row, is_counted, loss, shares)
+            label = only_label(row, loss)
+            if status_of(label, row, loss) == COUNTED:
+                save_label(here, place, lane, row, label, loss, shares)
+            else:
+                store(here.states, place + LABEL_LOGIT * lanes, number(loss.scale, 0.0))
+                store(here.states, place + ROW_S * lanes, number(loss.scale, 1.0))
 
 
 @device
@@ -520,18 +525,14 @@ def save_row_weight(here, place, row, loss, row_weight):
 
 
 @device
-def save_label(here, place, lane, row, is_counted, loss, shares):
+def save_label(here, place, lane, row, label, loss, shares):
     lanes = lanes_of(here.zero)
-    logit, s = number(loss.scale, 0.0), number(loss.scale, 1.0)
-    if is_counted:
-        if shares is None:
-            label = label_of(loss.labels, row, loss.rows)
-            logit = load(here.states, (label // CHUNK_COLS * FIELDS + LOGIT) * lanes + lane, logit)
-            s = number_at(loss.weight, label, s)
-        else:
-            s = sum_of_shares(row, loss)
-    store(here.states, place + LABEL_LOGIT * lanes, logit)
-    store(here.states, place + ROW_S * lanes, s)
+    if shares is None:
+        logit = load(here.states, (label // CHUNK_COLS * FIELDS + LOGIT) * lanes + lane, loss.scale)
+        store(here.states, place + LABEL_LOGIT * lanes, logit)
+        store(here.states, place + ROW_S * lanes, number_at(loss.weight, label, loss.scale))
+    else:
+        store(here.states, place + ROW_S * lanes, sum_of_shares(row, loss))
 
 
 @device
@@ -602,11 +603,16 @@ def slope_of(here, s_lse, lse, rest, loss, row_weight):
     return unless_empty(slope, lse, rest, here.through)
 
 
-@device
-def times_row_weight(upstream, here, n_chunks, row_weight):
-    if row_weight is None:
-        return add(here.zero, upstream)
+def _times_row_weight(upstream, here, n_chunks, row_weight):
     return mul(saved(here.states, n_chunks, ROW_WEIGHT, here.zero), upstream)
+
+
+def _upstream_alone(upstream, here, n_chunks, row_weight):
+    return upstream
+
+
+# Without row weights a number for all rows stays one.
+times_row_weight = where_given("row_weight", _times_row_weight, _upstream_alone)
 
 
 @device
@@ -642,17 +648,18 @@ def store_results(here, n_chunks, loss, row_weight):
     lanes = lanes_of(here.zero)
     for lane in range(here.n_rows):
         row = here.row + lane
-        status = status_of(row, loss)
+        label = only_label(row, loss)
+        status = status_of(label, row, loss)
         place = n_chunks * FIELDS * lanes + lane
         value = load(here.states, place + ROW_LOSS * lanes, loss.scale)
         if status != COUNTED:
             value = unused(status, loss)
         store(element(loss.results.losses, row, loss.rows), 0, value)
-        store_extras(here, place, lane, row, status, loss, row_weight)
+        store_extras(here, place, lane, row, label, status, loss, row_weight)
 
 
 @device
-def store_extras(here, place, lane, row, status, loss, row_weight):
+def store_extras(here, place, lane, row, label, status, loss, row_weight):
     if row_weight is not None:
         lanes = lanes_of(here.zero)
         results = loss.results
@@ -667,7 +674,7 @@ def store_extras(here, place, lane, row, status, loss, row_weight):
             if status == COUNTED:
                 chunk = chunk_of_max(here, lane, loss.scale)
                 is_first = load(here.states, place + IS_FIRST * lanes, loss.scale) != number(loss.scale, 0.0)
-                if chunk == label_of(loss.labels, row, loss.rows) // CHUNK_COLS and is_first:
+                if chunk == label // CHUNK_COLS and is_first:
                     is_correct = 1
             pointer_to(results.correct.pointer, row)[row_offset(results.correct, row, loss.rows)] = is_correct
 
@@ -709,14 +716,14 @@ def write_backward(here, first, last, summary, loss):
 
 @device
 def is_used(here, loss):
-    return lanes_of(here.zero) > 1 or status_of(here.row, loss) == COUNTED
+    return lanes_of(here.zero) > 1 or status_of(only_label(here.row, loss), here.row, loss) == COUNTED
 
 
 @device
 def save_for_labels(here, chunk, factor, summary):
     save(here.states, chunk, ON_PROBS, factor)
     save(here.states, chunk, ON_SHARE, summary.on_share)
-    save(here.states, chunk, ON_MASS, summary.on_mass)
+    save(here.states, chunk, ON_MASS, add(here.zero, summary.on_mass))
 
 
 @device
@@ -792,23 +799,23 @@ def less_mass(value, col, left, here, on_mass, loss, is_dense):
 @device
 def write_labels(here, chunk, first, count, loss):
     for lane in range(here.n_rows):
-        status = status_of(here.row + lane, loss)
+        label = only_label(here.row + lane, loss)
+        status = status_of(label, here.row + lane, loss)
         if status == COUNTED:
-            write_labels_of_row(here, chunk, lane, first, count, loss, loss.shares, loss.is_dense)
+            write_labels_of_row(here, chunk, lane, label, first, count, loss, loss.shares, loss.is_dense)
         else:
             for k in range(first, first + count):
                 store(here.target.pointer, index_in(here.target, lane, k), unused(status, loss))
 
 
 @device
-def write_labels_of_row(here, chunk, lane, first, count, loss, shares, is_dense):
+def write_labels_of_row(here, chunk, lane, label, first, count, loss, shares, is_dense):
     if is_dense is None:
         lanes = lanes_of(here.zero)
         row = here.row + lane
         place = chunk * FIELDS * lanes + lane
         on_share = load(here.states, place + ON_SHARE * lanes, loss.scale)
         if shares is None:
-            label = label_of(loss.labels, row, loss.rows)
             if first <= label and label < first + count:
                 e = load(here.states, place + LABEL_EXP * lanes, loss.scale)
                 write_label(here, place, lane, label, e, on_share, loss)

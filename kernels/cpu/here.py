@@ -162,6 +162,22 @@ def unless_empty_row(value, row_max, rest, zero_rows):
     return zero_where_empty(value, row_max, rest)
 
 
+def where_given(name: str, given: Callable, absent: Callable) -> Callable:
+    """One helper out of two that take the same: `absent` where the argument of this name is None."""
+    signature = inspect.signature(given)
+    position = list(signature.parameters).index(name)
+
+    def choose(*arguments):
+        return absent if isinstance(arguments[position], types.NoneType) else given
+
+    def chosen(*arguments):
+        raise NotImplementedError("called from kernels only")
+
+    choose.__signature__ = chosen.__signature__ = signature
+    overload(chosen, jit_options=HELPER_OPTIONS)(choose)
+    return chosen
+
+
 def by_way(along: Callable, across: Callable, in_blocks: Callable) -> Callable:
     """One helper out of three that take the same: the one for the way that is walked where `here` is, see walk.py."""
     signature = inspect.signature(along)

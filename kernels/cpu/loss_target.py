@@ -50,10 +50,24 @@ def label_of(labels, row, rows):
 
 
 @device
-def status_of(row, loss):
+def only_label(row, loss):
+    """The label of a row that has one; 0 for the others."""
+    return only_label_of(row, loss, loss.shares, loss.is_dense)
+
+
+@device
+def only_label_of(row, loss, shares, is_dense):
+    if is_dense is None and shares is None:
+        return label_of(loss.labels, row, loss.rows)
+    return 0
+
+
+@device
+def status_of(label, row, loss):
+    """Of a row; its only label is looked up by the caller, who needs it too."""
     if weight_of_row(row, loss, loss.row_weight) == number(loss.scale, 0.0):
         return IGNORED
-    return status_of_target(row, loss, loss.shares, loss.is_dense)
+    return status_of_target(label, row, loss, loss.shares, loss.is_dense)
 
 
 @device
@@ -64,17 +78,12 @@ def weight_of_row(row, loss, row_weight):
 
 
 @device
-def status_of_target(row, loss, shares, is_dense):
+def status_of_target(label, row, loss, shares, is_dense):
     if is_dense is None:
-        return status_of_labels(row, loss, shares)
+        if shares is None:
+            return status_of_label(label, loss)
+        return status_of_several(row, loss)
     return COUNTED
-
-
-@device
-def status_of_labels(row, loss, shares):
-    if shares is None:
-        return status_of_label(label_of(loss.labels, row, loss.rows), loss)
-    return status_of_several(row, loss)
 
 
 @device
