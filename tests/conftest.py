@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 # What Numba keeps of each kernel is a hundred thousand objects, and there are hundreds of kernels: a search of them all
-# for garbage takes ten seconds. Young ones are searched as ever.
-gc.set_threshold(50_000, 50, 1_000_000)
+# for garbage takes ten seconds. It is made rarely; young ones are searched as ever.
+gc.set_threshold(50_000, 50, 20)
 
 
 class Cpu:
