@@ -82,7 +82,7 @@ def _is_for_the_gpu(item):
     """
     if hasattr(item, "callspec") and "target" in item.callspec.params:
         return item.callspec.params["target"] != "cpu"
-    return "gpu" in item.fixturenames or _mentions(item.function, {"emulated_gpu", "codegen"}, set())
+    return "gpu" in item.fixturenames or _mentions(item.function, {"emulated_gpu", "codegen", "WARM_CALL"}, set())
 
 
 def _mentions(function, names, seen):
