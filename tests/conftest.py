@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 # What Numba keeps of each kernel is a hundred thousand objects, and there are hundreds of kernels: a search of them all
-# for garbage takes ten seconds. Young ones are searched as ever.
-gc.set_threshold(50_000, 50, 1_000_000)
+# for garbage takes ten seconds. It is made rarely; young ones are searched as ever.
+gc.set_threshold(50_000, 50, 20)
 
 
 class Cpu:
@@ -82,7 +82,7 @@ def _is_for_the_gpu(item):
     """
     if hasattr(item, "callspec") and "target" in item.callspec.params:
         return item.callspec.params["target"] != "cpu"
-    return "gpu" in item.fixturenames or _mentions(item.function, {"emulated_gpu", "codegen"}, set())
+    return "gpu" in item.fixturenames or _mentions(item.function, {"emulated_gpu", "codegen", "WARM_CALL"}, set())
 
 
 def _mentions(function, names, seen):

@@ -8,6 +8,7 @@ import pytest
 
 import gpusoftmax
 from gpusoftmax import _dry_run, cli
+from gpusoftmax.kernels.cuda import compile
 from tests import codegen, inputs
 from tests.calls import CALLS, arguments
 from tests.emulator import emulated_gpu
@@ -24,7 +25,8 @@ F32 = np.dtype(np.float32)
         ("softmax", (5, 40), "sm_90"),
     ],
 )
-def test_explained_is_what_an_emulated_device_does(name, shape, arch):
+def test_explained_is_what_an_emulated_device_does(name, shape, arch, monkeypatch):
+    monkeypatch.setattr(compile, "resources", lambda image: (64, 0))  # half a second each; asked for below
     explained = gpusoftmax.explain(name, shape, dtype="float32", arch=arch)
     multiprocessors = _dry_run.DEVICES[arch].multiprocessors
     with emulated_gpu(arch, multiprocessors=multiprocessors) as gpu:

@@ -29,13 +29,14 @@ for dtype in {dtypes}:
 print("done")
 """
 CPUS = {
-    "AVX2": (32, "haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2", ("float32", "bfloat16")),
+    "AVX2": (32, "haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2", ("float32",)),
+    "AVX2, bfloat16": (32, "haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2", ("bfloat16",)),
     "SSE": (16, "nehalem", "+sse4.2,-avx,-avx2,-fma", ("float32",)),
 }
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the features are those of x86")
-@pytest.mark.parametrize("name", ["AVX2", pytest.param("SSE", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("name", ["AVX2", *(pytest.param(one, marks=pytest.mark.matrix) for one in [*CPUS][1:])])
 def test_narrower_vectors(name, tmp_path):
     register_bytes, cpu, features, dtypes = CPUS[name]
     completed = subprocess.run(
