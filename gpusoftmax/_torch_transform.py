@@ -97,7 +97,7 @@ def transformed(
     if not (takes_temperature and given.is_mask):
         z, left = _before_cap(z, dim, given), 1.0
     if given.softcap is not None:
-        z = given.softcap * torch.tanh(z / given.softcap)
+        z = given.softcap * (z / given.softcap).tanh_()
     if kept is not None:
         z = torch.where(kept, z, -torch.inf)
     if given.empty_row == "nan":
@@ -112,7 +112,8 @@ def pulled_back(dz: Tensor, x: Tensor, dim: Dims, given: Through, takes_temperat
     dx = _wide(dz)
     if given.softcap is not None:
         u = _before_cap(_wide(x if kept is None else torch.where(kept, x, 0)), dim, given)
-        dx = dx * (1 - torch.tanh(u / given.softcap).square())
+        t = (u / given.softcap).tanh_()  # in place: large arrays less
+        dx = torch.addcmul(dx, dx * t, t, value=-1)
     if given.temperatures is not None:
         dx = dx / per_row(given.temperatures, x, dim)
     elif not (takes_temperature and given.is_mask) and given.temperature != 1:

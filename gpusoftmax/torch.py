@@ -6,6 +6,9 @@ token_logprobs and sample are those of gpusoftmax. They are differentiable any n
 and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU and so
 can be captured in a CUDA graph, and take tensors of any strides without a copy.
 
+softmax, log_softmax, logsumexp, cross_entropy and token_logprobs take what gpusoftmax.softmax may do to the logits
+first: temperature, bias, softcap, mask, n_valid. Their derivatives go through it, to bias and temperatures too.
+
 Sums are computed in float32 whatever the dtype of the logits, float64 in float64. Inside torch.autocast softmax and
 log_softmax of half types return float32, as torch's do on a GPU; losses, log-sum-exp and log-probabilities are float32
 always, and gradients have the dtype of the logits.
