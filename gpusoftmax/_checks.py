@@ -352,6 +352,18 @@ def shares(labels, shares, batch_shape: tuple[int, ...], reason: str) -> None:
         raise ValueError(f"target[0] has shape {labels.shape}, expected one label or more for each row")
 
 
+def normalizer(value) -> float:
+    number = scalar(value, "normalizer")
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"normalizer is {number}, expected a finite number above 0")
+    return number
+
+
+def single(array, name: str) -> None:
+    if array.size != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected one element")
+
+
 def label_smoothing(value) -> float:
     number = scalar(value, "label_smoothing")
     if not 0.0 <= number <= 1.0:
