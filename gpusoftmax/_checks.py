@@ -359,6 +359,11 @@ def normalizer(value) -> float:
     return number
 
 
+def divides(reduction: str, has_normalizer: bool) -> None:
+    if has_normalizer and reduction != "mean":
+        raise ValueError(f"normalizer is given with reduction {reduction!r}, expected 'mean', which divides by it")
+
+
 def single(array, name: str) -> None:
     if array.size != 1:
         raise ValueError(f"{name} has shape {array.shape}, expected one element")

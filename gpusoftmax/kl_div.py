@@ -174,8 +174,7 @@ def _kl_div(
     _checks.class_count(n_cols)
     _checks.reduction(reduction)
     temperature = _checks.temperature(temperature)
-    if reduction != "mean" and (normalizer is not None or normalizers is not None):
-        raise ValueError(f"normalizer is given with reduction {reduction!r}, expected 'mean', which divides by it")
+    _checks.divides(reduction, normalizer is not None or normalizers is not None)
 
     gradient = None
     if with_grad:

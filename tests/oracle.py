@@ -349,7 +349,10 @@ def kl_rows(logits, target_logits, axis, temperature):
     ahead = (y - x) - (_row_max(y) - _row_max(x))
     log_s = [np.log1p(_sum_minus_one(rows, _row_max(rows), temperature)) for rows in (y, x)]
     d = ahead / temperature - (log_s[0] - log_s[1])
-    series = sum((-1) ** k * d ** (k + 2) / math.factorial(k + 2) for k in range(12))
+    series = np.zeros_like(d)
+    for k in range(11, 1, -1):
+        series = np.longdouble(1) / math.factorial(k) - d * series
+    series = d * d * series
     terms = np.where(np.abs(d) < 0.01, p * series, np.where(p == 0, q, p * d - p + q))
     terms = np.where((x == -np.inf) & (y > -np.inf), np.inf, terms)
     return np.where(np.isnan(p + q).any(axis=1), NAN, terms.sum(axis=1)), p, q, d

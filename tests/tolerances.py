@@ -317,6 +317,9 @@ def check_kl_div(got, logits, target_logits, **options):
         total = np.where(weights == 0, 0, weights * rows).sum()
         divisor = oracle.kl_divisor(weights, reduction, options.get("normalizer"))
         tolerance = (tolerance.sum() + 24 * computed.unit * total) / divisor
+    if reduction == "none":
+        too_far = _too_far(logits, target_logits, axis, temperature, computed)
+        want = np.where(too_far & np.isposinf(_widened(got)), np.inf, want)
     tolerance = _or_flushed(np.reshape(tolerance, want.shape), want, computed)
     return _compare(name, got, want, np.where(np.isfinite(want), tolerance, 0))
 
@@ -350,10 +353,18 @@ def check_kl_div_grads(dlogits, dtarget, logits, target_logits, **options):
         terms = _weighted((32 + 3 * of_p) * computed.unit * (np.abs(d) + kl[:, None]) + moved + common + own, p)
         flushed = np.where((p > 0) & (p < 2 * computed.tiny), computed.tiny * (1 + np.abs(d)), 0)
         tolerance = _or_flushed(factor * (terms + flushed), want, computed)
-        want = np.where((kl >= computed.limit)[:, None], np.longdouble("nan"), want)  # too large a divergence
+        too_far = _too_far(logits, target_logits, axis, temperature, computed)
+        want = np.where(too_far & np.isnan(_widened(got)).all(axis=1, keepdims=True), np.longdouble("nan"), want)
         tolerance = np.where(np.isfinite(want), tolerance, 0)
         worst.append(_compare("dtarget_logits", got, want, _and_rounding(tolerance, want, got), factor * p))
     return max(worst)
+
+
+def _too_far(logits, target_logits, axis, temperature, computed):
+    """Rows whose divergence may be infinite, a difference of logits being beyond the largest number; (n_rows, 1)."""
+    kl, p, _, d = oracle.kl_rows(logits, target_logits, axis, temperature)
+    beyond = ((p > 0) & (np.abs(d) >= computed.limit)).any(axis=1) | (kl >= computed.limit)
+    return beyond[:, None]
 
 
 def _weighted(factor, probs):
