@@ -54,9 +54,9 @@ def kl_div(
     -------
     array or NumPy scalar, float32 (float64 for float64 logits)
         A single number for "mean" and "sum", the shape of `logits` without `axis` for "none". Never negative unless a
-        weight is, exactly 0 for equal rows. +inf where a logit is -inf and that of the target is not; NaN for a row
-        that holds NaN, +inf or nothing but -inf in either array. Differentiable with respect to both where torch
-        tensors require grad, see gpusoftmax.torch.
+        weight is, exactly 0 for equal rows. +inf where a logit is -inf and the target's class has a probability; NaN
+        for a row that holds NaN, +inf or nothing but -inf in either array. Differentiable with respect to both where
+        torch tensors require grad, see gpusoftmax.torch.
 
     Raises
     ------

@@ -736,12 +736,19 @@ def half_difference(a: Arithmetic, y, x):
 def log_ratio(a: Arithmetic, x, y, ahead, ahead_low, scale, log):
     """d = log p - log q, from the logit y of p and the logit x of q.
 
-    (ahead, ahead_low): half_difference of the maxima of their rows; scale: 2 / temperature; log: log s of the row of p
-    minus that of q, relative to these maxima. Rows that differ by a constant lose nothing: the differences keep their
-    rounding errors. NaN where both logits are -inf, or one is and the other so large that nothing depends on it.
+    (ahead, ahead_low): the maximum of the row of p minus that of q; log: log s of the former, relative to its maximum,
+    minus that of the latter. The scale is 1 / temperature. All may be halved but log, with twice the scale, where a
+    difference could be too large. Rows that differ by a constant lose nothing: the differences keep their rounding
+    errors. NaN where both logits are -inf.
     """
-    half, low = half_difference(a, y, x)
-    return a.fma(a.add(a.sub(half, ahead), a.sub(low, ahead_low)), scale, a.negative(log))
+    difference, low = two_sum(a, y, a.negative(x))
+    low = finite_or_zero(a, low, difference)
+    return a.fma(a.add(a.sub(difference, ahead), a.sub(low, ahead_low)), scale, a.negative(log))
+
+
+def short_log_ratio(a: Arithmetic, x, y, ahead, scale, log):
+    """`log_ratio` for logits of sixteen bits, whose differences are exact in float32, as a rule."""
+    return a.fma(a.sub(a.sub(y, x), ahead), scale, a.negative(log))
 
 
 def excess(a: Arithmetic, d):
@@ -754,18 +761,15 @@ def is_small(a: Arithmetic, d):
     return a.builder.fcmp_ordered("<=", a.magnitude(d), a.number(1))
 
 
-def divergence(a: Arithmetic, p, q, d, x, y):
+def divergence(a: Arithmetic, p, q, d):
     """p d - p + q: what a class adds to the divergence of p from q, not negative.
 
     Where p and q are close to each other it is p (d + expm1(-d)); elsewhere no two terms nearly cancel. A class without
-    p adds q whatever d is. One that the logit y allows and x = -inf does not adds +inf, even if p is too small for its
-    format; the q that is added there is NaN if its row has no probabilities.
+    p adds q whatever d is. p and q may both be multiplied by something above 0.
     """
-    far = a.add(q, a.mul(p, a.sub(d, a.number(1))))
+    far = a.fma(p, a.sub(d, a.number(1)), q)
     far = a.select(a.equal(p, a.number(0)), q, far)
-    value = a.select(is_small(a, d), a.mul(p, excess(a, d)), far)
-    impossible = a.builder.and_(a.equal(x, a.number(-math.inf)), a.less(a.number(-math.inf), y))
-    return a.select(impossible, a.add(q, a.number(math.inf)), value)
+    return a.select(is_small(a, d), a.mul(p, excess(a, d)), far)
 
 
 def pull_on_target(a: Arithmetic, p, d, divergence):

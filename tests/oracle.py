@@ -354,7 +354,7 @@ def kl_rows(logits, target_logits, axis, temperature):
         series = np.longdouble(1) / math.factorial(k) - d * series
     series = d * d * series
     terms = np.where(np.abs(d) < 0.01, p * series, np.where(p == 0, q, p * d - p + q))
-    terms = np.where((x == -np.inf) & (y > -np.inf), np.inf, terms)
+    terms = np.where((x == -np.inf) & (p > 0), np.inf, terms)
     return np.where(np.isnan(p + q).any(axis=1), NAN, terms.sum(axis=1)), p, q, d
 
 

@@ -302,7 +302,8 @@ def check_kl_div(got, logits, target_logits, **options):
 
         |d| <= 1    p is off by (24 + 3 m) u of itself, and so is t
         else        t = q + p (d - 1) by (24 + 3 n) u q + (24 + 3 m) u p |d - 1|: exponentials are cheap on the GPU
-        d itself    is off by 4 u (|d + l| + |l|), l = log s_p - log s_q, which t shows p min(1, 2 |d|) times
+        d itself    is off by 4 u (|d + l| + |l|), l = log s_p - log s_q, which t shows p min(1, 2 |d|) times; for half
+                    types by 4 u a more, a the difference of the maxima over T: theirs are exact, if not far apart
         l           is off by k = (8 + 2 log s_p + 2 log s_q) u. That moves all d alike, and t by k^2 / 2 only
     """
     reduction = options.get("reduction", "mean")
@@ -361,9 +362,11 @@ def check_kl_div_grads(dlogits, dtarget, logits, target_logits, **options):
 
 
 def _too_far(logits, target_logits, axis, temperature, computed):
-    """Rows whose divergence may be infinite, a difference of logits being beyond the largest number; (n_rows, 1)."""
+    """Rows whose divergence may be infinite, since a difference of logits is beyond the largest number, or (the GPU's
+    probabilities get their common factor last) the divergence over the largest probability; (n_rows, 1).
+    """
     kl, p, _, d = oracle.kl_rows(logits, target_logits, axis, temperature)
-    beyond = ((p > 0) & (np.abs(d) >= computed.limit)).any(axis=1) | (kl >= computed.limit)
+    beyond = ((p > 0) & (np.abs(d) >= computed.limit)).any(axis=1) | (2 * kl >= p.max(axis=1) * computed.limit)
     return beyond[:, None]
 
 
@@ -381,7 +384,11 @@ def _log_ratio_bounds(logits, target_logits, axis, temperature, computed):
     ]
     _, _, _, d = oracle.kl_rows(logits, target_logits, axis, temperature)
     apart = log_s[1] - log_s[0]
-    return 4 * computed.unit * (np.abs(d + apart) + np.abs(apart)), (8 + 2 * (log_s[0] + log_s[1])) * computed.unit
+    magnitudes = np.abs(d + apart) + np.abs(apart)
+    if np.asarray(logits).dtype.name in ("float16", "bfloat16"):
+        maxima = [oracle.to_rows(one, axis).max(axis=1, keepdims=True) for one in (logits, target_logits)]
+        magnitudes = magnitudes + np.abs(maxima[1] - maxima[0]) / temperature
+    return 4 * computed.unit * magnitudes, (8 + 2 * (log_s[0] + log_s[1])) * computed.unit
 
 
 def _kl_bounds(logits, target_logits, axis, temperature, computed):

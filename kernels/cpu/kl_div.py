@@ -238,7 +238,7 @@ def fold(here, numbers):
 
 @device
 def at_columns(col, left, here, arguments):
-    """(x, y, p, q, d) of the vector at a column, from what `fold` gives, two numbers of `target_gradient`, the Task."""
+    """(p, q, d) of the vector at a column, from what `fold` gives, two numbers of `target_gradient`, the Task."""
     (
         shift, exponent, low, inverse, target_shift, target_exponent, target_low, target_inverse, ahead, ahead_low, log,
         _, _, task,
@@ -247,7 +247,8 @@ def at_columns(col, left, here, arguments):
     y = load_cols(here.second, col, left, here.nothing)
     q = mul(exp_from(x, shift, exponent, low, task.scale, task.scale_low), inverse)
     p = mul(exp_from(y, target_shift, target_exponent, target_low, task.scale, task.scale_low), target_inverse)
-    return x, y, p, q, log_ratio(x, y, ahead, ahead_low, task.twice, log)
+    half = number(task.scale, 0.5)
+    return p, q, log_ratio(mul(x, half), mul(y, half), ahead, ahead_low, task.twice, log)
 
 
 @device
@@ -255,8 +256,7 @@ def term(col, left, ties, here, arguments):
     """What the columns add to the divergence."""
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
-    x, y, p, q, d = at_columns(col, left, here, arguments)
-    return divergence(p, q, d, x, y), ties, None
+    return divergence(*at_columns(col, left, here, arguments)), ties, None
 
 
 @device
@@ -264,9 +264,9 @@ def term_and_change(col, left, ties, here, arguments):
     """Beside it, q - p takes the place of what was read, perhaps."""
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
-    x, y, p, q, d = at_columns(col, left, here, arguments)
+    p, q, d = at_columns(col, left, here, arguments)
     store_cols(here.home, col, left, sub(q, p))
-    return divergence(p, q, d, x, y), ties, None
+    return divergence(p, q, d), ties, None
 
 
 @device
@@ -276,7 +276,7 @@ def scaled(col, left, here, arguments):
 
 @device
 def target_gradient(col, left, here, arguments):
-    _, _, p, _, d = at_columns(col, left, here, arguments)
+    p, _, d = at_columns(col, left, here, arguments)
     return mul(pull_on_target(p, d, arguments[11]), arguments[12])
 
 

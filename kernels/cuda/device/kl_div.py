@@ -26,6 +26,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     number,
     pull_on_target,
     row_inverse,
+    short_log_ratio,
     sub,
 )
 from gpusoftmax.kernels.cuda.device.columns import tell_results
@@ -40,6 +41,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     load,
     piece_numbers,
     store,
+    stored_in_halves,
     vector_bits,
 )
 from gpusoftmax.kernels.cuda.device.piece_state import (
@@ -52,6 +54,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
 )
 from gpusoftmax.kernels.cuda.device.reduce import (
     block_sum_pair,
+    leads_block,
     publish,
     publish_pair,
     warp_max,
@@ -82,7 +85,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     wait_for_last,
     wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair
+from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair, put_pair
 from gpusoftmax.kernels.cuda.device.split import (
     is_columns,
     is_long,
@@ -104,7 +107,7 @@ OF_LOGITS, OF_TARGET, OF_BOTH = 0, 2, 4
 
 @device
 def sums_of_rows(sources, n_cols, team, split, params):
-    """(max, total) of the logits and of the target's, the same for all threads that share the rows."""
+    """(max, total) of the logits and of the target's, if they are one chunk; else those of chunks are published."""
     held, sums = piece_numbers(params[0]), granule_numbers(params[0])
     zero, least = number(params[0], 0.0), number(params[0], -math.inf)
     one, two = (least, zero, zero, zero), (least, zero, zero, zero)
@@ -132,10 +135,7 @@ def sums_of_rows(sources, n_cols, team, split, params):
             publish_pair(state_place(OF_LOGITS, chunk, split, zero), one[0], one[1], team, split)
             publish_pair(state_place(OF_TARGET, chunk, split, zero), two[0], two[1], team, split)
         k = int32(k + 1)
-    if is_one_chunk(split):
-        return (one[0], one[1]), (two[0], two[1])
-    exchange_states(split)
-    return sums_of_chunks(OF_LOGITS, team, split, params), sums_of_chunks(OF_TARGET, team, split, params)
+    return (one[0], one[1]), (two[0], two[1])
 
 
 @device
@@ -165,28 +165,61 @@ def log_of(largest, total, params):
 
 
 @device
-def numbers_of_rows(sources, n_cols, team, split, scale, scale_low):
-    """((half, exponent, inverse) of the logits, the same of the target's, (ahead, ahead_low, log)), see log_ratio.
+def summary_of(one, two, params):
+    """(max, inverse) of the logits, the same of the target's, log s of the latter minus that of the former.
 
     Exponentials of both refer to powers of two, or those of both to their maxima: there is code for these two alone.
     """
-    params = of_cheap(gap_params(scale, scale_low))
-    one, two = sums_of_rows(sources, n_cols, team, split, params)
     log, log_low = log_of(one[0], one[1], params)
     target_log, target_log_low = log_of(two[0], two[1], params)
-    ahead, ahead_low = half_difference(two[0], one[0])
-    apart = add(sub(target_log, log), sub(target_log_low, log_low))
+    zero = number(log, 0.0)
+    inverse, target_inverse = row_inverse(one[0], one[1], zero), row_inverse(two[0], two[1], zero)
     exponent, target_exponent = anchor(one[0], params[2]), anchor(two[0], params[2])
-    inverse, target_inverse = (
-        row_inverse(one[0], one[1], number(scale, 0.0)),
-        row_inverse(two[0], two[1], number(scale, 0.0)),
-    )
     if not (is_near(exponent) and is_near(target_exponent)):
         inverse = mul(inverse, above_anchor(one[0], exponent, params))
         target_inverse = mul(target_inverse, above_anchor(two[0], target_exponent, params))
+    return one[0], inverse, two[0], target_inverse, add(sub(target_log, log), sub(target_log_low, log_low))
+
+
+@device
+def summary_of_chunks(team, split, params):
+    """summary_of rows of several chunks, whose states lie in shared memory. One warp of a block is enough for that."""
+    if not is_long(split):  # the row is one warp's
+        one = sums_of_chunks(OF_LOGITS, team, split, params)
+        return summary_of(one, sums_of_chunks(OF_TARGET, team, split, params), params)
+    zero, row = number(params[0], 0.0), split_chunks(split)
+    if leads_block():
+        one = sums_of_chunks(OF_LOGITS, team, split, params)
+        found = summary_of(one, sums_of_chunks(OF_TARGET, team, split, params), params)
+        if team.lane == 0:
+            put_pair(state_place(0, row, split, zero), found[0], found[1])
+            put_pair(state_place(2, row, split, zero), found[2], found[3])
+            put_pair(state_place(4, row, split, zero), found[4], zero)
+    cuda.syncthreads()  # the numbers are there before any warp reads them
+    row_max, inverse = get_pair(state_place(0, row, split, zero), zero)
+    target_max, target_inverse = get_pair(state_place(2, row, split, zero), zero)
+    return row_max, inverse, target_max, target_inverse, get(state_place(4, row, split, zero), zero)
+
+
+@device
+def numbers_of_rows(sources, n_cols, team, split, scale, scale_low):
+    """((half, exponent, inverse) of the logits, the same of the target's, (ahead, ahead_low, log)), see log_ratio."""
+    params = of_cheap(gap_params(scale, scale_low))
+    one, two = sums_of_rows(sources, n_cols, team, split, params)
+    if is_one_chunk(split):
+        found = summary_of(one, two, params)
+    else:
+        exchange_states(split)
+        found = summary_of_chunks(team, split, params)
+    row_max, inverse, target_max, target_inverse, log = found
+    ahead, ahead_low = half_difference(target_max, row_max)
+    exponent, target_exponent = anchor(row_max, params[2]), anchor(target_max, params[2])
+    if is_near(exponent) and is_near(target_exponent):  # nor is a difference too large then
+        ahead, ahead_low = mul(ahead, number(scale, 2.0)), mul(ahead_low, number(scale, 2.0))
+    else:
         exponent, target_exponent = number(scale, math.inf), number(scale, math.inf)
-    logits, target = (halved(one[0]), exponent, inverse), (halved(two[0]), target_exponent, target_inverse)
-    return logits, target, (ahead, ahead_low, apart)
+    logits, target = (halved(row_max), exponent, inverse), (halved(target_max), target_exponent, target_inverse)
+    return logits, target, (ahead, ahead_low, log)
 
 
 # ---------------------------------------------------------------- the second pass
@@ -195,39 +228,63 @@ def numbers_of_rows(sources, n_cols, team, split, scale, scale_low):
 @device
 def probability(x, of_row, is_anchored, params):
     """The exponential of a logit times the last number of its row. is_anchored: what is_near says of the second one."""
-    half, exponent, factor = of_row
-    scale, scale_low, c, c_low = params
-    if is_anchored:
-        return mul(cheap_exp_from(x, exponent, lowest_of(exponent, c), c, c_low), factor)
-    return mul(cheap_exp_gap(x, half, scale, scale_low, c, c_low), factor)
+    return mul(exponential(x, of_row, is_anchored, params), of_row[2])
 
 
 @device
-def piece_divergence(sources, at, piece, numbers, team, split, params):
-    """What the columns of a piece add, those of a lane one granule after the other: two pieces in registers would leave
-    no room to compute in.
-    """
-    logits, target, (ahead, ahead_low, log) = numbers
-    scale, size = params[0], element_size(sources[0].pointer)
-    bits, lanes = vector_bits(sources[0].pointer), split_lanes(split)
-    values, others = granule_numbers(scale), granule_numbers(scale)
-    one = int32(at + sources[0].shift * size + team.lane * VECTOR_BYTES)
-    two = int32(at + split.slot_bytes + sources[1].shift * size + team.lane * VECTOR_BYTES)
-    as_granule, others_as_granule = is_granule(sources[0], one, 1 << bits), is_granule(sources[1], two, 1 << bits)
-    is_anchored = is_near(logits[1])
-    total, first = number(scale, 0.0), int32(0)
-    while first < piece.count:
-        read_columns(values, sources[0], one, 1 << bits, as_granule)
-        read_columns(others, sources[1], two, 1 << bits, others_as_granule)
-        for k in range(1 << bits):
-            x, y = values[k], others[k]
-            q = probability(x, logits, is_anchored, params)
-            p = probability(y, target, is_anchored, params)
-            values[k] = divergence(p, q, log_ratio(x, y, ahead, ahead_low, scale, log), x, y)
-        total = add(total, granule_sum(values, 1 << bits))
-        step = int32(lanes * VECTOR_BYTES)
-        first, one, two = int32(first + (lanes << bits)), int32(one + step), int32(two + step)
-    return warp_sum(total, lanes)
+def exponential(x, of_row, is_anchored, params):
+    half, exponent, _ = of_row
+    scale, scale_low, c, c_low = params
+    if is_anchored:
+        return cheap_exp_from(x, exponent, lowest_of(exponent, c), c, c_low)
+    return cheap_exp_gap(x, half, scale, scale_low, c, c_low)
+
+
+@device
+def log_ratio_of(x, y, apart, is_anchored, is_short, scale):
+    """d of two logits. is_short: a constant, whether they have sixteen bits."""
+    ahead, ahead_low, log = apart
+    half = number(scale, 0.5)
+    if not is_anchored:
+        return log_ratio(mul(x, half), mul(y, half), ahead, ahead_low, scale, log)
+    if is_short:
+        return short_log_ratio(x, y, ahead, mul(scale, half), log)
+    return log_ratio(x, y, ahead, ahead_low, mul(scale, half), log)
+
+
+def piece_divergence_with(is_anchored):
+    @device
+    def piece_divergence(sources, at, piece, numbers, team, split, params):
+        """What a lane's columns of a piece add, over the inverse of the target's row; one granule after the other: two
+        pieces in registers would leave no room to compute in.
+        """
+        logits, target, apart = numbers
+        scale, size = params[0], element_size(sources[0].pointer)
+        bits, lanes = vector_bits(sources[0].pointer), split_lanes(split)
+        values, others = granule_numbers(scale), granule_numbers(scale)
+        one = int32(at + sources[0].shift * size + team.lane * VECTOR_BYTES)
+        two = int32(at + split.slot_bytes + sources[1].shift * size + team.lane * VECTOR_BYTES)
+        as_granule, others_as_granule = is_granule(sources[0], one, 1 << bits), is_granule(sources[1], two, 1 << bits)
+        relative_to_target = div(logits[2], target[2])
+        total, first = number(scale, 0.0), int32(0)
+        while first < piece.count:
+            read_columns(values, sources[0], one, 1 << bits, as_granule)
+            read_columns(others, sources[1], two, 1 << bits, others_as_granule)
+            for k in range(1 << bits):
+                q = mul(exponential(values[k], logits, is_anchored, params), relative_to_target)
+                p = exponential(others[k], target, is_anchored, params)
+                is_short = stored_in_halves(sources[0].pointer)
+                d = log_ratio_of(values[k], others[k], apart, is_anchored, is_short, scale)
+                values[k] = divergence(p, q, d)
+            total = add(total, granule_sum(values, 1 << bits))
+            step = int32(lanes * VECTOR_BYTES)
+            first, one, two = int32(first + (lanes << bits)), int32(one + step), int32(two + step)
+        return total
+
+    return piece_divergence
+
+
+near_divergence, far_divergence = piece_divergence_with(is_anchored=True), piece_divergence_with(is_anchored=False)
 
 
 @device
@@ -249,8 +306,8 @@ write_changes = piece_writer(changes, own_columns=True)
 
 
 @device
-def row_divergence(dlogits, is_written, sources, n_cols, numbers, factor, team, split, params):
-    """The divergence, the same for all threads that share the rows; with it, perhaps, its gradient."""
+def row_divergence(dlogits, is_written, for_all, sources, n_cols, numbers, factor, team, split, params):
+    """The divergence, for all threads that share the rows or for those of rank 0; with it, perhaps, its gradient."""
     logits, target, _ = numbers
     zero, least = number(params[0], 0.0), number(params[0], -math.inf)
     results = (
@@ -264,7 +321,12 @@ def row_divergence(dlogits, is_written, sources, n_cols, numbers, factor, team, 
     while k >= 0:
         wait_for_last(k, team, split)
         piece = piece_of(k, n_cols, team, split, zero)
-        part = piece_divergence(sources, slot_of(k, team, split, 2), piece, numbers, team, split, params)
+        at = slot_of(k, team, split, 2)
+        if is_near(logits[1]):
+            part = near_divergence(sources, at, piece, numbers, team, split, params)
+        else:
+            part = far_divergence(sources, at, piece, numbers, team, split, params)
+        part = warp_sum(part, split_lanes(split))  # not above: short rows of one warp may go either way
         total = part if k & last_piece == last_piece else add(total, part)
         if not is_one_chunk(split) and k & last_piece == 0:
             publish(state_place(OF_BOTH, chunk_of(k, team, split), split, zero), total, team, split)
@@ -275,13 +337,15 @@ def row_divergence(dlogits, is_written, sources, n_cols, numbers, factor, team, 
     if not is_one_chunk(split):
         exchange_states(split)
         total, low, chunk = zero, zero, team.lane
+        if not for_all and team.rank > 0:
+            return zero
         while chunk < split_chunks(split):
             total, low = add_pair(total, low, get(state_place(OF_BOTH, chunk, split, zero), zero), zero)
             chunk = int32(chunk + WARP_SIZE)
         total, low = warp_sum_pair(total, low)
         total = add(total, low)
     # NaN if either row has no probabilities: each of its terms is NaN, or +inf.
-    return add(total, add(sub(logits[2], logits[2]), sub(target[2], target[2])))
+    return add(mul(total, target[2]), add(sub(logits[2], logits[2]), sub(target[2], target[2])))
 
 
 # ---------------------------------------------------------------- the kernels
@@ -332,7 +396,7 @@ def kl_div_rows(
     n_cols = rows.n_cols if counts else 0
     numbers = numbers_of_rows(sources, n_cols, team, split, scale, scale_low)
     params, factor = gap_params(scale, scale_low), factor_of(row_weight, upstream, normaliser, scale)
-    found = row_divergence(target, writes_row, sources, n_cols, numbers, factor, team, split, params)
+    found = row_divergence(target, writes_row, False, sources, n_cols, numbers, factor, team, split, params)
     if counts and writes_loss:
         store(row_of(losses, row, rows).pointer, 0, mul(found, row_weight))
 
@@ -341,13 +405,15 @@ def kl_div_rows(
 def pulls(values, others, col, width, numbers):
     """p (d - KL), times what it is multiplied by."""
     half, exponent, factor, ahead, ahead_low, log, of_row, params = numbers
-    for k in range(width):
-        x, y = values[k], others[k]
-        if is_near(exponent):
-            p = probability(y, (half, exponent, factor), True, params)
-        else:
-            p = probability(y, (half, exponent, factor), False, params)
-        values[k] = pull_on_target(p, log_ratio(x, y, ahead, ahead_low, params[0], log), of_row)
+    target, apart = (half, exponent, factor), (ahead, ahead_low, log)
+    if is_near(exponent):
+        for k in range(width):
+            d = log_ratio_of(values[k], others[k], apart, True, False, params[0])
+            values[k] = pull_on_target(probability(others[k], target, True, params), d, of_row)
+    else:
+        for k in range(width):
+            d = log_ratio_of(values[k], others[k], apart, False, False, params[0])
+            values[k] = pull_on_target(probability(others[k], target, False, params), d, of_row)
 
 
 write_pulls = row_writer(pulls)
@@ -368,7 +434,7 @@ def kl_div_target_grad_rows(
     n_cols = rows.n_cols if counts else 0
     numbers = numbers_of_rows(sources, n_cols, team, split, scale, scale_low)
     params, factor = gap_params(scale, scale_low), factor_of(row_weight, upstream, normaliser, scale)
-    found = row_divergence(target, False, sources, n_cols, numbers, factor, team, split, params)
+    found = row_divergence(target, False, True, sources, n_cols, numbers, factor, team, split, params)
     if not is_short(split) and split_slots(split) < team.n_pieces:
         sync_slots(split)  # every lane has read the slots, in which the first pieces are now
         fetch_last(sources, n_cols, team, split, number(scale, -math.inf))
