@@ -352,23 +352,6 @@ def shares(labels, shares, batch_shape: tuple[int, ...], reason: str) -> None:
         raise ValueError(f"target[0] has shape {labels.shape}, expected one label or more for each row")
 
 
-def normalizer(value) -> float:
-    number = scalar(value, "normalizer")
-    if not 0.0 < number < math.inf:
-        raise ValueError(f"normalizer is {number}, expected a finite number above 0")
-    return number
-
-
-def divides(reduction: str, has_normalizer: bool) -> None:
-    if has_normalizer and reduction != "mean":
-        raise ValueError(f"normalizer is given with reduction {reduction!r}, expected 'mean', which divides by it")
-
-
-def single(array, name: str) -> None:
-    if array.size != 1:
-        raise ValueError(f"{name} has shape {array.shape}, expected one element")
-
-
 def label_smoothing(value) -> float:
     number = scalar(value, "label_smoothing")
     if not 0.0 <= number <= 1.0:

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from gpusoftmax import _arrays, _checks, _gradients, _replay
+from gpusoftmax._loss import split_normalizer
 from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
 
@@ -85,7 +86,7 @@ def kl_div(
     >>> float(kl_div(np.float32([[0, 0]]), np.float32([[0, -np.inf]])))  # log 2
     0.6931471824645996
     """
-    number, normalizers = _split_normalizer(normalizer)
+    normalizers, number = split_normalizer(normalizer)
     placed = logits, target_logits, row_weight, None, normalizers
     options = axis, temperature, reduction, number
     try:
@@ -146,19 +147,12 @@ def kl_div_with_grad(
     array([[-0.5,  0.5]], dtype=float32)
     """
     grad_scale = _checks.scalar(grad_scale, "grad_scale")
-    number, normalizers = _split_normalizer(normalizer)
+    normalizers, number = split_normalizer(normalizer)
     placed = logits, target_logits, row_weight, out, normalizers
     found = _replay.call(
         _kl_div, placed, axis, temperature, reduction, number, grad_scale, True, bool(target_grad)
     )  # fmt: skip
     return KlDivWithGrad(*found)
-
-
-def _split_normalizer(normalizer: Any) -> tuple[float | None, Any]:
-    """(number, array), as a call that is replayed has them apart."""
-    if hasattr(normalizer, "shape") and hasattr(normalizer, "dtype"):
-        return None, normalizer
-    return None if normalizer is None else _checks.normalizer(normalizer), None
 
 
 def _kl_div(
@@ -174,7 +168,8 @@ def _kl_div(
     _checks.class_count(n_cols)
     _checks.reduction(reduction)
     temperature = _checks.temperature(temperature)
-    _checks.divides(reduction, normalizer is not None or normalizers is not None)
+    has_normalizer = normalizer is not None or normalizers is not None
+    _checks.only_for(has_normalizer, "normalizer", reduction == "mean", reduction)
 
     gradient = None
     if with_grad:
@@ -184,7 +179,7 @@ def _kl_div(
     dtype = _arrays.compute_dtype(x, gradient)
     _checks.temperature_fits(temperature, dtype)
     weights = None if row_weight is None else _row_weights(row_weight, x, batch_shape, axis, gradient, dtype)
-    kernels = _arrays.kernels(x.place, "kl_div")
+    kernels, of_batch = _arrays.kernels(x.place, "kl_div"), _arrays.kernels(x.place, "batch")
 
     # What "mean" divides by: a number, or an array of one. The small results that later kernels read stay referenced
     # until those have been started.
@@ -196,7 +191,7 @@ def _kl_div(
         divisor = float(math.prod(batch_shape)) if normalizer is None else normalizer
     elif reduction == "mean":
         divisors = _arrays.empty(x, (1,), dtype)
-        kernels.total(weights.size, _arrays.numbers(weights), nothing, 1.0, _arrays.numbers(divisors), x.place)
+        of_batch.total(weights.size, _arrays.numbers(weights), nothing, _arrays.numbers(divisors), x.place)
     normaliser = nothing if divisors is None else _arrays.numbers(divisors)
     upstream = grad_scale / divisor if divisor else 0.0  # no rows
 
@@ -224,7 +219,7 @@ def _kl_div(
     per_row = _arrays.per_row(losses, axes, x.ndim)
     _arrays.for_rows(divergences, axes, reads, [per_row, gradient] if with_grad else [per_row])
     if reduction != "none":
-        kernels.total(losses.size, _arrays.numbers(losses), normaliser, divisor, _arrays.numbers(loss), x.place)
+        of_batch.total(losses.size, _arrays.numbers(losses), normaliser, _arrays.numbers(loss), x.place, divisor)
     return (
         _arrays.result(loss),
         None if gradient is None else _arrays.result(gradient, out),
@@ -246,7 +241,7 @@ def _one_number(normalizers, x, gradient, dtype):
     """The array of a normalizer, likewise."""
     array = _arrays.logits(normalizers, "normalizer")
     _checks.same_home(x, array, "logits", "normalizer")
-    _checks.single(array, "normalizer")
+    _checks.one_element(array, "normalizer")
     if gradient is not None:
         _checks.no_overlap(gradient, array, "normalizer")
     return _contiguous(array, dtype)

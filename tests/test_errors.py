@@ -432,21 +432,6 @@ CASES = {
         "row_weight has shape (4,), expected (3,) to match logits (3, 4) without axis -1",
         lambda a: kl_div(a.x, a.x, row_weight=a.weight, out=a.out),
     ),
-    "a normalizer of 0": (
-        ValueError,
-        "normalizer is 0.0, expected a finite number above 0",
-        lambda a: kl_div(a.x, a.x, normalizer=0, out=a.out),
-    ),
-    "normalizers": (
-        ValueError,
-        "normalizer has shape (3,), expected one element",
-        lambda a: kl_div(a.x, a.x, normalizer=a.short_weight, out=a.out),
-    ),
-    "a normalizer of a sum": (
-        ValueError,
-        "normalizer is given with reduction 'sum', expected 'mean', which divides by it",
-        lambda a: kl_div(a.x, a.x, reduction="sum", normalizer=2.0, out=a.out),
-    ),
     "targets of neither shape": (
         ValueError,
         "target has shape (4,), expected (3,) or (3, 'K') to match logits (3, 4) without axis -1",

@@ -22,7 +22,6 @@ second time for the divergence and one of the gradients.
 A row whose weight is 0 is left out: loss 0, gradients 0.
 """
 
-import math
 from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
@@ -108,12 +107,6 @@ def _numbers(normaliser: Numbers, upstream: float, temperature: float) -> tuple:
     dtype = normaliser.dtype
     twice, _ = scale_of(2.0, temperature, dtype)
     return normaliser, STORAGE[dtype](upstream), twice, *unless_one(scale_of(1.0, temperature, dtype))
-
-
-def total(n: int, values: Numbers, normaliser: Numbers, divisor: float, result: Numbers, place: Place) -> None:
-    """result[0] = sum(values), in their order, over normaliser[0]; over the divisor where there is no normaliser."""
-    tags = STORAGE[values.dtype](0), STORAGE[result.dtype](0), STORAGE[normaliser.dtype](divisor)
-    total_rows(n, values.pointer, normaliser.pointer, result.pointer, *tags)
 
 
 class Task(NamedTuple):
@@ -370,20 +363,3 @@ def store_losses(here, weight, divergence, task, losses):
         if weight_of(here.row + lane, task) == number(task.scale, 0.0):
             value = number(task.scale, 0.0)
         store(element(losses, here.row + lane, task.rows), 0, value)
-
-
-# ---------------------------------------------------------------- over all rows
-
-
-@kernel
-def total_rows(n, values, normaliser, result, values_tag, result_tag, divisor):
-    zero = number(divisor, 0.0)
-    total, low = zero, zero
-    for k in range(n):
-        total, low = add_pair(total, low, load(pointer_to(values, values_tag), k, zero), zero)
-    if normaliser != 0:
-        divisor = load(pointer_to(normaliser, zero), 0, zero)
-    mean = div(add(total, low), divisor)
-    if divisor == zero:  # nothing counts: NaN, as 0 / 0 is
-        mean = number(zero, math.nan)
-    store(pointer_to(result, result_tag), 0, mean)

@@ -2,8 +2,7 @@
 kernels; what the arguments mean stands in kernels/cpu/kl_div.py.
 """
 
-from gpusoftmax.kernels.cuda.launch import launch, launch_rows
-from gpusoftmax.kernels.cuda.plan import SINGLE_BLOCK
+from gpusoftmax.kernels.cuda.launch import launch_rows
 from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Place, Rows, scale_of
 
 
@@ -43,8 +42,3 @@ def kl_div_target_grad(
 def _numbers(normaliser: Numbers, upstream: float, temperature: float) -> tuple:
     dtype = normaliser.dtype
     return normaliser, STORAGE[dtype](upstream), *scale_of(2.0, temperature, dtype)
-
-
-def total(n: int, values: Numbers, normaliser: Numbers, divisor: float, result: Numbers, place: Place) -> None:
-    divisor = STORAGE[normaliser.dtype](divisor)
-    launch("kl_div.total_rows", SINGLE_BLOCK, place, n, values, normaliser, result, divisor)

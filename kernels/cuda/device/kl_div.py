@@ -10,7 +10,7 @@ target's logits, and what the chunk adds to the divergence.
 
 import math
 
-from numpy import int32, int64
+from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
@@ -34,7 +34,6 @@ from gpusoftmax.kernels.cuda.device.exponential import anchor, cheap_exp_from, c
 from gpusoftmax.kernels.cuda.device.granules import granule_sum
 from gpusoftmax.kernels.cuda.device.memory import (
     VECTOR_BYTES,
-    block_numbers,
     element_size,
     granule_numbers,
     is_null,
@@ -53,7 +52,6 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     piece_state,
 )
 from gpusoftmax.kernels.cuda.device.reduce import (
-    block_sum_pair,
     leads_block,
     publish,
     publish_pair,
@@ -441,35 +439,3 @@ def kl_div_target_grad_rows(
     _, (half, exponent, inverse), (ahead, ahead_low, log) = numbers
     results = half, exponent, mul(inverse, factor), ahead, ahead_low, log, found, params
     write_pulls(target, sources, n_cols, team, split, results, zero)
-
-
-# ---------------------------------------------------------------- over all rows
-
-
-def total_rows(n, values, normaliser, result, divisor):
-    """One block: the sum has a fixed order. Eight numbers are read before the first is added, which would be waited for
-    one after the other.
-    """
-    zero = number(divisor, 0.0)
-    total, low = zero, zero
-    step = cuda.blockDim.x
-    k = int64(cuda.threadIdx.x)
-    while k + 7 * step < n:
-        a, b = load(values, k, zero), load(values, k + step, zero)
-        c, d = load(values, k + 2 * step, zero), load(values, k + 3 * step, zero)
-        e, f = load(values, k + 4 * step, zero), load(values, k + 5 * step, zero)
-        g, h = load(values, k + 6 * step, zero), load(values, k + 7 * step, zero)
-        for value in (a, b, c, d, e, f, g, h):
-            total, low = add_pair(total, low, value, zero)
-        k += 8 * step
-    while k < n:
-        total, low = add_pair(total, low, load(values, k, zero), zero)
-        k += step
-    total = block_sum_pair(total, low, block_numbers(zero), zero)
-    if cuda.threadIdx.x == 0:
-        if not is_null(normaliser):
-            divisor = load(normaliser, 0, zero)
-        mean = div(total, divisor)
-        if divisor == zero:  # nothing counts: NaN, as 0 / 0 is
-            mean = number(zero, math.nan)
-        store(result, 0, mean)
