@@ -31,6 +31,7 @@ OPS = (
     "masked_softmax",  # of logits under a softcap, as grammars and models want it
     "topk_softmax",  # a router of experts
     "logsumexp_state",
+    "kl_div_with_grad",  # a student's logits against a teacher's
 )
 TOP = 20
 """Tokens of top_logprobs: the most that serving APIs give."""
@@ -85,6 +86,7 @@ class Case(NamedTuple):
             "masked_softmax": 2 * logits + self.n_rows * self.n_cols,
             "topk_softmax": logits + EXPERTS * (per_row + labels),
             "logsumexp_state": logits + per_row,
+            "kl_div_with_grad": 3 * logits,
         }[self.op]
 
     def __str__(self) -> str:
@@ -100,6 +102,8 @@ def _inputs(case: Case) -> dict[str, np.ndarray]:
         return {"probs": probs, "dprobs": inputs.make("spread", shape, case.numpy_dtype, seed=1)}
     if case.op.startswith(("cross_entropy", "token_logprobs")):
         return {"logits": logits, "target": inputs.targets(*shape)}
+    if case.op == "kl_div_with_grad":
+        return {"logits": logits, "target_logits": inputs.make("spread", shape, case.numpy_dtype, seed=1)}
     if case.op == "masked_softmax":
         return {"logits": logits, "mask": np.random.default_rng(1).random(shape) < 0.5}
     return {"logits": logits}
@@ -113,6 +117,8 @@ def _answer(case: Case) -> tuple[np.ndarray, ...]:
         return (oracle.cross_entropy(*blocks),)
     if case.op == "cross_entropy_with_grad":
         return oracle.cross_entropy(*blocks), oracle.cross_entropy_grad(*blocks, grad_scale=_share(case))
+    if case.op == "kl_div_with_grad":
+        return oracle.kl_div(*blocks), oracle.kl_div_grads(*blocks, grad_scale=_share(case))[0]
     if case.op.startswith("token_logprobs"):
         logprob, _, entropy, rank, _ = oracle.token_logprobs(*blocks)
         return (logprob[:, 0], entropy, rank[:, 0])[: 3 if case.op.endswith("rank") else 2]
@@ -160,6 +166,10 @@ def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.
         "cross_entropy_with_grad": (
             tolerances.check_loss,
             functools.partial(tolerances.check_dlogits, grad_scale=_share(case)),
+        ),
+        "kl_div_with_grad": (
+            tolerances.check_kl_div,
+            lambda got, *given: tolerances.check_kl_div_grads(got, None, *given, grad_scale=_share(case)),
         ),
         "token_logprobs": (_check_logprob, _check_entropy),
         "token_logprobs_and_rank": (_check_logprob, _check_entropy, _check_rank),

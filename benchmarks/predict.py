@@ -36,7 +36,15 @@ _ARCH = "sm_90"
 _GIB = 2**30
 DTYPES = ("bfloat16", "float32")
 OPS = ("softmax", "log_softmax", "cross_entropy", "cross_entropy_with_grad")
-OTHERS = ("logsumexp", "softmax_backward", "log_softmax_backward", "token_logprobs", "top_logprobs")
+OTHERS = (
+    "logsumexp",
+    "softmax_backward",
+    "log_softmax_backward",
+    "token_logprobs",
+    "top_logprobs",
+    "kl_div",
+    "kl_div_with_grad",
+)
 OPTIONS = {"token_logprobs": {"return_entropy": True, "return_rank": True}}
 _REGIMES = ("short", "held", "cluster", "online")
 TYPICAL = (32000, 128256, 8192, 1000, 1048576)
@@ -67,7 +75,8 @@ class Case(NamedTuple):
     def copy_seconds(self) -> float:
         """Of as many bytes as the op has to move."""
         one = ("cross_entropy", "logsumexp", "token_logprobs", "top_logprobs")
-        arrays = 1 if self.op in one else 3 if self.op.endswith("_backward") else 2
+        three = self.op.endswith("_backward") or self.op == "kl_div_with_grad"
+        arrays = 1 if self.op in one else 3 if three else 2
         return arrays * self.n_rows * self.n_cols * self.numpy_dtype.itemsize / model.COPY_BYTES_PER_SECOND
 
 
@@ -143,7 +152,9 @@ def _emulated(case: Case, plan: Plan) -> tuple[Stats, int]:
             arguments.append(gpu.array(logits))
         if case.op.startswith(("cross_entropy", "token_logprobs")):
             arguments.append(gpu.array(inputs.targets(*logits.shape)))
-        if case.op.startswith("cross_entropy"):
+        if case.op.startswith("kl_div"):
+            arguments.append(gpu.array(inputs.make("spread", logits.shape, case.numpy_dtype, seed=1)))
+        if case.op.startswith(("cross_entropy", "kl_div")):
             options["reduction"] = "none"
         if case.op == "top_logprobs":
             arguments.append(_dry_run.TOP)

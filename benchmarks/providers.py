@@ -57,7 +57,12 @@ def _ours() -> Calls:
         "masked_softmax": lambda a: partial(gpusoftmax.softmax, a.logits, softcap=SOFTCAP, mask=a.mask, out=a.result()),
         "topk_softmax": lambda a: lambda: gpusoftmax.topk_softmax(a.logits, EXPERTS).probs,
         "logsumexp_state": lambda a: partial(_our_state, a.logits),
+        "kl_div_with_grad": lambda a: partial(_our_divergence, a.logits, a.target_logits, out=a.result()),
     }
+
+
+def _our_divergence(logits, target_logits, **options):
+    return gpusoftmax.kl_div_with_grad(logits, target_logits, **options)[:2]
 
 
 def _our_state(logits):
@@ -72,12 +77,18 @@ def _our_scores(logits, target, **options):
 
 
 def _ours_new() -> Calls:
-    return {"cross_entropy_with_grad": lambda a: partial(gpusoftmax.cross_entropy_with_grad, a.logits, a.target)}
+    return {
+        "cross_entropy_with_grad": lambda a: partial(gpusoftmax.cross_entropy_with_grad, a.logits, a.target),
+        "kl_div_with_grad": lambda a: partial(_our_divergence, a.logits, a.target_logits),
+    }
 
 
 def _ours_in_autograd() -> Calls:
-    cross_entropy = importlib.import_module("gpusoftmax.torch").cross_entropy
-    return {"cross_entropy_with_grad": lambda a: _torch_loss_and_grad(cross_entropy, a)}
+    ours = importlib.import_module("gpusoftmax.torch")
+    return {
+        "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(ours.cross_entropy, a.logits, a.target),
+        "kl_div_with_grad": lambda a: _torch_loss_and_grad(ours.kl_div, a.logits, a.target_logits),
+    }
 
 
 def _torch() -> Calls:
@@ -92,7 +103,10 @@ def _torch() -> Calls:
         "log_softmax": lambda a: partial(torch.log_softmax, a.logits, -1, out=a.result()),
         "logsumexp": lambda a: partial(torch.logsumexp, a.logits, -1, out=a.per_row()),
         "cross_entropy": lambda a: partial(torch.nn.functional.cross_entropy, a.logits, a.target),
-        "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(torch.nn.functional.cross_entropy, a),
+        "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(
+            torch.nn.functional.cross_entropy, a.logits, a.target
+        ),
+        "kl_div_with_grad": lambda a: _torch_loss_and_grad(_torch_divergence, a.logits, a.target_logits),
         "softmax_backward": softmax_backward,
         "logsumexp_state": lambda a: partial(torch.logsumexp, a.logits, -1, out=a.per_row()),
         **_torch_tokens(torch),
@@ -142,12 +156,18 @@ def _torch_tokens(torch, compiled=lambda function: function) -> Calls:
     }
 
 
-def _torch_loss_and_grad(cross_entropy, arrays):
+def _torch_divergence(logits, target_logits):
+    functional = importlib.import_module("torch").nn.functional
+    log_probs, target_log_probs = functional.log_softmax(logits, -1), functional.log_softmax(target_logits, -1)
+    return functional.kl_div(log_probs, target_log_probs, log_target=True, reduction="batchmean")
+
+
+def _torch_loss_and_grad(function, logits, target):
     torch = importlib.import_module("torch")
-    logits = arrays.logits.detach().requires_grad_()
+    logits = logits.detach().requires_grad_()
 
     def forward_and_backward():
-        loss = cross_entropy(logits, arrays.target)
+        loss = function(logits, target)
         return loss, torch.autograd.grad(loss, logits)[0]
 
     return forward_and_backward
@@ -167,7 +187,8 @@ def _torch_compile() -> Calls:
         "log_softmax": lambda a: partial(log_softmax, a.logits),
         "logsumexp": lambda a: partial(logsumexp, a.logits),
         "cross_entropy": lambda a: partial(cross_entropy, a.logits, a.target),
-        "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(cross_entropy, a),
+        "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(cross_entropy, a.logits, a.target),
+        "kl_div_with_grad": lambda a: _torch_loss_and_grad(compiled(_torch_divergence), a.logits, a.target_logits),
         **_torch_tokens(torch, compiled),
     }
 
@@ -219,6 +240,13 @@ def _numpy() -> Calls:
         np.subtract(dprobs, dot, out=out)
         return np.multiply(out, probs, out=out)
 
+    def kl_div_with_grad(logits, target_logits, out):
+        log_probs, target_log_probs = log_softmax(logits, out), log_softmax(target_logits, np.empty_like(out))
+        target_probs = np.exp(target_log_probs)
+        loss = (target_probs * np.subtract(target_log_probs, log_probs, out=target_log_probs)).sum() / len(logits)
+        np.subtract(np.exp(out, out=out), target_probs, out=out)
+        return loss, np.divide(out, len(logits), out=out)
+
     def token_logprobs(logits, target, out):
         log_softmax(logits, out)
         logprob = out[np.arange(len(target)), target]
@@ -257,6 +285,7 @@ def _numpy() -> Calls:
         "cross_entropy": lambda a: partial(cross_entropy, a.logits, a.target),
         "cross_entropy_with_grad": lambda a: partial(cross_entropy_with_grad, a.logits, a.target, a.result()),
         "softmax_backward": lambda a: partial(softmax_backward, a.probs, a.dprobs, a.result()),
+        "kl_div_with_grad": lambda a: partial(kl_div_with_grad, a.logits, a.target_logits, a.result()),
     }
 
 
@@ -265,7 +294,9 @@ def _liger() -> Calls:
     functional = importlib.import_module("liger_kernel.transformers.functional")
 
     def loss_and_grad(a):
-        return _torch_loss_and_grad(functional.liger_cross_entropy, a)  # its gradient overwrites the logits
+        return _torch_loss_and_grad(
+            functional.liger_cross_entropy, a.logits, a.target
+        )  # its gradient overwrites the logits
 
     return {
         "softmax": lambda a: partial(operations.LigerSoftmaxFunction.apply, a.logits),

@@ -54,6 +54,7 @@ def cpu(quick: bool = False) -> list[Case]:
         *(Case(op, 64, 151936, "bfloat16") for op in _TOKENS),
         *(Case(op, *shape, "float32") for op in _MORE for shape in _SCORED),
         *(Case("topk_softmax", 16384, n_experts, "float32") for n_experts in (64, 256)),
+        *(Case("kl_div_with_grad", *shape, "float32") for shape in _SCORED),
     ]
 
 
@@ -80,6 +81,7 @@ def gpu(quick: bool = False) -> list[Case]:
         *_decode("log_softmax", "float32"),
         *(_gibibyte(op, n_cols, "bfloat16") for op in (*_TOKENS, *_MORE) for n_cols in (32000, 151936)),
         *(_gibibyte("topk_softmax", n_experts, "bfloat16") for n_experts in (64, 256)),
+        *(_gibibyte("kl_div_with_grad", n_cols, "bfloat16") for n_cols in (32000, 151936)),
         *(_gibibyte(op, n_cols, "float16") for op in ops for n_cols in VOCABULARIES),
     ]
 

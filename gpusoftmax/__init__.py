@@ -1,4 +1,4 @@
-"""Softmax, log-softmax, log-sum-exp and cross-entropy over rows of logits, on NVIDIA GPUs and CPUs."""
+"""Softmax, log-softmax, log-sum-exp, cross-entropy and divergences over rows of logits, on NVIDIA GPUs and CPUs."""
 
 from gpusoftmax.argmax import argmax
 from gpusoftmax.compile import compile
@@ -9,6 +9,7 @@ from gpusoftmax.cross_entropy import (
     cross_entropy_with_grad,
 )
 from gpusoftmax.explain import explain
+from gpusoftmax.kl_div import KlDivWithGrad, kl_div, kl_div_with_grad
 from gpusoftmax.linear_cross_entropy import (
     LinearCrossEntropyGrad,
     linear_cross_entropy,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropy",
+    "KlDivWithGrad",
     "LinearCrossEntropyGrad",
     "LogSumExpState",
     "Sample",
@@ -42,6 +44,8 @@ __all__ = [
     "cross_entropy_backward",
     "cross_entropy_with_grad",
     "explain",
+    "kl_div",
+    "kl_div_with_grad",
     "linear_cross_entropy",
     "linear_cross_entropy_with_grad",
     "log_softmax",

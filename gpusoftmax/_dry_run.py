@@ -37,11 +37,13 @@ OPS = (
     "top_k_mask_logits",
     "top_p_mask_logits",
     "topk_softmax",
+    "kl_div",
+    "kl_div_with_grad",
 )
 TOP = 8
 """Columns that a dry run asks of top_logprobs and topk_softmax, or all there are."""
 OF_THE_LARGEST = ("top_logprobs", "topk_softmax")
-ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", *OF_THE_LARGEST)
+ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", "kl_div", "kl_div_with_grad", *OF_THE_LARGEST)
 """Those that take no tuple of axes, which might cost a copy."""
 IMAGES = ("spatial_softmax", "spatial_softmax_backward")
 """Those whose rows run along the last two axes."""
@@ -126,6 +128,8 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             elif op.startswith("cross_entropy"):
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
+            elif op == "kl_div_with_grad":
+                _call(op, shape, dtype, {"axis": axis, "target_grad": True})
             elif op == "sample":
                 _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
                 temperatures = _Imagined(_batch(shape, axis), _row_dtype(dtype))
@@ -195,7 +199,7 @@ def _call(
         arguments += (_Imagined(batch, _row_dtype(dtype)) for _ in range(2))
     elif op == "spatial_softmax_backward":
         arguments += (_Imagined((*shape[:-2], 2), _row_dtype(dtype)) for _ in range(2))
-    elif op.endswith(("_backward", "_jvp")):
+    elif op.endswith(("_backward", "_jvp")) or op.startswith("kl_div"):
         arguments.append(_Imagined(shape, _arrays.numpy_dtype(dtype)))
     elif op in OF_THE_LARGEST:
         arguments.append(min(TOP, shape[options.get("axis", -1)]))

@@ -6,8 +6,9 @@ from typing import Any
 from gpusoftmax import _arrays
 
 _HAVE_GRADIENTS = {
-    "x", "logits", "features", "probs", "dprobs", "tangent", "log_probs", "dlog_probs", "temperature", "bias"
-}  # fmt: skip
+    *("x", "logits", "target_logits", "features", "probs", "dprobs", "tangent", "log_probs", "dlog_probs"),
+    *("temperature", "bias"),
+}
 
 
 def call(function: str, argument: str, out: Any, transform: tuple, *arguments: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
-from gpusoftmax import _checks, _torch_expected, _torch_losses, _torch_rows
+from gpusoftmax import _checks, _torch_expected, _torch_kl, _torch_losses, _torch_rows
 from gpusoftmax import _torch_full_loss as full
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._torch_ops import row_dtype
@@ -87,6 +87,24 @@ def cross_entropy(
         return full.full_cross_entropy(logits, target_of_rows, options, given, reduction, normalizer, wanted)
     loss = _torch_losses.Loss(ignore_index, reduction, label_smoothing, validate)
     return transformed.cross_entropy(logits, target, weight, loss, given)
+
+
+def kl_div(
+    logits: Tensor,
+    target_logits: Tensor,
+    axis: Any,
+    temperature: Any,
+    row_weight: Tensor | None,
+    reduction: Any,
+    normalizer: Any,
+) -> Tensor:
+    _tensors(logits=logits, target_logits=target_logits, row_weight=logits if row_weight is None else row_weight)
+    (axis,) = _checks.class_axis(axis, logits.ndim)
+    _checks.reduction(reduction)
+    is_tensor = isinstance(normalizer, Tensor)
+    number = None if is_tensor or normalizer is None else _checks.normalizer(normalizer)
+    options = _torch_kl.Divergence(axis, _checks.temperature(temperature), reduction, number)
+    return _torch_kl.kl_div(logits, target_logits, row_weight, normalizer if is_tensor else None, options)
 
 
 def token_logprobs(

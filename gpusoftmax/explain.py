@@ -73,7 +73,7 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     read, written = _PER_ROW.get(op, (0, 0))
     label = 8 if op.startswith(("cross_entropy", "token_logprobs", "sample")) else 0  # or the seed
     top = min(_dry_run.TOP, n_cols) if op in _dry_run.OF_THE_LARGEST else 0
-    sources = 2 if op in ("softmax_backward", "softmax_jvp", "log_softmax_backward") else 1
+    sources = 2 if op in _TWO_SOURCES else 1
     plan = next(launch.plan for launch in launches if launch.plan.regime != "single")
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
     results = 8 if op in ("argmax", "sample") else 0 if op in _NO_ROWS else row
@@ -84,13 +84,16 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     }
 
 
+_TWO_SOURCES = ("softmax_backward", "softmax_jvp", "log_softmax_backward", "kl_div", "kl_div_with_grad")
 _NO_ROWS = (
-    *("logsumexp", "cross_entropy", "token_logprobs", "soft_argmax", "spatial_softmax"),
+    *("logsumexp", "kl_div", "cross_entropy", "token_logprobs", "soft_argmax", "spatial_softmax"),
     *_dry_run.OF_THE_LARGEST,
 )
 """Those whose results have no row of their own."""
 _PER_ROW = {
     "logsumexp": (0, 1),
+    "kl_div": (0, 1),
+    "kl_div_with_grad": (0, 1),
     "cross_entropy": (0, 1),
     "cross_entropy_with_grad": (0, 1),
     "cross_entropy_backward": (2, 0),

@@ -2,9 +2,9 @@
 
 softmax, log_softmax, logsumexp, cross_entropy, CrossEntropyLoss, linear_cross_entropy and LinearCrossEntropyLoss stand
 in for torch's functions of these names (the last two are not to be differentiated in forward mode);
-token_logprobs and sample are those of gpusoftmax. They are differentiable any number of times, once in forward mode,
-and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU and so
-can be captured in a CUDA graph, and take tensors of any strides without a copy.
+token_logprobs, kl_div and sample are those of gpusoftmax. They are differentiable any number of times, once in forward
+mode, and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU
+and so can be captured in a CUDA graph, and take tensors of any strides without a copy.
 
 softmax, log_softmax, logsumexp, cross_entropy and token_logprobs take what gpusoftmax.softmax may do to the logits
 first: temperature, bias, softcap, mask, n_valid. Their derivatives go through it, to bias and temperatures too.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpusoftmax import _checks, _torch_layer, _torch_losses, _torch_ops
+from gpusoftmax import _checks, _torch_core, _torch_layer, _torch_losses, _torch_ops
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._loss import split_target
 from gpusoftmax._torch_full_loss import Options, Target, full_cross_entropy
@@ -34,6 +34,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "cross_entropy",
+    "kl_div",
     "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
@@ -397,6 +398,52 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
         )
+
+
+def kl_div(
+    input: Tensor,
+    target_logits: Tensor,
+    dim: int = -1,
+    *,
+    temperature: float = 1.0,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """gpusoftmax.kl_div, of the softmax of `target_logits` from that of `input` along `dim`, differentiable in both.
+
+    What torch has as kl_div(log_softmax(input, dim), log_softmax(target_logits, dim), log_target=True), summed along
+    `dim`; "mean" is torch's "batchmean".
+
+    Parameters
+    ----------
+    input, target_logits : tensor, shape (..., n_cols, ...)
+        Logits of the student and of the teacher, of the same shape and dtype.
+    dim : int
+        Along which the classes lie.
+    temperature, row_weight, reduction, normalizer
+        As in gpusoftmax.kl_div.
+
+    Returns
+    -------
+    tensor
+        float32, float64 for float64: one number, or with "none" the shape of `input` without `dim`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As gpusoftmax.kl_div.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from gpusoftmax.torch import kl_div
+    >>> logits = torch.zeros(1, 2, requires_grad=True)
+    >>> kl_div(logits, torch.tensor([[0.0, -torch.inf]])).backward()
+    >>> logits.grad
+    tensor([[-0.5000,  0.5000]])
+    """
+    return _torch_core.kl_div(input, target_logits, dim, temperature, row_weight, reduction, normalizer)
 
 
 def token_logprobs(

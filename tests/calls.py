@@ -39,6 +39,10 @@ def sample_with_seeds(logits, seeds, axis=-1):
     return gpusoftmax.sample(logits, axis, rng=(seeds, 3))
 
 
+def _kl_div_with_grad(logits, target_logits, **options):
+    return gpusoftmax.kl_div_with_grad(logits, target_logits, **options)[:2]
+
+
 CALLS = {
     "softmax": Call(gpusoftmax.softmax, ("x",)),
     "softmax_backward": Call(gpusoftmax.softmax_backward, ("probs", "dprobs")),
@@ -54,6 +58,10 @@ CALLS = {
     ),
     "cross_entropy_with_grad": Call(gpusoftmax.cross_entropy_with_grad, ("logits",), ("target",)),
     "cross_entropy_backward": Call(gpusoftmax.cross_entropy_backward, ("logits",), ("target", "lse", "dloss")),
+    "kl_div": Call(
+        partial(gpusoftmax.kl_div, reduction="none"), ("logits", "target_logits"), takes_out=False, per_row=True
+    ),
+    "kl_div_with_grad": Call(_kl_div_with_grad, ("logits", "target_logits")),
     "token_logprobs": Call(
         partial(gpusoftmax.token_logprobs, **EVERY_FIELD), ("logits",), ("target",), takes_out=False, per_row=True
     ),
@@ -83,6 +91,7 @@ def arguments(name, shape, dtype, seed=0):
         "expected": expected,
         "dexpected": inputs.make("peaked", expected.shape, expected.dtype, seed + 2),
         "logits": x,
+        "target_logits": inputs.make("spread", shape, dtype, seed + 3),
         "probs": np.asarray(gpusoftmax.softmax(x)),
         "dprobs": gradient,
         "tangent": gradient,

@@ -144,6 +144,8 @@ def _calls(dtype, out_dtype, shape, axis):
     for soft in (few, _Array(shape, dtype)):
         yield "cross_entropy_with_grad", (x, soft, weight), like
     yield "cross_entropy_backward", (x, few, *(_Array(batch, row_dtype) for _ in range(2)), weight), like
+    yield "kl_div", (x, _Array(shape, dtype)), {"axis": axis, "row_weight": _Array(batch, dtype)}
+    yield "kl_div_with_grad", (x, _Array(shape, dtype)), {**like, "target_grad": True}
     yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}
     yield "topk_softmax", (x, min(8, n_cols)), {"axis": axis}
     gradient = _Array(batch, np.float64 if np.float64 in (dtype, out_dtype) else np.float32)

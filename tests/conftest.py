@@ -70,7 +70,7 @@ def target(request):
 
 
 _NEWER = {
-    *("test_argmax", "test_logsumexp_state", "test_mask_logits", "test_sample", "test_soft_argmax"),
+    *("test_argmax", "test_kl_div", "test_logsumexp_state", "test_mask_logits", "test_sample", "test_soft_argmax"),
     *("test_spatial_softmax", "test_topk_softmax", "test_transform"),
 }
 _NEWER_OPERATIONS = ("soft_cross_entropy", "cross_entropy_backward")

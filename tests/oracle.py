@@ -18,6 +18,7 @@ Edge cases (all -inf rows, +inf, NaN, V = 0, ignored and out-of-range labels) fo
 spelled out one by one in test_oracle.py.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -307,6 +308,65 @@ def token_logprobs_backward(logits, target, dlogprob, dentropy, axis=-1, *, temp
     else:
         dlogits = np.where(ignored.all(axis=1)[:, None], 0, dlogits)
     return from_rows(dlogits / scaled_by, logits, axis)
+
+
+@_quiet
+def kl_div(
+    logits, target_logits, *, axis=-1, temperature=1.0, row_weight=None, reduction="mean", normalizer=None
+):  # fmt: skip
+    """KL(p || q), p = softmax(target_logits / T), q = softmax(logits / T); a row of weight 0 gives 0."""
+    rows, weights = kl_rows(logits, target_logits, axis, temperature), kl_weights(logits, axis, row_weight)
+    loss = np.where(weights == 0, 0, weights * rows[0])
+    if reduction == "none":
+        return loss.reshape(_row_shape(logits, axis, False))
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / kl_divisor(weights, reduction, normalizer)
+
+
+@_quiet
+def kl_div_grads(
+    logits, target_logits, *, axis=-1, temperature=1.0, row_weight=None, reduction="mean", normalizer=None,
+    grad_scale=1.0,
+):  # fmt: skip
+    """Gradients of grad_scale times kl_div with respect to logits and target_logits: u (q - p) / T and
+    u p (log p - log q - KL) / T, where that of a row whose divergence is infinite is NaN.
+    """
+    kl, p, q, d = kl_rows(logits, target_logits, axis, temperature)
+    weights = kl_weights(logits, axis, row_weight)
+    factor = weights * np.longdouble(grad_scale) / kl_divisor(weights, reduction, normalizer) / temperature
+    of_logits = (q - p) * factor[:, None]
+    of_target = np.where(p == 0, 0, p * (d - kl[:, None])) * factor[:, None]
+    of_target = np.where(np.isfinite(kl)[:, None], of_target, NAN)
+    return tuple(from_rows(np.where(weights[:, None] == 0, 0, one), logits, axis) for one in (of_logits, of_target))
+
+
+def kl_rows(logits, target_logits, axis, temperature):
+    """(KL, p, q, log p - log q) of rows. The sum of p d - p + q, with p (d^2 / 2 - d^3 / 6 + ...) for small d."""
+    x, y, temperature = to_rows(logits, axis), to_rows(target_logits, axis), row_temperature(temperature)
+    p, q = softmax_rows(y, temperature), softmax_rows(x, temperature)
+    # The difference of logits that are far from 0 is taken before that of their maxima.
+    ahead = (y - x) - (_row_max(y) - _row_max(x))
+    log_s = [np.log1p(_sum_minus_one(rows, _row_max(rows), temperature)) for rows in (y, x)]
+    d = ahead / temperature - (log_s[0] - log_s[1])
+    series = np.zeros_like(d)
+    for k in range(11, 1, -1):
+        series = np.longdouble(1) / math.factorial(k) - d * series
+    series = d * d * series
+    terms = np.where(np.abs(d) < 0.01, p * series, np.where(p == 0, q, p * d - p + q))
+    terms = np.where((x == -np.inf) & (p > 0), np.inf, terms)
+    return np.where(np.isnan(p + q).any(axis=1), NAN, terms.sum(axis=1)), p, q, d
+
+
+def kl_weights(logits, axis, row_weight):
+    n_rows = to_rows(logits, axis).shape[0]
+    return np.ones(n_rows, np.longdouble) if row_weight is None else np.ravel(row_weight).astype(np.longdouble)
+
+
+def kl_divisor(weights, reduction, normalizer):
+    if reduction != "mean":
+        return np.longdouble(1)
+    return weights.sum() if normalizer is None else np.longdouble(normalizer)
 
 
 # Rows: everything below works on (n_rows, n_cols) longdouble, with temperature a scalar or (n_rows, 1).

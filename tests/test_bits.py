@@ -49,6 +49,7 @@ OPERATIONS = {
             x, y, gpusoftmax.logsumexp(x), gpusoftmax.logsumexp(g), label_smoothing=0.1, validate=False
         ),
     ),
+    "kl_div": lambda x, g, y: gpusoftmax.kl_div_with_grad(x, g, reduction="none")[:2],
     "token_logprobs": lambda x, g, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD, validate=False),
     "top_logprobs": lambda x, g, y: gpusoftmax.top_logprobs(x, min(5, x.shape[-1])),
     "topk_softmax": lambda x, g, y: gpusoftmax.topk_softmax(x, min(5, x.shape[-1])),
@@ -62,7 +63,7 @@ OPERATIONS = {
         gpusoftmax.sample(x, rng=y, temperature=gpusoftmax.logsumexp(x), top_k=y, top_p=0.9),
     ),
 }
-NEVER_IN_BLOCKS = ("argmax", "soft_argmax", "soft_argmax_backward")
+NEVER_IN_BLOCKS = ("argmax", "soft_argmax", "soft_argmax_backward", "kl_div")
 # dtype, n_cols, n_rows: every dtype; a few lanes, half a warp, and five chunks of the GPU, which are three of the CPU.
 KINDS = [("float32", 31, 64), ("float16", 300, 7), ("float64", 33, 7), ("bfloat16", 4097, 4)]
 

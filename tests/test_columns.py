@@ -35,6 +35,7 @@ OPERATIONS = {
     "smoothed_cross_entropy": lambda x, g, y, axis: gpusoftmax.cross_entropy_with_grad(
         x, y, axis=axis, reduction="none", label_smoothing=0.1, validate=False
     ),
+    "kl_div": lambda x, g, y, axis: gpusoftmax.kl_div_with_grad(x, g, axis=axis, reduction="none", target_grad=True),
     "sample": lambda x, g, y, axis: (gpusoftmax.sample(x, axis, rng=y),),
     "top_p_mask_logits": lambda x, g, y, axis: (gpusoftmax.top_p_mask_logits(x, 0.9, axis),),
     "limited_sample": lambda x, g, y, axis: (gpusoftmax.sample(x, axis, rng=y, top_k=40, top_p=0.9),),
@@ -51,6 +52,7 @@ CHECKS = {
     "cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "cross_entropy_with_grad": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.0),
     "smoothed_cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.1),
+    "kl_div": lambda got, x, g, y, axis: _check_divergences(got, x, g, axis),
     "sample": lambda got, x, g, y, axis: np.testing.assert_array_equal(got[0], gpusoftmax.sample(x, axis, rng=y)),
     "top_p_mask_logits": lambda got, x, g, y, axis: np.testing.assert_array_equal(
         got[0], gpusoftmax.top_p_mask_logits(x, 0.9, axis)
@@ -59,6 +61,11 @@ CHECKS = {
         got[0], gpusoftmax.sample(x, axis, rng=y, top_k=40, top_p=0.9)
     ),
 }
+
+
+def _check_divergences(got, x, g, axis):
+    tolerances.check_kl_div(got[0], x, g, axis=axis, reduction="none")
+    tolerances.check_kl_div_grads(*got[1:], x, g, axis=axis, reduction="none")
 
 
 def _soft_argmax_backward(x, g, axis):

@@ -57,6 +57,7 @@ softmax, log_softmax, logsumexp = gpusoftmax.softmax, gpusoftmax.log_softmax, gp
 softmax_backward, log_softmax_backward = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
 cross_entropy, with_grad = gpusoftmax.cross_entropy, gpusoftmax.cross_entropy_with_grad
 sample = gpusoftmax.sample
+kl_div = gpusoftmax.kl_div_with_grad
 linear = gpusoftmax.linear_cross_entropy_with_grad
 State = gpusoftmax.LogSumExpState
 
@@ -416,6 +417,21 @@ CASES = {
         "weight has shape (3,), expected (4,) one factor for each class",
         lambda a: with_grad(a.x, a.labels, a.short_weight, out=a.out),
     ),
+    "logits of the target of another shape": (
+        ValueError,
+        "target_logits has shape (3, 3), expected (3, 4) to match logits",
+        lambda a: kl_div(a.x, a.short, out=a.out),
+    ),
+    "logits of the target of another dtype": (
+        TypeError,
+        "target_logits has dtype float16, expected float32 to match logits",
+        lambda a: kl_div(a.x, a.half, out=a.out),
+    ),
+    "weights of rows of another shape": (
+        ValueError,
+        "row_weight has shape (4,), expected (3,) to match logits (3, 4) without axis -1",
+        lambda a: kl_div(a.x, a.x, row_weight=a.weight, out=a.out),
+    ),
     "targets of neither shape": (
         ValueError,
         "target has shape (4,), expected (3,) or (3, 'K') to match logits (3, 4) without axis -1",
@@ -752,7 +768,7 @@ CASES = {
         "log_softmax, log_softmax_backward, logsumexp, cross_entropy, cross_entropy_with_grad, "
         "cross_entropy_backward, token_logprobs, token_logprobs_backward, top_logprobs, argmax, "
         "soft_argmax, soft_argmax_backward, spatial_softmax, spatial_softmax_backward, sample, "
-        "top_k_mask_logits, top_p_mask_logits, topk_softmax",
+        "top_k_mask_logits, top_p_mask_logits, topk_softmax, kl_div, kl_div_with_grad",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
     # the shape that a call is explained for

@@ -35,7 +35,9 @@ def test_explained_is_what_an_emulated_device_does(name, shape, arch, monkeypatc
             host["target"] = np.arange(shape[0])  # rows that are ignored are not read
         given = {key: gpu.array(array) for key, array in host.items()}
         call = (
-            getattr(gpusoftmax, name) if name.startswith(("cross_entropy", "token_logprobs")) else CALLS[name].function
+            getattr(gpusoftmax, name)
+            if name.startswith(("cross_entropy", "kl_div", "token_logprobs"))
+            else CALLS[name].function
         )
         call(*given.values())
         plans = [(stats.plan.regime, stats.plan.blocks, stats.plan.threads, stats.plan.cluster) for stats in gpu.stats]

@@ -153,7 +153,7 @@ def test_more_batch_strides_than_a_kernel_takes(target, name):
     result = back(
         part.swapaxes(0, 2) if np.ndim(part) else part for part in (result if isinstance(result, tuple) else (result,))
     )
-    if name == "cross_entropy_with_grad":  # the mean adds the rows in another order
+    if name.endswith("_with_grad"):  # the mean adds the rows in another order
         assert result[0] == pytest.approx(expected[0], rel=1e-6)
         result, expected = result[1], expected[1]
     assert same_bits(result, expected)
@@ -274,7 +274,7 @@ def test_every_output_layout(target, name):
     for dtype in dtypes_of(target):
         arrays = arguments(name, SHAPE, dtype)
         expected = run(target, name, arrays)
-        expected = expected[1] if name == "cross_entropy_with_grad" else expected
+        expected = expected[1] if isinstance(expected, tuple) else expected
         if CALLS[name].per_row:
             # One number per row: the views of (n_rows, n_cols) become the batch shape of logits with one more axis.
             x = inputs.make("spread", (*SHAPE, 5), dtype)

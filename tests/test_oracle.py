@@ -110,6 +110,28 @@ def test_two_columns_by_hand():
     close_float64(oracle.soft_argmax(logits, temperature=0.5), [0.9])
     close_float64(oracle.soft_argmax_backward(logits, [0.75], [2.0]), [[-0.375, 0.375]])
     assert oracle.argmax(logits) == [1]
+    even = np.zeros((1, 2))
+    close_float64(oracle.kl_div(even, logits), log(0.75) * 0.75 + log(0.25) * 0.25 + log(2))
+    close_float64(oracle.kl_div(logits, even, reduction="none"), [-log(0.75) / 2 - log(0.25) / 2 - log(2)])
+    close_float64(oracle.kl_div(logits, even, row_weight=[3.0], normalizer=6), log(2 / 3**0.5) / 2)
+    of_logits, of_target = oracle.kl_div_grads(even, logits, grad_scale=2.0)
+    close_float64(of_logits, [[0.5, -0.5]])
+    close_float64(of_target, [[-0.375 * LN3, 0.375 * LN3]])  # the derivative of log 3 (p_1 - 3/4) is p_0 p_1 log 3
+
+
+def test_divergences_at_the_edges():
+    inf, nan = np.inf, np.nan
+    x = np.array([[0, -inf], [0, 0], [0, -inf], [0, nan], [-inf, -inf], [nan, nan], [1e-9, 0]])
+    y = np.array([[0, 0], [0, -inf], [3, -inf], [0, 0], [0, 0], [0, 0], [0, 0]])
+    weights = [1, 1, 1, 1, 1, 0, 1]
+    loss = oracle.kl_div(x, y, row_weight=weights, reduction="none")
+    close_float64(loss[1:3], [log(2), 0])
+    close_float64(loss[6], 1e-18 / 8)  # half the variance of the differences: nothing has cancelled
+    assert np.isposinf(loss[0]) and np.isnan(loss[3:5]).all() and loss[5] == 0
+    of_logits, of_target = oracle.kl_div_grads(x, y, row_weight=weights, reduction="none")
+    close_float64(of_logits[:3], [[0.5, -0.5], [-0.5, 0.5], [0, 0]])
+    assert np.isnan(of_target[0]).all() and not of_target[1:3].any()
+    assert not of_logits[5].any() and not of_target[5].any()
 
 
 def test_an_image_by_hand():

@@ -32,6 +32,9 @@ OPERATIONS = {
     ),
     "soft_cross_entropy": lambda x, y: gpusoftmax.cross_entropy_with_grad(x, x, reduction="none", z_loss=0.01),
     "cross_entropy_backward": lambda x, y: (gpusoftmax.cross_entropy_backward(x, y, *_gradients(x)),),
+    "kl_div": lambda x, y: gpusoftmax.kl_div_with_grad(
+        x, gpusoftmax.log_softmax(x, temperature=0.7), reduction="none", target_grad=True
+    ),
     "token_logprobs": lambda x, y: gpusoftmax.token_logprobs(x, y, **EVERY_FIELD),
     "top_logprobs": lambda x, y: gpusoftmax.top_logprobs(x, 5),
     "topk_softmax": lambda x, y: gpusoftmax.topk_softmax(x, 5),

@@ -665,6 +665,26 @@ def test_expected_positions_gone_wrong(family, dtype):
 
 @quiet
 @two_dtypes
+def test_divergences_gone_wrong(dtype):
+    """The difference of two sums, exponentials of another row, a factor that is a little off."""
+    x, y = (inputs.make("spread", SHAPE, dtype, seed) for seed in (0, 1))
+    near = (x.astype(np.float64) + 1e-2 * np.random.default_rng(0).standard_normal(SHAPE)).astype(dtype)
+    for target_logits in (y, near):
+        loss = oracle.kl_div(x, target_logits, reduction="none").astype(np.float32)
+        tolerances.check_kl_div(loss, x, target_logits, reduction="none")
+        rejects(tolerances.check_kl_div, loss * np.float32(1 + 2e-4), x, target_logits, reduction="none")
+        rejects(tolerances.check_kl_div, loss[::-1], x, target_logits, reduction="none")
+        grads = [one.astype(np.float32) for one in oracle.kl_div_grads(x, target_logits, reduction="none")]
+        tolerances.check_kl_div_grads(*grads, x, target_logits, reduction="none")
+        for wrong in (grads[::-1], (grads[0] * np.float32(1.01), grads[1]), (grads[0], grads[1] * np.float32(1.01))):
+            rejects(tolerances.check_kl_div_grads, *wrong, x, target_logits, reduction="none")
+    log_q, log_p = (oracle.log_softmax(one).astype(np.float32) for one in (x, near))
+    naive = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float32)
+    rejects(tolerances.check_kl_div, naive, x, near, reduction="none")
+
+
+@quiet
+@two_dtypes
 def test_coordinates_gone_wrong(dtype):
     features = inputs.make("spread", (11, 20, 30), dtype)
     points = oracle.spatial_softmax(features).astype(np.float32)

@@ -13,6 +13,7 @@ gap = (max - second maximum) / T (0 for ties), a result may be off by
     loss, sum       that, summed, + 24 u sum S         loss, mean: the same over the denominator
     dlogits         32 u upstream                      and its row sum by (4e-6 + 16 u) upstream: see check_dlogits
     a layer's loss  what is lost in products of matrices, see check_linear_cross_entropy
+    kl_div          see check_kl_div: relative to its terms, of which none is negative, and k^2 / 2
     entropy         (24 + gap) u log s + sum_c (24 + 3 d_c) u p_c d_c
     backwards       32 u times the magnitudes of the terms that are added: see each check
 
@@ -291,6 +292,117 @@ def check_linear_cross_entropy(
             bound = _or_flushed(bound, want, _formats(one)[1])
             worst.append(_compare(name, one, want, _and_rounding(bound, want, one), np.abs(want).max(initial=0)))
     return max(worst)
+
+
+@_quiet
+def check_kl_div(got, logits, target_logits, **options):
+    """A divergence, with the keyword options of oracle.kl_div.
+
+    The sum of t = p (d + expm1(-d)), where no term is negative, d = log p - log q and m, n = (max - x) / T of p and q:
+
+        |d| <= 1    p is off by (24 + 3 m) u of itself, and so is t
+        else        t = q + p (d - 1) by (24 + 3 n) u q + (24 + 3 m) u p |d - 1|: exponentials are cheap on the GPU
+        d itself    is off by 4 u (|d + l| + |l|), l = log s_p - log s_q, which t shows p min(1, 2 |d|) times; for half
+                    types by 4 u a more, a the difference of the maxima over T: theirs are exact, if not far apart
+        l           is off by k = (8 + 2 log s_p + 2 log s_q) u. That moves all d alike, and t by k^2 / 2 only
+    """
+    reduction = options.get("reduction", "mean")
+    name = f"kl_div ({reduction})"
+    got, want = _as_column(name, got, oracle.kl_div(logits, target_logits, **options))
+    _, computed, _ = _formats(got)
+    axis, temperature = options.get("axis", -1), options.get("temperature", 1.0)
+    weights = np.abs(oracle.kl_weights(logits, axis, options.get("row_weight")))
+    rows = oracle.kl_div(logits, target_logits, axis=axis, temperature=temperature, reduction="none").reshape(-1)
+    tolerance = np.where(weights == 0, 0, weights * _kl_bounds(logits, target_logits, axis, temperature, computed))
+    if reduction != "none":
+        total = np.where(weights == 0, 0, weights * rows).sum()
+        divisor = oracle.kl_divisor(weights, reduction, options.get("normalizer"))
+        tolerance = (tolerance.sum() + 24 * computed.unit * total) / divisor
+    if reduction == "none":
+        too_far = _too_far(logits, target_logits, axis, temperature, computed)
+        want = np.where(too_far & np.isposinf(_widened(got)), np.inf, want)
+    tolerance = _or_flushed(np.reshape(tolerance, want.shape), want, computed)
+    return _compare(name, got, want, np.where(np.isfinite(want), tolerance, 0))
+
+
+@_quiet
+def check_kl_div_grads(dlogits, dtarget, logits, target_logits, **options):
+    """Both gradients, with the keyword options of oracle.kl_div_grads; dtarget may be None.
+
+    u (q - p) / T may be off by (32 + 3 n) u q and (32 + 3 m) u p, see check_kl_div; u p (d - KL) / T by (32 + 3 m) u of
+    its terms, and p times what d and KL are off by.
+    """
+    axis, temperature = options.get("axis", -1), options.get("temperature", 1.0)
+    expected = oracle.kl_div_grads(logits, target_logits, **options)
+    weights = np.abs(oracle.kl_weights(logits, axis, options.get("row_weight")))
+    factor = weights * abs(options.get("grad_scale", 1.0)) / temperature
+    factor = factor / oracle.kl_divisor(weights, options.get("reduction", "mean"), options.get("normalizer"))
+    factor = np.where(weights == 0, 0, factor)[:, None]
+    kl, p, q, d = oracle.kl_rows(logits, target_logits, axis, temperature)
+    of_q, _ = _distance_and_gap(logits, axis, temperature)
+    of_p, _ = _distance_and_gap(target_logits, axis, temperature)
+    got, want = _as_rows("dlogits", dlogits, expected[0], axis)
+    _, computed, _ = _formats(got)
+    terms = _weighted(32 + 3 * of_q, q) + _weighted(32 + 3 * of_p, p)
+    tolerance = factor * (computed.unit * terms + 2 * computed.tiny * ((p > 0) | (q > 0)))
+    tolerance = _or_flushed(tolerance, want, computed)
+    worst = [_compare("dlogits", got, want, _and_rounding(tolerance, want, got), factor * (p + q))]
+    if dtarget is not None:
+        got, want = _as_rows("dtarget_logits", dtarget, expected[1], axis)
+        own = _kl_bounds(logits, target_logits, axis, temperature, computed)[:, None]
+        moved, common = _log_ratio_bounds(logits, target_logits, axis, temperature, computed)
+        terms = _weighted((32 + 3 * of_p) * computed.unit * (np.abs(d) + kl[:, None]) + moved + common + own, p)
+        flushed = np.where((p > 0) & (p < 2 * computed.tiny), computed.tiny * (1 + np.abs(d)), 0)
+        tolerance = _or_flushed(factor * (terms + flushed), want, computed)
+        too_far = _too_far(logits, target_logits, axis, temperature, computed)
+        want = np.where(too_far & np.isnan(_widened(got)).all(axis=1, keepdims=True), np.longdouble("nan"), want)
+        tolerance = np.where(np.isfinite(want), tolerance, 0)
+        worst.append(_compare("dtarget_logits", got, want, _and_rounding(tolerance, want, got), factor * p))
+    return max(worst)
+
+
+def _too_far(logits, target_logits, axis, temperature, computed):
+    """Rows whose divergence may be infinite, since a difference of logits is beyond the largest number, or (the GPU's
+    probabilities get their common factor last) the divergence over the largest probability; (n_rows, 1).
+    """
+    kl, p, _, d = oracle.kl_rows(logits, target_logits, axis, temperature)
+    beyond = ((p > 0) & (np.abs(d) >= computed.limit)).any(axis=1) | (2 * kl >= p.max(axis=1) * computed.limit)
+    return beyond[:, None]
+
+
+def _weighted(factor, probs):
+    """factor times probs, and 0 where these are 0."""
+    return np.where(probs == 0, 0, factor * probs)
+
+
+def _log_ratio_bounds(logits, target_logits, axis, temperature, computed):
+    """How far the d of a row may be off, one by one (n_rows, n_cols) and all alike (n_rows, 1)."""
+    temperature = oracle.row_temperature(temperature)
+    log_s = [
+        oracle.logsumexp_rows(rows, temperature)[:, None] - rows.max(axis=1, keepdims=True) / temperature
+        for rows in (oracle.to_rows(one, axis) for one in (logits, target_logits))
+    ]
+    _, _, _, d = oracle.kl_rows(logits, target_logits, axis, temperature)
+    apart = log_s[1] - log_s[0]
+    magnitudes = np.abs(d + apart) + np.abs(apart)
+    if np.asarray(logits).dtype.name in ("float16", "bfloat16"):
+        maxima = [oracle.to_rows(one, axis).max(axis=1, keepdims=True) for one in (logits, target_logits)]
+        magnitudes = magnitudes + np.abs(maxima[1] - maxima[0]) / temperature
+    return 4 * computed.unit * magnitudes, (8 + 2 * (log_s[0] + log_s[1])) * computed.unit
+
+
+def _kl_bounds(logits, target_logits, axis, temperature, computed):
+    """How far the divergence of each row may be off, see check_kl_div."""
+    _, p, q, d = oracle.kl_rows(logits, target_logits, axis, temperature)
+    of_q, _ = _distance_and_gap(logits, axis, temperature)
+    of_p, _ = _distance_and_gap(target_logits, axis, temperature)
+    near = _weighted((24 + 3 * of_p) * d * d, p)
+    far = _weighted(24 + 3 * of_q, q) + _weighted((24 + 3 * of_p) * np.abs(d - 1), p)
+    moved, common = _log_ratio_bounds(logits, target_logits, axis, temperature, computed)
+    shown = _weighted(np.minimum(1, 2 * np.abs(d)) * moved, p)
+    flushed = np.where((p > 0) & (p < 2 * computed.tiny), computed.tiny * np.abs(d), 0) + computed.tiny
+    terms = computed.unit * np.where(np.abs(d) <= 1, near, far) + shown + flushed
+    return np.where(np.isnan(terms), 0, terms).sum(axis=1) + common[:, 0] ** 2 / 2
 
 
 @_quiet

@@ -81,6 +81,7 @@ def run(
     only_along: bool = False,
     whole_rows: bool = False,
     in_blocks: bool = True,
+    in_parts: bool = True,
     numbers_of_row: int = 0,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
@@ -88,11 +89,12 @@ def run(
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
     only_along: the kernel knows vectors along rows and no others. whole_rows: these alone, and a row is one thread's,
     who may go over it again: its exponentials are not kept where the result goes. in_blocks: whether the steps can
-    take a block of rows. numbers_of_row: how many more numbers of a row are kept beside its states.
+    take a block of rows. in_parts: whether the parts of a row may be different threads'. numbers_of_row: how many more
+    numbers of a row are kept beside its states.
     """
     only_along = only_along or whole_rows
     laid_out = plan(
-        kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks,
+        kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks, in_parts,
         numbers_of_row,
     )  # fmt: skip
     if hasattr(_recorder, "starts"):
@@ -120,6 +122,7 @@ def plan(
     only_along: bool,
     whole_rows: bool,
     in_blocks: bool,
+    in_parts: bool,
     numbers_of_row: int,
 ) -> Start:
     # Neighbours are rows that follow each other along the inner batch axis: they should be many.
@@ -181,7 +184,8 @@ def plan(
         neighbours = rows.n_inner if way is IN_BLOCKS or rows.n_inner >= lanes else rows.n_rows
         n_units = rows.n_rows // neighbours * -(-neighbours // height)
     per_item = max(1, LOGITS_PER_ITEM // (height * max(rows.n_cols, 1)))
-    if way is ALONG and not is_staged and not whole_rows and rows.n_rows < 2 * n_threads:
+    in_parts = in_parts and not whole_rows
+    if way is ALONG and not is_staged and in_parts and rows.n_rows < 2 * n_threads:
         parts = min(MAX_PARTS, max(1, n_chunks // CHUNKS_PER_PART))
     n_threads = min(n_threads, n_units * parts if parts > 1 else -(-n_units // per_item))
     if n_threads <= 1:

@@ -802,6 +802,10 @@ ratio_of_pairs = formula(formulas.ratio_of_pairs)
 coordinate = formula(formulas.coordinate)
 place_of = formula(formulas.place_of)
 per_place_of = formula(formulas.per_place_of)
+half_difference = formula(formulas.half_difference, n_results=2)
+log_ratio = formula(formulas.log_ratio)
+divergence = formula(formulas.divergence)
+pull_on_target = formula(formulas.pull_on_target)
 
 
 # ---------------------------------------------------------------- columns and their numbers

@@ -323,6 +323,7 @@ RECORDED = {
     "log_softmax_backward",
     "logsumexp",
     "cross_entropy",
+    "kl_div",
     "token_logprobs",
     "soft_argmax",
     "top_logprobs",

@@ -83,6 +83,11 @@ line_and_place = formula(formulas.line_and_place, n_results=2)
 moved_moment = formula(formulas.moved_moment, n_results=2)
 ratio_of_pairs = formula(formulas.ratio_of_pairs)
 first_leading = formula(formulas.first_leading, n_results=2)
+half_difference = formula(formulas.half_difference, n_results=2)
+log_ratio = formula(formulas.log_ratio)
+short_log_ratio = formula(formulas.short_log_ratio)
+divergence = formula(formulas.divergence)
+pull_on_target = formula(formulas.pull_on_target)
 
 
 @intrinsic

@@ -243,7 +243,9 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
                 k = n_values(padding) >> bits
                 copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
         else:
-            left = int32(piece.left + source.shift)
+            left = int32(
+                max(piece.left + source.shift, 0)
+            )  # a piece behind the row's end is padding from its beginning
             begin, whole, end = int32(1 if first < 0 else 0), int32(left >> bits), int32((left + width - 1) >> bits)
             step = split_lanes(split)
             col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
@@ -395,6 +397,22 @@ def stage_next(k, sources, n_cols, team, split, padding):
 
 
 @device
+def wait_for_last(k, team, split):
+    """In a pass from the last piece to the first: piece k is in its slot."""
+    if not is_short(split) and int32(k + split_slots(split)) < team.n_pieces:
+        wait_for_copies(min(int32(split_slots(split) - 1), k))
+        sync_slots(split)  # every lane has waited for its own copies
+
+
+@device
+def stage_before(k, sources, n_cols, team, split, padding):
+    """In a pass from the last piece to the first: the slot of piece k, which is done with, is filled again."""
+    if not is_short(split) and k >= split_slots(split):
+        sync_slots(split)  # every lane has read the slot
+        stage(int32(k - split_slots(split)), sources, n_cols, team, split, padding)
+
+
+@device
 def last_in_slot(k, team, split):
     """The number of the piece that the first pass has left where piece k was."""
     slots = split_slots(split)
@@ -488,11 +506,11 @@ def lie_alike(target, sources):
     return alike
 
 
-def row_writer(results):
-    """A device function that writes a row.
+def piece_writer(results, own_columns=False):
+    """A device function that writes a piece; `results` as for row_writer. Where rows lie side by side, a thread writes
+    columns of the row that it walks, whose part has told about it (columns.tell_results).
 
-    results(values, others, col, width, numbers) turns values[:width], the columns col, col + 1, ... of the first
-    source, into results; `others` holds the same columns of the second, if there is one.
+    own_columns: no column of another piece is written with it, which may have to be read again, in place.
     """
 
     write_walked = walked_writer(results)
@@ -563,7 +581,7 @@ def row_writer(results):
         size = element_size(sources[0].pointer)
         last = len(sources) - 1
         shift = target.shift
-        if lie_alike(target, sources):
+        if lie_alike(target, sources) and not (own_columns and shift > 0):
             cols = read_cols(piece, split, like)
             first = piece.first - shift
             is_last = piece.left <= cols
@@ -582,28 +600,39 @@ def row_writer(results):
         write_columns(target, sources, places, piece, shift, team, split, numbers, like)
 
     @device
+    def write_number(k, target, sources, n_cols, team, split, numbers, like):
+        """Piece number k, which is in its slot."""
+        if is_columns(split):
+            write_piece_of_rows(k, target, sources, team, split, numbers, like)
+        else:
+            piece = piece_of(k, n_cols, team, split, like)
+            at = slot_of(k, team, split, len(sources))
+            write_piece(target, sources, at, piece, n_cols, team, split, numbers, like)
+
+    return write_number
+
+
+def row_writer(results):
+    """A device function that writes a row.
+
+    results(values, others, col, width, numbers) turns values[:width], the columns col, col + 1, ... of the first
+    source, into results; `others` holds the same columns of the second, if there is one.
+    """
+    write_number = piece_writer(results)
+
+    @device
     def write_row(target, sources, n_cols, team, split, numbers, like):
         """The last pass, from the last piece to the first: the last ones are in their slots."""
         if is_short(split):
-            piece = piece_of(0, n_cols, team, split, like)
-            write_piece(target, sources, team.slots, piece, n_cols, team, split, numbers, like)
+            write_number(int32(0), target, sources, n_cols, team, split, numbers, like)
             return
         if is_columns(split):
             tell_results(target, numbers, team, split)
         k = int32(team.n_pieces - 1)
         while k >= 0:
-            if int32(k + split_slots(split)) < team.n_pieces:
-                wait_for_copies(min(int32(split_slots(split) - 1), k))
-                sync_slots(split)  # every lane has waited for its own copies
-            if is_columns(split):
-                write_piece_of_rows(k, target, sources, team, split, numbers, like)
-            else:
-                piece = piece_of(k, n_cols, team, split, like)
-                at = slot_of(k, team, split, len(sources))
-                write_piece(target, sources, at, piece, n_cols, team, split, numbers, like)
-            if k >= split_slots(split):
-                sync_slots(split)  # every lane has read the slot
-                stage(int32(k - split_slots(split)), sources, n_cols, team, split, like)
+            wait_for_last(k, team, split)
+            write_number(k, target, sources, n_cols, team, split, numbers, like)
+            stage_before(k, sources, n_cols, team, split, like)
             k = int32(k - 1)
 
     return write_row
