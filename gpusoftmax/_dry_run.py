@@ -43,7 +43,11 @@ OPS = (
 TOP = 8
 """Columns that a dry run asks of top_logprobs and topk_softmax, or all there are."""
 OF_THE_LARGEST = ("top_logprobs", "topk_softmax")
-ONE_AXIS = ("argmax", "soft_argmax", "soft_argmax_backward", "kl_div", "kl_div_with_grad", *OF_THE_LARGEST)
+LOSSES = ("cross_entropy", "cross_entropy_with_grad", "cross_entropy_backward", "kl_div", "kl_div_with_grad")
+ONE_AXIS = (
+    *("argmax", "soft_argmax", "soft_argmax_backward", "token_logprobs", "token_logprobs_backward", "sample"),
+    *(*LOSSES, *OF_THE_LARGEST),
+)
 """Those that take no tuple of axes, which might cost a copy."""
 IMAGES = ("spatial_softmax", "spatial_softmax_backward")
 """Those whose rows run along the last two axes."""
@@ -125,20 +129,34 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
             elif op == "token_logprobs_backward":
                 gradient = _Imagined(_batch(shape, axis), _row_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "dentropy": gradient, "validate": True})
-            elif op.startswith("cross_entropy"):
+            elif op in LOSSES[:3]:
                 weight = _Imagined((n_cols,), _arrays.numpy_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "weight": weight, "label_smoothing": 0.1, "validate": True})
+                for soft in () if op == "cross_entropy" else _soft_targets(shape, axis, dtype):
+                    _call(op, shape, dtype, {"axis": axis}, target=soft)
+                if op == "cross_entropy":
+                    _call(op, shape, dtype, {"axis": axis, "return_correct": True})
             elif op == "kl_div_with_grad":
                 _call(op, shape, dtype, {"axis": axis, "target_grad": True})
             elif op == "sample":
                 _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
                 temperatures = _Imagined(_batch(shape, axis), _row_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "temperature": temperatures})
-            elif axis == -1 and op not in ONE_AXIS:
+            elif op in ("softmax_backward", "log_softmax_backward"):
+                _call(
+                    op, shape, dtype, {"axis": axis, "temperature": _Imagined(_batch(shape, axis), _row_dtype(dtype))}
+                )
+            if axis == -1 and op not in ONE_AXIS:
                 _call(op, (4, 4, n_cols), dtype, {"axis": (0, 2)})  # no single stride walks these: copies
         if op == "logsumexp":
             _log_sum_exp_in_parts(dtype)
     yield from found
+
+
+def _soft_targets(shape: tuple[int, ...], axis: int, dtype: str) -> tuple:
+    """A few labels with shares, and a share for every class."""
+    few = (*_batch(shape, axis), TOP)
+    return (_Imagined(few, np.int64), _Imagined(few, _row_dtype(dtype))), _Imagined(shape, _arrays.numpy_dtype(dtype))
 
 
 def _log_sum_exp_in_parts(dtype: str) -> None:
@@ -187,12 +205,17 @@ def imagined(arch: str):
 
 
 def _call(
-    op: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any], strides: tuple[int, ...] | None = None
+    op: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    options: dict[str, Any],
+    strides: tuple[int, ...] | None = None,
+    target: Any = None,
 ) -> None:
     arguments = [_Imagined(shape, _arrays.numpy_dtype(dtype), strides)]
     batch = _batch(shape, options.get("axis", -1))
     if op.startswith(("cross_entropy", "token_logprobs")):
-        arguments.append(_Imagined(batch, np.int64))
+        arguments.append(_Imagined(batch, np.int64) if target is None else target)
     if op == "token_logprobs_backward":
         arguments.append(_Imagined(batch, _row_dtype(dtype)))
     elif op == "cross_entropy_backward" or op == "soft_argmax_backward":

@@ -234,7 +234,7 @@ def _row_weights(row_weight, x, batch_shape, axis, gradient, dtype):
     _checks.same_shape(weights, batch_shape, "row_weight", f"to match logits {x.shape} without axis {axis}")
     if gradient is not None:
         _checks.no_overlap(gradient, weights, "row_weight")
-    return _contiguous(weights, dtype)
+    return _arrays.contiguous(weights, dtype)
 
 
 def _one_number(normalizers, x, gradient, dtype):
@@ -244,11 +244,4 @@ def _one_number(normalizers, x, gradient, dtype):
     _checks.one_element(array, "normalizer")
     if gradient is not None:
         _checks.no_overlap(gradient, array, "normalizer")
-    return _contiguous(array, dtype)
-
-
-def _contiguous(array, dtype):
-    """_arrays.contiguous, which wants an axis, for arrays without one too."""
-    if array.ndim:
-        return _arrays.contiguous(array, dtype)
-    return _arrays.contiguous(array._replace(shape=(1,), strides=(1,)), dtype)._replace(shape=(), strides=())
+    return _arrays.contiguous(array, dtype)

@@ -143,7 +143,7 @@ def _calls(dtype, out_dtype, shape, axis):
     few = _Array((*batch, 5), np.int64), _Array((*batch, 5), row_dtype)
     for soft in (few, _Array(shape, dtype)):
         yield "cross_entropy_with_grad", (x, soft, weight), like
-    yield "cross_entropy_backward", (x, few, *(_Array(batch, row_dtype) for _ in range(2)), weight), like
+        yield "cross_entropy_backward", (x, soft, *(_Array(batch, row_dtype) for _ in range(2)), weight), like
     yield "kl_div", (x, _Array(shape, dtype)), {"axis": axis, "row_weight": _Array(batch, dtype)}
     yield "kl_div_with_grad", (x, _Array(shape, dtype)), {**like, "target_grad": True}
     yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}

@@ -167,7 +167,7 @@ logsumexp 64, 64 and 108, argmax 0, 0 and 148, soft_argmax 0, 0 and 40.
 
 def test_every_family_is_transformed():
     families = {one.kernel.partition(".")[0] for one in SPECIALISATIONS if one.reads_rows}
-    families -= {"copy", "logsumexp_state"}  # take no transform
+    families -= {"copy", "logsumexp_state", "kl_div"}  # take no transform
     assert {one.kernel.partition(".")[0] for one in TRANSFORMED} == families
 
 
