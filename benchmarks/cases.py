@@ -32,10 +32,12 @@ OPS = (
     "topk_softmax",  # a router of experts
     "logsumexp_state",
     "kl_div_with_grad",  # a student's logits against a teacher's
+    "soft_cross_entropy_with_grad",  # with a probability for every class, and z_loss
 )
 TOP = 20
 """Tokens of top_logprobs: the most that serving APIs give."""
 EXPERTS = 8
+Z_LOSS = 1e-4
 SOFTCAP = 30.0
 _BLOCK_SIZE = 2**18
 _FAR_OFF = {"float16": 2**-8, "bfloat16": 2**-5, "float32": 2**-14, "float64": 2**-40, "int64": 0}
@@ -87,6 +89,7 @@ class Case(NamedTuple):
             "topk_softmax": logits + EXPERTS * (per_row + labels),
             "logsumexp_state": logits + per_row,
             "kl_div_with_grad": 3 * logits,
+            "soft_cross_entropy_with_grad": 3 * logits,
         }[self.op]
 
     def __str__(self) -> str:
@@ -104,6 +107,9 @@ def _inputs(case: Case) -> dict[str, np.ndarray]:
         return {"logits": logits, "target": inputs.targets(*shape)}
     if case.op == "kl_div_with_grad":
         return {"logits": logits, "target_logits": inputs.make("spread", shape, case.numpy_dtype, seed=1)}
+    if case.op == "soft_cross_entropy_with_grad":
+        teacher = inputs.make("spread", shape, case.numpy_dtype, seed=1)
+        return {"logits": logits, "probs": oracle.softmax(teacher).astype(case.numpy_dtype)}
     if case.op == "masked_softmax":
         return {"logits": logits, "mask": np.random.default_rng(1).random(shape) < 0.5}
     return {"logits": logits}
@@ -119,6 +125,9 @@ def _answer(case: Case) -> tuple[np.ndarray, ...]:
         return oracle.cross_entropy(*blocks), oracle.cross_entropy_grad(*blocks, grad_scale=_share(case))
     if case.op == "kl_div_with_grad":
         return oracle.kl_div(*blocks), oracle.kl_div_grads(*blocks, grad_scale=_share(case))[0]
+    if case.op == "soft_cross_entropy_with_grad":
+        found = oracle.full_cross_entropy(*blocks, z_loss=Z_LOSS)
+        return found.loss.mean(), found.dlogits / case.n_rows
     if case.op.startswith("token_logprobs"):
         logprob, _, entropy, rank, _ = oracle.token_logprobs(*blocks)
         return (logprob[:, 0], entropy, rank[:, 0])[: 3 if case.op.endswith("rank") else 2]
@@ -171,6 +180,7 @@ def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.
             tolerances.check_kl_div,
             lambda got, *given: tolerances.check_kl_div_grads(got, None, *given, grad_scale=_share(case)),
         ),
+        "soft_cross_entropy_with_grad": (_check_soft_loss, functools.partial(_check_soft_dlogits, case.n_rows)),
         "token_logprobs": (_check_logprob, _check_entropy),
         "token_logprobs_and_rank": (_check_logprob, _check_entropy, _check_rank),
         "top_logprobs": (_check_top,),
@@ -182,6 +192,25 @@ def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.
     }.get(case.op, (getattr(tolerances, f"check_{case.op}", None),))
     blocks = _blocks(case, result, to_numpy)
     return max(check(got, *arguments) for check, got in zip(2 * checks, blocks, strict=True))
+
+
+def _check_soft_loss(got: np.ndarray, logits: np.ndarray, probs: np.ndarray) -> float:
+    want = oracle.full_cross_entropy(logits, probs, z_loss=Z_LOSS)
+    return _units("soft_cross_entropy_with_grad: loss", np.abs(got - want.loss.mean()), want.terms.mean(), got.dtype)
+
+
+def _check_soft_dlogits(n_rows: int, got: np.ndarray, logits: np.ndarray, probs: np.ndarray) -> float:
+    want = oracle.full_cross_entropy(logits, probs, z_loss=Z_LOSS)
+    error = np.abs(got.astype(np.longdouble) - want.dlogits / n_rows).max()
+    return _units("soft_cross_entropy_with_grad: dlogits", error, want.upstream.max() / n_rows, got.dtype)
+
+
+def _units(name: str, error: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> float:
+    """An error in units of the last place of the largest number it may be relative to; 40 are promised."""
+    units = float(error / (scale * tolerances.FORMATS[dtype.name].unit))
+    if not units <= 40:
+        raise AssertionError(f"{name}: off by {units} units")
+    return units
 
 
 def _check_logprob(got: np.ndarray, logits: np.ndarray, target: np.ndarray) -> float:

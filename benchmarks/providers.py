@@ -13,7 +13,7 @@ import numpy as np
 
 import gpusoftmax
 from benchmarks.arrays import Arrays
-from benchmarks.cases import EXPERTS, SOFTCAP, TOP
+from benchmarks.cases import EXPERTS, SOFTCAP, TOP, Z_LOSS
 
 OURS = "gpusoftmax"
 COPY = "copy"
@@ -58,6 +58,9 @@ def _ours() -> Calls:
         "topk_softmax": lambda a: lambda: gpusoftmax.topk_softmax(a.logits, EXPERTS).probs,
         "logsumexp_state": lambda a: partial(_our_state, a.logits),
         "kl_div_with_grad": lambda a: partial(_our_divergence, a.logits, a.target_logits, out=a.result()),
+        "soft_cross_entropy_with_grad": lambda a: partial(
+            gpusoftmax.cross_entropy_with_grad, a.logits, a.probs, z_loss=Z_LOSS, out=a.result()
+        ),
     }
 
 
@@ -88,6 +91,9 @@ def _ours_in_autograd() -> Calls:
     return {
         "cross_entropy_with_grad": lambda a: _torch_loss_and_grad(ours.cross_entropy, a.logits, a.target),
         "kl_div_with_grad": lambda a: _torch_loss_and_grad(ours.kl_div, a.logits, a.target_logits),
+        "soft_cross_entropy_with_grad": lambda a: _torch_loss_and_grad(
+            partial(ours.cross_entropy, z_loss=Z_LOSS), a.logits, a.probs
+        ),
     }
 
 
@@ -107,6 +113,7 @@ def _torch() -> Calls:
             torch.nn.functional.cross_entropy, a.logits, a.target
         ),
         "kl_div_with_grad": lambda a: _torch_loss_and_grad(_torch_divergence, a.logits, a.target_logits),
+        "soft_cross_entropy_with_grad": lambda a: _torch_loss_and_grad(_torch_soft_loss, a.logits, a.probs),
         "softmax_backward": softmax_backward,
         "logsumexp_state": lambda a: partial(torch.logsumexp, a.logits, -1, out=a.per_row()),
         **_torch_tokens(torch),
@@ -160,6 +167,11 @@ def _torch_divergence(logits, target_logits):
     functional = importlib.import_module("torch").nn.functional
     log_probs, target_log_probs = functional.log_softmax(logits, -1), functional.log_softmax(target_logits, -1)
     return functional.kl_div(log_probs, target_log_probs, log_target=True, reduction="batchmean")
+
+
+def _torch_soft_loss(logits, probs):
+    functional = importlib.import_module("torch").nn.functional
+    return functional.cross_entropy(logits, probs) + Z_LOSS * logits.logsumexp(-1).square().mean()
 
 
 def _torch_loss_and_grad(function, logits, target):

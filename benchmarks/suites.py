@@ -19,6 +19,7 @@ _SCORED = ((1024, 32768), (64, 151936))
 _TOKENS = ("token_logprobs", "token_logprobs_and_rank", "top_logprobs", "argmax", "soft_argmax", "sample")
 
 _MORE = ("masked_softmax", "logsumexp_state")
+_DISTILLATION = ("kl_div_with_grad", "soft_cross_entropy_with_grad")
 
 VOCABULARIES = (1000, 4096, 8192, 32000, 50257, 128256, 151936, 262144, 1048576)
 DECODE_VOCABULARIES = (32000, 128256, 151936, 262144)
@@ -54,7 +55,7 @@ def cpu(quick: bool = False) -> list[Case]:
         *(Case(op, 64, 151936, "bfloat16") for op in _TOKENS),
         *(Case(op, *shape, "float32") for op in _MORE for shape in _SCORED),
         *(Case("topk_softmax", 16384, n_experts, "float32") for n_experts in (64, 256)),
-        *(Case("kl_div_with_grad", *shape, "float32") for shape in _SCORED),
+        *(Case(op, *shape, "float32") for op in _DISTILLATION for shape in _SCORED),
     ]
 
 
@@ -81,7 +82,7 @@ def gpu(quick: bool = False) -> list[Case]:
         *_decode("log_softmax", "float32"),
         *(_gibibyte(op, n_cols, "bfloat16") for op in (*_TOKENS, *_MORE) for n_cols in (32000, 151936)),
         *(_gibibyte("topk_softmax", n_experts, "bfloat16") for n_experts in (64, 256)),
-        *(_gibibyte("kl_div_with_grad", n_cols, "bfloat16") for n_cols in (32000, 151936)),
+        *(_gibibyte(op, n_cols, "bfloat16") for op in _DISTILLATION for n_cols in (32000, 151936)),
         *(_gibibyte(op, n_cols, "float16") for op in ops for n_cols in VOCABULARIES),
     ]
 

@@ -270,6 +270,12 @@ def test_a_row_that_is_masked_whole_has_nothing(target):
         assert told.loss[1] == 0 and told.z_loss[1] == 0 and not dlogits[1].any() and told.loss[[0, 2]].all()
 
 
+def test_no_prediction_is_correct_where_no_logit_is_left(target):
+    logits = np.array([[-np.inf] * 40, [0.0] * 40, [np.nan] * 40, [np.inf] * 40], np.float32)
+    told, _ = everything(target, logits, np.zeros(4, np.int64), None, reduction="none")
+    assert told.n_correct == 1
+
+
 def test_a_bad_label_among_several(target):
     logits = inputs.make("spread", (3, 40), np.float32)
     labels, shares = np.array([[1, 2], [3, 40], [5, -100]]), np.full((3, 2), 0.5, np.float32)

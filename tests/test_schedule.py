@@ -51,6 +51,18 @@ def _soft_losses(gpu):
     return told.loss, dlogits, gpusoftmax.cross_entropy_backward(x, soft, told.lse, told.loss)
 
 
+def _tempered_backwards(gpu):
+    x, g = (gpu.array(inputs.make("spread", SHORT, F32, seed)) for seed in (0, 1))
+    temperature = gpu.array(np.linspace(0.5, 2, SHORT[0]).astype(F32))
+    functions = gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward
+    return tuple(function(x, g, temperature=temperature) for function in functions)
+
+
+def _target_gradients(gpu):
+    x, y = (gpu.array(inputs.make("spread", SHORT, F32, seed)) for seed in (0, 1))
+    return tuple(gpusoftmax.kl_div_with_grad(x, y, target_grad=True))
+
+
 def _logprobs_alone(gpu):
     """Without entropies, and the gradient without theirs."""
     x, target = (gpu.array(array) for array in arguments("cross_entropy", SHORT, F32).values())
@@ -97,6 +109,8 @@ CASES = {
     "sums over rows": _sums,
     "correct predictions": _correct,
     "losses of soft targets": _soft_losses,
+    "temperatures of gradients": _tempered_backwards,
+    "gradients of a target": _target_gradients,
     "log-probabilities alone": _logprobs_alone,
     "samples of what is kept": _limited_sample,
     "samples of different requests": _sample_of_different_requests,

@@ -17,6 +17,7 @@ labels have shares. Where the losses are there already, p_c is exp(x_c - lse), a
 row's loss: one read and one write.
 """
 
+import math
 from typing import NamedTuple
 
 from gpusoftmax.kernels.cpu.cache import device, kernel
@@ -375,10 +376,11 @@ def measure_label(here, chunk, first, count, loss, row_weight):
 
 @device
 def note_first(here, chunk, lane, label, x, loss, row_weight):
-    """Whether the label's logit is the largest of its chunk, and the first of those."""
+    """Whether the label's logit is the largest of its chunk, and the first of those; never where none is left."""
     if row_weight is not None and loss.results.correct.pointer != 0:
         lanes = lanes_of(here.zero)
-        is_first = x == load(here.states, (chunk * FIELDS + MAX) * lanes + lane, loss.scale)
+        largest = load(here.states, (chunk * FIELDS + MAX) * lanes + lane, loss.scale)
+        is_first = x == largest and x > number(loss.scale, -math.inf)
         if is_first:
             is_first = first_max(here, chunk, lane, loss.scale) == label
         place = (count_of_chunks(here.n_cols) * FIELDS + IS_FIRST) * lanes + lane
@@ -674,7 +676,8 @@ def store_extras(here, place, lane, row, label, status, loss, row_weight):
             if status == COUNTED:
                 chunk = chunk_of_max(here, lane, loss.scale)
                 is_first = load(here.states, place + IS_FIRST * lanes, loss.scale) != number(loss.scale, 0.0)
-                if chunk == label // CHUNK_COLS and is_first:
+                value = load(here.states, place + ROW_LOSS * lanes, loss.scale)
+                if chunk == label // CHUNK_COLS and is_first and value == value:
                     is_correct = 1
             pointer_to(results.correct.pointer, row)[row_offset(results.correct, row, loss.rows)] = is_correct
 

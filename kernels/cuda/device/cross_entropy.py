@@ -36,12 +36,12 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     COUNTED,
     IGNORED,
     distances_of_labels,
-    label_at,
     less_shares,
     logit_of,
     mass_at,
     number_at,
     number_of_row,
+    only_label,
     start_of_probs,
     status_of,
     sum_of_shares,
@@ -193,23 +193,23 @@ def numbers_and_masses(source, asked, n_cols, team, split, params):
 
 
 @device
-def mass_of_label(row, counts, rows, loss, team, split, like, shares, probs):
+def mass_of_label(label, row, counts, rows, loss, team, split, like, shares, probs):
     """S; not yet known where every class has a share."""
     if probs is None:
         if shares is None:
-            return number_at(loss.weight, label_at(row, 0, rows, loss) if counts else int64(0), number(like, 1.0))
+            return number_at(loss.weight, label, number(like, 1.0)) if counts else number(like, 1.0)
         return sum_of_shares(row, counts, rows, loss, team, split, like)
     return number(like, 0.0)
 
 
 @device
-def looked_up(row, counts, writes_loss, source, rows, loss, team, split, like, shares, probs):
+def looked_up(label, row, counts, writes_loss, source, rows, loss, team, split, like, shares, probs):
     """The logit of the label, and 0; or what distances_of_labels gives, to whoever writes the loss."""
     nothing = number(like, 0.0)
     if probs is None:
         if shares is None:
             if counts and writes_loss:  # now: the gradient may be written over the logits
-                return logit_of(source, label_at(row, 0, rows, loss), like), nothing
+                return logit_of(source, label, like), nothing
         elif team.rank == 0:
             return distances_of_labels(row, counts, source, rows, loss, team, split, like)
     return nothing, nothing
@@ -296,12 +296,12 @@ def is_wanted(correct):
 
 
 @device
-def tell_correct(row, rows, column, found, loss, correct, team):
+def tell_correct(label, row, rows, column, found, correct, team):
     """Whether the label is the first of the largest logits. None is where the loss is NaN or no logit is left."""
     if correct is not None:
         half, log, _, _ = found
         if correct.pointer != 0 and team.lane == 0 and column >= 0:
-            is_correct = column == label_at(row, 0, rows, loss) and log == log and half > number(half, -math.inf)
+            is_correct = column == label and log == log and half > number(half, -math.inf)
             place = row_offset(correct, row, rows)
             store_integer(correct.pointer, place, int64(1) if is_correct else int64(0))
 
@@ -405,7 +405,8 @@ def losses_with(has_mass, is_soft):
         writes_loss = team.rank == 0 and team.lane == 0
         row = own_row(start, split)
         exists = row < rows.n_rows
-        status = status_of(row, rows, loss, scale) if exists else IGNORED
+        label = only_label(row, rows, loss) if exists else int64(0)
+        status = status_of(label, row, rows, loss, scale) if exists else IGNORED
         counts = status == COUNTED  # the same for the whole team
         source = row_of(logits, row, rows)
         target = row_of(dlogits, row, rows)
@@ -417,9 +418,9 @@ def losses_with(has_mass, is_soft):
         if is_long(split) and not counts:
             return
         n_cols = rows.n_cols if counts else 0
-        s = mass_of_label(row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
+        s = mass_of_label(label, row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
         looked = looked_up(
-            row, counts, writes_loss, source, rows, loss, team, split, scale, loss.shares, loss.probs
+            label, row, counts, writes_loss, source, rows, loss, team, split, scale, loss.shares, loss.probs
         )  # fmt: skip
         # 1. the sums of the row
         row = row if exists else int64(0)
@@ -439,7 +440,7 @@ def losses_with(has_mass, is_soft):
             )  # fmt: skip
             tell(row, rows, value, s, found, source, results, loss, params, loss.row_weight)
         if has_mass and counts:
-            tell_correct(row, rows, column, found, loss, results.correct, team)
+            tell_correct(label, row, rows, column, found, results.correct, team)
         # 2. the gradient
         if not is_null(dlogits.pointer):
             upstream = div(grad_scale, number_at(normaliser, 0, one))
@@ -460,7 +461,6 @@ def losses_with(has_mass, is_soft):
                     source.through,
                 )  # fmt: skip
             else:
-                label = label_at(row, 0, rows, loss)
                 numbers = (
                     label, half, exponent, lowest, on_probs, on_share, on_mass, loss.weight, params, source.through,
                 )  # fmt: skip
@@ -481,7 +481,8 @@ def backward_with(is_soft):
         team = team_of(split, 1)
         row = own_row(start, split)
         exists = row < rows.n_rows
-        status = status_of(row, rows, loss, scale) if exists else IGNORED
+        label = only_label(row, rows, loss) if exists else int64(0)
+        status = status_of(label, row, rows, loss, scale) if exists else IGNORED
         counts = status == COUNTED
         source = row_of(logits, row, rows)
         target = row_of(dlogits, row, rows)
@@ -490,7 +491,7 @@ def backward_with(is_soft):
         if is_long(split) and not counts:
             return
         n_cols = rows.n_cols if counts else 0
-        s = mass_of_label(row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
+        s = mass_of_label(label, row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
         row = row if exists else int64(0)
         all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))
         s, mass = all_mass(s, zero, all_weights, loss, loss.probs)
@@ -511,7 +512,6 @@ def backward_with(is_soft):
                 source.through,
             )  # fmt: skip
         else:
-            label = label_at(row, 0, rows, loss)
             numbers = (
                 label, half, exponent, lowest, on_probs, on_share, on_mass, loss.weight, params, source.through,
             )  # fmt: skip

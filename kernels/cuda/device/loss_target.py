@@ -42,10 +42,24 @@ def label_at(row, j, rows, loss):
 
 
 @device
-def status_of(row, rows, loss, like):
+def only_label(row, rows, loss):
+    """The label of a row that has one; 0 for the others."""
+    return only_label_of(row, rows, loss, loss.shares, loss.probs)
+
+
+@device
+def only_label_of(row, rows, loss, shares, probs):
+    if shares is None and probs is None:
+        return label_at(row, 0, rows, loss)
+    return int64(0)
+
+
+@device
+def status_of(label, row, rows, loss, like):
+    """Of a row; its only label is looked up by the caller, who needs it too."""
     if weight_of_row(row, rows, loss.row_weight, like) == number(like, 0.0):
         return IGNORED
-    return status_of_target(row, rows, loss, loss.probs)
+    return status_of_target(label, row, rows, loss, loss.shares, loss.probs)
 
 
 @device
@@ -56,17 +70,12 @@ def weight_of_row(row, rows, row_weight, like):
 
 
 @device
-def status_of_target(row, rows, loss, probs):
+def status_of_target(label, row, rows, loss, shares, probs):
     if probs is None:
-        return status_of_labels(row, rows, loss, loss.shares)
+        if shares is None:
+            return status_of_label(label, rows, loss)
+        return status_of_several(row, rows, loss)
     return COUNTED
-
-
-@device
-def status_of_labels(row, rows, loss, shares):
-    if shares is None:
-        return status_of_label(label_at(row, 0, rows, loss), rows, loss)
-    return status_of_several(row, rows, loss)
 
 
 @device
