@@ -252,6 +252,15 @@ def _numpy() -> Calls:
         np.subtract(dprobs, dot, out=out)
         return np.multiply(out, probs, out=out)
 
+    def soft_cross_entropy_with_grad(logits, probs, out):
+        lse = logsumexp(logits)[:, None]
+        loss = ((lse - logits) * probs).sum(axis=-1) + Z_LOSS * lse[:, 0] ** 2
+        np.exp(logits - lse, out=out)
+        out *= probs.sum(axis=-1, keepdims=True) + 2 * Z_LOSS * lse
+        out -= probs
+        out /= len(logits)
+        return loss.mean(), out
+
     def kl_div_with_grad(logits, target_logits, out):
         log_probs, target_log_probs = log_softmax(logits, out), log_softmax(target_logits, np.empty_like(out))
         target_probs = np.exp(target_log_probs)
@@ -298,6 +307,7 @@ def _numpy() -> Calls:
         "cross_entropy_with_grad": lambda a: partial(cross_entropy_with_grad, a.logits, a.target, a.result()),
         "softmax_backward": lambda a: partial(softmax_backward, a.probs, a.dprobs, a.result()),
         "kl_div_with_grad": lambda a: partial(kl_div_with_grad, a.logits, a.target_logits, a.result()),
+        "soft_cross_entropy_with_grad": lambda a: partial(soft_cross_entropy_with_grad, a.logits, a.probs, a.result()),
     }
 
 

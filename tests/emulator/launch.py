@@ -298,7 +298,8 @@ class Kernel:
             )
         machines[key] = machine
         while len(machines) > 1 and sum(one.size() for one in machines.values()) > MACHINE_BYTES:
-            machines.popitem(last=False)
+            # Its code, bound to it, is a cycle: gigabytes of registers would wait for the garbage collector.
+            vars(machines.popitem(last=False)[1]).clear()
         return machine
 
     def _check_error_code(self, memory):

@@ -279,7 +279,7 @@ INFOS = [info for info in op_db if info.name in FUNCTIONS]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
-@pytest.mark.filterwarnings("ignore:target holds probabilities")
+@pytest.mark.filterwarnings("ignore:target requires grad")
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.full_name)
 def test_torch_agrees_on_its_samples(info, dtype):
@@ -309,7 +309,7 @@ def test_integers_with_a_dtype(info):
         torch.testing.assert_close(result, info.op(sample.input, *sample.args, **sample.kwargs))
 
 
-@pytest.mark.filterwarnings("ignore:target holds probabilities")
+@pytest.mark.filterwarnings("ignore:target requires grad")
 def test_torch_agrees_on_samples_of_the_module():
     (info,) = (info for info in module_db if info.name == "nn.CrossEntropyLoss")
     count = 0
@@ -759,16 +759,20 @@ def test_the_training_loop_of_the_readme():
 # ---------------------------------------------------------------- what is refused, and what is said
 
 
-def test_probabilities_of_classes_go_to_torch():
+def test_probabilities_that_require_grad_go_to_torch():
     x = random(3, 4)
     probabilities = torch.softmax(random(3, 4, seed=1), -1).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.cross_entropy(x, probabilities)
+    learned = probabilities.clone().requires_grad_()
     ours._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="^target holds probabilities of classes.*torch's function"):
-        loss = ours.cross_entropy(x, probabilities, label_smoothing=0.1)
-    assert same_bits(loss.detach(), F.cross_entropy(x, probabilities, label_smoothing=0.1).detach())
+    with pytest.warns(UserWarning, match="^target requires grad.*torch's function"):
+        loss = ours.cross_entropy(x, learned, label_smoothing=0.1)
+    assert same_bits(loss.detach(), F.cross_entropy(x, learned, label_smoothing=0.1).detach())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
-        ours.cross_entropy(x, probabilities)
+        assert torch.autograd.grad(ours.cross_entropy(x, learned), learned)[0].any()
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: ours.cross_entropy(x, probabilities), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.cross_entropy(x, probabilities))
