@@ -683,8 +683,12 @@ OPERATORS = {
 }
 
 
+IN_OTHER_FILES = {"kl_div_of_rows", "kl_div_backward", "losses_of_weighted_rows", "losses_of_weighted_rows_backward"}
+"""test_torch_kl.py and test_torch_full_loss.py have cases of these."""
+
+
 def test_every_operator_has_a_case():
-    assert OPERATORS.keys() == {
+    assert OPERATORS.keys() | IN_OTHER_FILES == {
         name.removeprefix("gpusoftmax::")
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("gpusoftmax::")

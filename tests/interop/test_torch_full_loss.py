@@ -1,5 +1,7 @@
 """cross_entropy of gpusoftmax.torch with what torch's does not have: against operations of torch, in float64."""
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -9,6 +11,7 @@ from gpusoftmax.torch import CrossEntropyLoss, cross_entropy
 
 F64 = torch.float64
 KINDS = ["labels", "shares", "probs"]
+MATRIX = pytest.mark.matrix
 
 
 def make(kind, n_rows=5, n_cols=7, seed=0):
@@ -51,7 +54,11 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize(
+    "options",
+    [*(pytest.param(one, marks=MATRIX) for one in OPTIONS[:3]), OPTIONS[3]],
+    ids=lambda options: "-".join(options),
+)
 def test_values_and_derivatives(kind, options):
     logits, target = make(kind)
     if kind == "labels" and not set(options) - {"weight", "label_smoothing", "softcap"}:
@@ -70,8 +77,11 @@ def test_values_and_derivatives(kind, options):
     assert gradcheck(function, logits) and gradgradcheck(function, logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reduction", ["sum", "mean", "normalizer"])
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    [("labels", "mean"), ("shares", "sum"), ("probs", "normalizer")]
+    + [pytest.param(*pair, marks=MATRIX) for pair in itertools.product(KINDS, ["sum", "mean", "normalizer"])],
+)
 def test_reductions(kind, reduction):
     logits, target = make(kind)
     row_weight = OPTIONS[2]["row_weight"]
