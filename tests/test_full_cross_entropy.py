@@ -297,6 +297,16 @@ def test_normalizer_on_the_device(target):
         np.testing.assert_allclose(got[1], want[1], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("n_cols", [40, 4099])
+def test_lse_has_the_bits_of_logsumexp(target, n_cols):
+    """In rows that have no loss too: a NaN, an infinity, both, nothing but -inf."""
+    logits = inputs.make("spread", (6, n_cols), np.float32)
+    logits[0, 3], logits[1, 4], logits[2, [4, 7]], logits[3] = np.nan, np.inf, [np.nan, np.inf], -np.inf
+    x = target.array(logits)
+    lse = gpusoftmax.cross_entropy(x, target.array(np.zeros(6, np.int64)), return_lse=True).lse
+    np.testing.assert_array_equal(target.get(lse), target.get(gpusoftmax.logsumexp(x)))
+
+
 def test_numbers_of_another_format(target):
     """One row, whose numbers are arrays without axes, in float64: they are brought to the format of the computation."""
     logits = target.array(inputs.make("spread", (40,), np.float32))

@@ -17,8 +17,6 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     distance_of_mass,
     div,
     fma,
-    inverse_sum,
-    log_sum,
     logsumexp_of,
     mul,
     number,
@@ -54,7 +52,7 @@ from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_p
 from gpusoftmax.kernels.cuda.device.row_state import (
     NO_COLUMN,
     above_anchor,
-    loss_numbers_with,
+    loss_numbers,
     numbers_beside_with,
     saved_beside,
     saved_max,
@@ -106,17 +104,6 @@ class Asked(NamedTuple):
     loss: Loss
     start: int  # where the row begins in `probs`
     is_found: bool  # the first column of the maximum
-
-
-@device
-def finish(state, params):
-    """Half the maximum, log-sum-exp relative to it, and what turns exponentials into probabilities."""
-    log, log_low = log_sum(state)
-    row_max = mul(state[0], number(log, 2.0))
-    return state[0], log, log_low, div(inverse_sum(state), above_anchor(row_max, anchor(row_max, params[2]), params))
-
-
-loss_numbers, finished_row = loss_numbers_with(finish)
 
 
 # ---------------------------------------------------------------- masses at the columns
@@ -177,7 +164,7 @@ def merged_masses(row_max, team, split):
     return add(total, low), add(all_mass, all_low)
 
 
-numbers_beside = numbers_beside_with(finished_row, masses_of_piece, joined_masses)
+numbers_beside = numbers_beside_with(masses_of_piece, joined_masses)
 
 
 @device

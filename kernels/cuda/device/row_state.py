@@ -27,6 +27,8 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
     div,
     exp_gap,
+    inverse_sum,
+    log_sum,
     maximum,
     mul,
     number,
@@ -243,7 +245,7 @@ def first_pass_with(second_looks):
 NO_COLUMN = 2**31 - 1
 
 
-def numbers_beside_with(finished_row, beside_piece, joined_beside):
+def numbers_beside_with(beside_piece, joined_beside):
     """A device function for the first pass of an op that sums two more numbers, and may look for the first column of
     the maximum.
 
@@ -251,7 +253,7 @@ def numbers_beside_with(finished_row, beside_piece, joined_beside):
     slot, since beside a whole piece registers run out. joined_beside(one, state, other, other_state, row_max, asked,
     params) -> (one, two) of both parts of a row, given their states and the larger maximum.
 
-    Its results are the numbers of finished_row; (one, two) of the one chunk, while those of several lie beside their
+    Its results are numbers_for_probs; (one, two) of the one chunk, while those of several lie beside their
     states, see `saved_beside`; and the column, which only the part that has it knows: -1 elsewhere.
     """
 
@@ -471,3 +473,18 @@ def loss_numbers_with(finish):
         return finished_row(state, source, n_cols, team, split, params)
 
     return loss_numbers, finished_row
+
+
+@device
+def numbers_for_probs(state, params):
+    """Half the maximum, NaN where the row holds a NaN; log-sum-exp relative to it; what makes probabilities of the
+    exponentials.
+    """
+    log, log_low = log_sum(state)
+    row_max = mul(state[0], number(log, 2.0))
+    inverse = div(inverse_sum(state), above_anchor(row_max, anchor(row_max, params[2]), params))
+    half = number(log, math.nan) if state[2] != state[2] else state[0]
+    return half, log, log_low, inverse
+
+
+loss_numbers, finished_row = loss_numbers_with(numbers_for_probs)

@@ -14,11 +14,8 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
     add_pair,
-    div,
     fma,
-    inverse_sum,
     is_above,
-    log_sum,
     logsumexp_of,
     mul,
     number,
@@ -49,9 +46,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
 from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import (
     NO_COLUMN,
-    above_anchor,
     as_part,
-    loss_numbers_with,
     numbers_beside_with,
     ratio,
     saved_beside,
@@ -190,21 +185,6 @@ def merged_above(team, split, like):
     return warp_sum_pair(total, low)
 
 
-@device
-def finish(state, params):
-    """Half the maximum, NaN where the row holds a NaN; log-sum-exp relative to it; what makes probabilities of the
-    exponentials.
-    """
-    log, log_low = log_sum(state)
-    row_max = mul(state[0], number(log, 2.0))
-    inverse = div(inverse_sum(state), above_anchor(row_max, anchor(row_max, params[2]), params))
-    half = number(log, math.nan) if state[2] != state[2] else state[0]
-    return half, log, log_low, inverse
-
-
-_, finished_row = loss_numbers_with(finish)
-
-
 def token_numbers_with(with_entropy):
     """A device function for the first pass; `with_entropy` is a constant, since the other has half the work."""
 
@@ -216,7 +196,7 @@ def token_numbers_with(with_entropy):
             more = distances_as_part(more, other_state[0], other_state[1], row_max, params)
         return add(distances, more), add(one[1], other[1])
 
-    numbers_beside = numbers_beside_with(finished_row, beside_with(with_entropy), joined_beside)
+    numbers_beside = numbers_beside_with(beside_with(with_entropy), joined_beside)
 
     @device
     def token_numbers(source, asked, n_cols, team, split, params):
