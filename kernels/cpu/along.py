@@ -2,11 +2,8 @@
 
 import math
 
-from numba import types
-from numba.extending import overload
-
-from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
-from gpusoftmax.kernels.cpu.here import Here, Line
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.here import Here, Line, where_given
 from gpusoftmax.kernels.cpu.job import (
     LINE,
     MEASURED,
@@ -38,20 +35,16 @@ def line_of(array, row, rows, buffer, is_read):
     return Line(copy, 1, 0)
 
 
-def line_of_logits(array, transform, row, rows, buffer, like):
-    """line_of for the array that is read first; transformed, a row lies in the buffer."""
-    raise NotImplementedError("called from kernels only")
+def _transformed_logits(array, transform, row, rows, buffer, like):
+    return transformed_line(array, transform, row, rows, buffer, like)
 
 
-@overload(line_of_logits, jit_options=HELPER_OPTIONS)
-def _line_of_logits(array, transform, row, rows, buffer, like):
-    def as_it_is(array, transform, row, rows, buffer, like):
-        return line_of(array, row, rows, buffer, True)
+def _logits_as_they_are(array, transform, row, rows, buffer, like):
+    return line_of(array, row, rows, buffer, True)
 
-    def copied(array, transform, row, rows, buffer, like):
-        return transformed_line(array, transform, row, rows, buffer, like)
 
-    return as_it_is if isinstance(transform, types.NoneType) else copied
+# The Line of the array that is read first; transformed, a row lies in the buffer.
+line_of_logits = where_given("transform", _transformed_logits, _logits_as_they_are)
 
 
 @device

@@ -46,6 +46,7 @@ from gpusoftmax.kernels.cpu.rows import (
     count_of_chunks,
     element,
     nothing_first,
+    number_of_row,
     row_offset,
     save_maxima,
 )
@@ -484,17 +485,12 @@ def fold(here, loss):
 
 @device
 def fold_backward(here, loss):
-    n_chunks, lanes = count_of_chunks(here.n_cols), lanes_of(here.zero)
-    for lane in range(here.n_rows):
-        row = here.row + lane
-        place = n_chunks * FIELDS * lanes + lane
-        store(here.states, place + ROW_LSE * lanes, load(element(loss.results, row, loss.rows), 0, loss.scale))
-        store(here.states, place + UPSTREAM * lanes, load(element(loss.upstream, row, loss.rows), 0, loss.scale))
+    n_chunks = count_of_chunks(here.n_cols)
+    lse = number_of_row(loss.results, loss.rows, here, ROW_LSE, loss.scale)
+    upstream = number_of_row(loss.upstream, loss.rows, here, UPSTREAM, loss.scale)
     save_numbers_of_rows(here, n_chunks, loss, loss.shares, loss.is_dense)
-    lse = saved(here.states, n_chunks, ROW_LSE, here.zero)
     s = mass_of_target(here, n_chunks, loss.is_dense)
     slope = slope_of(here, mul(s, lse), lse, here.zero, loss, loss.row_weight)
-    upstream = saved(here.states, n_chunks, UPSTREAM, here.zero)
     upstream = times_row_weight(upstream, here, n_chunks, loss.row_weight)
     shift, exponent = anchor(lse, loss.scale)
     at_lse = exp_from(lse, shift, exponent, floor(exponent), loss.scale, None)

@@ -164,30 +164,28 @@ def unless_empty_row(value, row_max, rest, zero_rows):
 
 def where_given(name: str, given: Callable, absent: Callable) -> Callable:
     """One helper out of two that take the same: `absent` where the argument of this name is None."""
-    signature = inspect.signature(given)
-    position = list(signature.parameters).index(name)
-
-    def choose(*arguments):
-        return absent if isinstance(arguments[position], types.NoneType) else given
-
-    def chosen(*arguments):
-        raise NotImplementedError("called from kernels only")
-
-    choose.__signature__ = chosen.__signature__ = signature
-    overload(chosen, jit_options=HELPER_OPTIONS)(choose)
-    return chosen
+    return _by_type_of(name, lambda type: absent if isinstance(type, types.NoneType) else given, given)
 
 
 def by_way(along: Callable, across: Callable, in_blocks: Callable) -> Callable:
     """One helper out of three that take the same: the one for the way that is walked where `here` is, see walk.py."""
-    signature = inspect.signature(along)
-    position = list(signature.parameters).index("here")
 
-    def choose(*arguments):
-        here = dict(zip(Here._fields, arguments[position], strict=True))
+    def of(type):
+        here = dict(zip(Here._fields, type, strict=True))
         if isinstance(here["partials"], types.NoneType):
             return along
         return across if isinstance(here["stage"], types.NoneType) else in_blocks
+
+    return _by_type_of("here", of, along)
+
+
+def _by_type_of(name: str, helper_of: Callable, example: Callable) -> Callable:
+    """The helper that the type of the argument of this name chooses; all take what `example` takes."""
+    signature = inspect.signature(example)
+    position = list(signature.parameters).index(name)
+
+    def choose(*arguments):
+        return helper_of(arguments[position])
 
     def chosen(*arguments):
         raise NotImplementedError("called from kernels only")

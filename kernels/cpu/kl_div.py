@@ -28,7 +28,7 @@ from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max, sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.here import Here, index_in
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first, number_or
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, fold_state, save, save_state, saved
 from gpusoftmax.kernels.cpu.vector import (
@@ -159,8 +159,7 @@ def kl_div_target_grad_rows(call):
 
 @device
 def weight_of(row, task):
-    one = number(task.scale, 1.0)
-    return one if task.weight.address == 0 else load(element(task.weight, row, task.rows), 0, one)
+    return number_or(task.weight, row, task.rows, number(task.scale, 1.0))
 
 
 @device

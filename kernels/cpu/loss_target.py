@@ -12,7 +12,7 @@ import math
 
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import Line
-from gpusoftmax.kernels.cpu.rows import element, row_offset
+from gpusoftmax.kernels.cpu.rows import element, number_or, row_offset
 from gpusoftmax.kernels.cpu.vector import (
     add,
     fma,
@@ -33,12 +33,6 @@ COUNTED, IGNORED, BAD = 1, 0, -1
 def number_at(numbers, index, default):
     """numbers[index], or the default where the caller gave no numbers."""
     return default if numbers == 0 else load(pointer_to(numbers, default), index, default)
-
-
-@device
-def number_of_row(array, row, rows, default):
-    """The number that an array has for a row, or the default where the caller gave no array."""
-    return default if array.address == 0 else load(element(array, row, rows), 0, default)
 
 
 @device
@@ -74,7 +68,7 @@ def status_of(label, row, loss):
 def weight_of_row(row, loss, row_weight):
     if row_weight is None:
         return number(loss.scale, 1.0)
-    return number_of_row(row_weight, row, loss.rows, number(loss.scale, 1.0))
+    return number_or(row_weight, row, loss.rows, number(loss.scale, 1.0))
 
 
 @device

@@ -74,6 +74,12 @@ def store_per_row(array, rows, here, values, like):
 
 
 @device
+def number_or(array, row, rows, default):
+    """The number that an array has for a row, or the default where the caller gave no array."""
+    return default if array.address == 0 else load(element(array, row, rows), 0, default)
+
+
+@device
 def number_of_row(array, rows, here, field, like):
     """The number of a row, or of the row in each lane, from an array of one number per row."""
     lanes, n_chunks = lanes_of(here.zero), count_of_chunks(here.n_cols)

@@ -38,7 +38,6 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     logit_of,
     mass_at,
     number_at,
-    number_of_row,
     only_label,
     start_of_probs,
     status_of,
@@ -59,6 +58,7 @@ from gpusoftmax.kernels.cuda.device.row_state import (
 )
 from gpusoftmax.kernels.cuda.device.rows import (
     fetch_last,
+    number_or,
     own_row,
     row_of,
     row_offset,
@@ -298,7 +298,7 @@ def times(upstream, row, rows, array):
     """The upstream gradient of a row times its number in an array."""
     if array is None:
         return upstream
-    return mul(upstream, number_of_row(array, row, rows, number(upstream, 1.0)))
+    return mul(upstream, number_or(array, row, rows, number(upstream, 1.0)))
 
 
 # ---------------------------------------------------------------- the gradient

@@ -67,6 +67,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     fetch_last,
     is_granule,
     meet,
+    number_or,
     open_row,
     own_row,
     piece_of,
@@ -350,11 +351,6 @@ def row_divergence(dlogits, is_written, for_all, sources, n_cols, numbers, facto
 
 
 @device
-def weight_of(weight, row, rows, like):
-    return number(like, 1.0) if is_null(weight.pointer) else load(row_of(weight, row, rows).pointer, 0, like)
-
-
-@device
 def factor_of(weight, upstream, normaliser, scale):
     """What q - p, or p (d - KL), is multiplied by."""
     divisor = number(scale, 1.0) if is_null(normaliser) else load(normaliser, 0, scale)
@@ -372,7 +368,7 @@ def row_of_task(weight, rows, start, split, like):
     """(row, whether it exists, its weight): 0 for one that does not."""
     row = own_row(start, split)
     exists = row < rows.n_rows
-    return row, exists, weight_of(weight, row, rows, like) if exists else number(like, 0.0)
+    return row, exists, number_or(weight, row, rows, number(like, 1.0)) if exists else number(like, 0.0)
 
 
 def kl_div_rows(

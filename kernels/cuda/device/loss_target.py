@@ -11,7 +11,7 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, fma, maximum, mul, number
 from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label
 from gpusoftmax.kernels.cuda.device.reduce import warp_max, warp_sum
-from gpusoftmax.kernels.cuda.device.rows import row_of, row_offset
+from gpusoftmax.kernels.cuda.device.rows import number_or, row_of, row_offset
 from gpusoftmax.kernels.cuda.device.split import split_lanes
 from gpusoftmax.kernels.cuda.device.transform import transformed
 
@@ -23,12 +23,6 @@ COUNTED, IGNORED, BAD = 1, 0, -1
 def number_at(numbers, index, default):
     """numbers[index], or the default where the caller gave no numbers."""
     return default if is_null(numbers) else load(numbers, index, default)
-
-
-@device
-def number_of_row(array, row, rows, default):
-    """The number that an array has for a row, or the default where the caller gave no array."""
-    return default if is_null(array.pointer) else load(row_of(array, row, rows).pointer, 0, default)
 
 
 @device
@@ -66,7 +60,7 @@ def status_of(label, row, rows, loss, like):
 def weight_of_row(row, rows, row_weight, like):
     if row_weight is None:
         return number(like, 1.0)
-    return number_of_row(row_weight, row, rows, number(like, 1.0))
+    return number_or(row_weight, row, rows, number(like, 1.0))
 
 
 @device

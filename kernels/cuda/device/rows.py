@@ -42,6 +42,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     advance,
     element_size,
     granule_numbers,
+    is_null,
     load,
     misalignment,
     n_values,
@@ -665,6 +666,12 @@ def exchange_states(split):
         cuda.syncwarp()  # the chunks of a row are one warp's
     else:
         cuda.syncthreads()
+
+
+@device
+def number_or(array, row, rows, default):
+    """The number that an array has for a row, or the default where the caller gave no array."""
+    return default if is_null(array.pointer) else load(row_of(array, row, rows).pointer, 0, default)
 
 
 @device
