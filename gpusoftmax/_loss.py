@@ -100,6 +100,8 @@ def loss_and_gradient(
         normaliser = _arrays.wrap(normalizer, "normalizer")
         _checks.same_home(x, normaliser, "logits", "normalizer")
         _checks.one_element(normaliser, "normalizer")
+        if gradient is not None:
+            _checks.no_overlap(gradient, normaliser, "normalizer")
         normaliser = _arrays.contiguous(normaliser, dtype)
     elif reduction == "mean" and divide_by is None:
         normaliser = normaliser or _arrays.empty(x, (1,), dtype)
@@ -112,7 +114,7 @@ def loss_and_gradient(
     if wants_z_loss:
         per_row["z_losses"] = _arrays.empty(x, batch_shape, losses.dtype)
     if wants_lse:
-        per_row["lse"] = _arrays.empty(x, batch_shape, losses.dtype)
+        per_row["lses"] = _arrays.empty(x, batch_shape, losses.dtype)
     if wants_correct:
         per_row["correct"] = _arrays.empty(x, batch_shape, "int64")
     # Everything is allocated before anything is written: a failure leaves the logits of an in-place call as they were.
@@ -121,15 +123,7 @@ def loss_and_gradient(
         totals = {name: _arrays.empty(x, (), losses.dtype) for name in per_row if name in ("losses", "z_losses")}
     n_correct = _arrays.empty(x, (), "int64") if wants_correct else None
 
-    is_soft = rows.probs is not None or rows.shares is not None
-    is_more_wanted = wants_z_loss or wants_lse or wants_correct
-
     def call(geometry: Rows, operands: dict[str, Operand | Labels]) -> None:
-        extras = None
-        if rows.row_weight is not None or rows.z_loss or is_more_wanted or is_soft:
-            arrays = (rows.operand(operands, name) for name in ("row_weight", "z_losses", "lse"))
-            row_weights, z_losses, lse = arrays
-            extras = Extras(row_weights, rows.z_loss, z_losses, lse, operands.get("correct", NO_LABELS))
         kernels.cross_entropy(
             geometry,
             operands["logits"],
@@ -143,7 +137,7 @@ def loss_and_gradient(
             grad_scale / divide_by,
             x.place,
             _soft(rows, operands),
-            extras,
+            _extras(rows, operands),
         )
 
     _for_rows(rows, call, {}, per_row, gradient)
@@ -153,7 +147,7 @@ def loss_and_gradient(
     if wants_correct:
         rows.of_batch.count(losses.size, _arrays.numbers(per_row["correct"]), _arrays.numbers(n_correct), x.place)
     results = {**per_row, **totals, "correct": n_correct}
-    told = [results.get(name) for name in ("losses", "z_losses", "lse", "correct")]
+    told = [results.get(name) for name in ("losses", "z_losses", "lses", "correct")]
     loss, *told = (None if array is None else _arrays.result(array) for array in told)
     return loss, None if gradient is None else _arrays.result(gradient, out), *told
 
@@ -178,10 +172,6 @@ def backward(
     weight_sum = _weight_sum(rows)
 
     def call(geometry: Rows, operands: dict[str, Operand | Labels]) -> None:
-        extras = None
-        if rows.row_weight is not None or rows.z_loss or rows.probs is not None or rows.shares is not None:
-            nothing = Operand(0, 0, 0, 0, rows.dtype)
-            extras = Extras(rows.operand(operands, "row_weight"), rows.z_loss, nothing, nothing, NO_LABELS)
         rows.kernels.cross_entropy_backward(
             geometry,
             operands["logits"],
@@ -195,7 +185,7 @@ def backward(
             rows.label_smoothing,
             rows.x.place,
             _soft(rows, operands),
-            extras,
+            _extras(rows, operands),
         )
 
     _for_rows(rows, call, reads, {}, gradient)
@@ -298,6 +288,15 @@ def _soft(rows: _Rows, operands: dict[str, Operand | Labels]) -> Shares | Probs 
     if rows.shares is None:
         return None
     return Shares(operands["shares"], rows.n_labels, rows.labels.strides[-1], rows.shares.strides[-1])
+
+
+def _extras(rows: _Rows, operands: dict[str, Operand | Labels]) -> Extras | None:
+    """None where there is nothing of the kind: kernels are then compiled without."""
+    is_soft = rows.probs is not None or rows.shares is not None
+    if not (rows.z_loss or is_soft or operands.keys() & {"row_weight", "z_losses", "lses", "correct"}):
+        return None
+    row_weight, *told = (rows.operand(operands, name) for name in ("row_weight", "z_losses", "lses"))
+    return Extras(row_weight, rows.z_loss, *told, operands.get("correct", NO_LABELS))
 
 
 def _for_rows(

@@ -18,6 +18,7 @@ import pytest
 # for garbage takes ten seconds. It is made when memory has grown, see collect_what_is_left.
 gc.set_threshold(50_000, 50, 1000)
 COLLECTED_BYTES = 1 << 30
+"""Two workers share the 24 GB of the machine that CI runs on; with automatic collections alone one had reached 13."""
 
 
 def _memory():
