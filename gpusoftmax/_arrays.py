@@ -332,11 +332,12 @@ def _from_device(x, name: str) -> Array:
 
 
 class Made:
-    """The arrays that `empty` made. They are held, so that no address is used twice; `waited`: for the device."""
+    """What a call makes of arrays."""
 
     def __init__(self):
-        self.arrays: list[Array] = []
-        self.waited = False
+        self.arrays: list[Array] = []  # from `empty`; held, so that no address is used twice
+        self.read: Callable[[Array, Any], None] = lambda array, value: None  # is told what `to_python` has read
+        self.results: list[tuple[Any, Array]] = []  # what the caller gets for them
 
 
 class _Recorder(threading.local):
@@ -442,9 +443,10 @@ def result(array: Array, given=None):
         return given
     if array.kind == "jax":
         return _to_jax(array)
-    if array.kind == "numpy" and array.ndim == 0:
-        return array.owner[()]
-    return array.owner
+    told = array.owner[()] if array.kind == "numpy" and array.ndim == 0 else array.owner
+    if _recorder.made is not None:
+        _recorder.made.results.append((told, array))
+    return told
 
 
 def written(given) -> None:
@@ -475,9 +477,10 @@ def numbers(array: Array) -> Numbers:
 
 def to_python(array: Array):
     """The value of a one-element array; waits for the device."""
+    value = array.library_array.item()
     if _recorder.made is not None:
-        _recorder.made.waited = True
-    return array.library_array.item()
+        _recorder.made.read(array, value)
+    return value
 
 
 def next_integer(given: Any) -> Any:

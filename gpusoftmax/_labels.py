@@ -19,9 +19,9 @@ def check(x: Array, rows: Rows, labels: Labels, ignore_index: int) -> None:
     bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
     kernels = _arrays.kernels(x.place, "batch")
     kernels.find_bad_label(rows, labels, _arrays.numbers(bad_row), _arrays.numbers(bad_label), ignore_index, x.place)
-    if _arrays.to_python(bad_row) != NO_BAD_LABEL:
-        row, label = _arrays.to_python(bad_row), _arrays.to_python(bad_label)
-        raise _checks.bad_label(row, label, rows.n_cols, ignore_index)
+    row = _arrays.to_python(bad_row)
+    if row != NO_BAD_LABEL:
+        raise _checks.bad_label(row, _arrays.to_python(bad_label), rows.n_cols, ignore_index)
 
 
 def ignored(labels: Array, ignore_index: int) -> Any | None:

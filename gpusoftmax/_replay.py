@@ -1,40 +1,28 @@
-"""Calls on a GPU that were made before, with arrays of the same layout: the same kernels with other addresses.
+"""Calls that were made before, with arrays of the same layout (_recipe.py); here those on a GPU.
 
-What a call does (its checks, its temporary arrays, its kernels and their arguments) follows from its options and from
-the layout of its arrays: kind, dtype, shape, strides, device and stream. So the first call is recorded, and later ones
-of the same layout start the recorded kernels at once, in a quarter of the time. Addresses take part in two ways:
-
-- a word of a launch that is an address is kept as "so many bytes behind element 0 of array number n";
-- which arrays are the same memory. A call is replayed if the same of its arrays start at one address, and if the others
-  are apart. Whatever overlaps in another way takes the ordinary way, where overlaps are looked at closely.
-
-A call that waits for the device, or works on memory that is neither an argument nor an array it has made itself, is not
-replayed.
+A replayed call starts its kernels in a quarter of the time. One that waits for the device is not replayed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _replay_cpu, _replay_torch
-from gpusoftmax._arrays import Array
+from gpusoftmax import _arrays, _recipe, _replay_cpu, _replay_torch
 from gpusoftmax.kernels.operands import Place
 
 if TYPE_CHECKING:
-    from gpusoftmax.kernels.cuda import driver, launch
+    from gpusoftmax.kernels.cuda import driver
+    from gpusoftmax.kernels.cuda.launch import Launch
     from gpusoftmax.kernels.cuda.plan import Plan
 
-_MAX_RECIPES = 4096
 _WIDEST_ACCESS = 16
 """Bytes. The alignment of an array, up to this, is part of its layout: a kernel may be chosen by it."""
-_PLAIN = (type(None), bool, int, float, str, type, np.dtype)
-"""Options whose value cannot change, and which are equal, among those of one type, only if they mean the same."""
 
 
 class _Start(NamedTuple):
@@ -46,20 +34,18 @@ class _Start(NamedTuple):
     addresses: tuple[tuple[int, int, int], ...]  # (position, number, offset)
 
 
-class _Recipe(NamedTuple):
-    """What a call does. Arrays are numbered: the arguments, then those that the call makes."""
+class _OnGpu(NamedTuple):
+    """A recipe with all that it takes on a device."""
 
     place: Place
     device: driver.Device
-    overlaps: tuple[tuple[int, int, int, int], ...]  # see _overlaps
-    made: tuple[tuple[tuple[int, ...], np.dtype], ...]  # shape and dtype
     starts: tuple[_Start, ...]
-    written: tuple[int, ...]  # numbers of arguments that are results
-    results: tuple[int | None, ...] | int  # numbers; not a tuple where the call returns none
+    made: tuple[tuple[tuple[int, ...], np.dtype], ...]
+    recipe: _recipe.Recipe
 
 
 _UNKNOWN = object()
-_recipes: dict[tuple, _Recipe | None] = {}
+_recipes: dict[tuple, _OnGpu | None] = {}
 """None: cannot be replayed."""
 
 
@@ -71,15 +57,15 @@ def call(function: Callable[..., Any], arrays: tuple, *options: Any) -> Any:
         return _replay_torch.call(function, arrays, options)
     try:
         given, pointers, key = _layout(function, arrays, options)
-        recipe = _recipes.get(key, _UNKNOWN)
+        known = _recipes.get(key, _UNKNOWN)
     except (TypeError, ValueError):  # not for the GPU, or something that the function itself will complain about
         return function(*arrays, *options)
     driver = _cuda("driver")
-    if recipe is _UNKNOWN or (recipe and recipe.device is not driver.device(recipe.place.device)):
-        return _record(key, given, function, arrays, options)
-    if recipe is None or not _apart(pointers, recipe.overlaps):
+    if known is _UNKNOWN or (known and known.device is not driver.device(known.place.device)):
+        return _record(key, function, arrays, options)
+    if known is None or not _recipe.apart(pointers, known.recipe.overlaps):
         return function(*arrays, *options)
-    return _replay(recipe, given, pointers, driver.launch)
+    return _replay(known, given, pointers, driver.launch)
 
 
 @functools.cache
@@ -107,26 +93,9 @@ def _layout(function, arrays: tuple, options: tuple) -> tuple[list[Any], list[in
     return given, pointers, tuple(key)
 
 
-def _overlaps(arrays: Sequence[Array]) -> Iterator[tuple[int, int, int, int]]:
-    """(one, other, low, high) for every two arrays: they overlap if low < address of one - address of other < high."""
-    for (one, (low, high)), (other, (other_low, other_high)) in itertools.combinations(
-        enumerate(array.reach for array in arrays), 2
-    ):
-        yield one, other, other_low - high, other_high - low
-
-
-def _apart(pointers: Sequence[int], overlaps: Sequence[tuple[int, int, int, int]]) -> bool:
-    """Whether no two arrays share memory, but for those that start at one address."""
-    for one, other, low, high in overlaps:
-        distance = pointers[one] - pointers[other]
-        if distance and low < distance < high:
-            return False
-    return True
-
-
-def _replay(recipe: _Recipe, arrays: list[Any], pointers: list[int], launch: Callable[..., None]) -> Any:
+def _replay(known: _OnGpu, arrays: list[Any], pointers: list[int], launch: Callable[..., None]) -> Any:
     """`arrays` and `pointers` are the arguments'; those that the call makes are added."""
-    place, _, _, made, starts, written, results = recipe
+    place, _, starts, made, recipe = known
     if made:
         _arrays.make_beside(arrays, pointers, made, place)
     for kernel, plan, words, addresses in starts:
@@ -134,55 +103,40 @@ def _replay(recipe: _Recipe, arrays: list[Any], pointers: list[int], launch: Cal
         for position, number, offset in addresses:
             words[position] = pointers[number] + offset
         launch(kernel, plan, place.stream, tuple(words))
-    for number in written:
+    for number in recipe.written:
         _arrays.written(arrays[number])
+    results = recipe.results
     if type(results) is int:
         return arrays[results]
     return tuple([None if number is None else arrays[number] for number in results])
 
 
-def _record(key: tuple, given: list[Any], function, arrays: tuple, options: tuple) -> Any:
-    arguments = [_arrays.wrap(array, "an argument") for array in given]
-    overlaps = tuple(_overlaps(arguments))
-    plain = all(isinstance(option, _PLAIN) for option in options)
-    if not plain or not _apart([array.pointer for array in arguments], overlaps):
+def _record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
+    if not _recipe.is_plain(arrays, options):
         return function(*arrays, *options)
-    with _arrays.recording() as made, _cuda("launch").recording() as launches:
-        result = function(*arrays, *options)
-    everything = [*arguments, *made.arrays]
-    results = result if isinstance(result, tuple) else (result,)
-    place, driver = arguments[0].place, _cuda("driver")
-    device = driver.device(place.device)
-    starts = [_located(one, driver.load(one.image, device, place.stream), everything) for one in launches]
-    numbers = [None if one is None else _number([array.owner is one for array in everything]) for one in results]
-    if len(_recipes) >= _MAX_RECIPES:
-        _recipes.clear()
-    if made.waited or None in starts or _NOT_OURS in numbers:
-        _recipes[key] = None
-    else:
-        shapes = tuple((array.shape, _arrays.numpy_dtype(array.dtype)) for array in made.arrays)
-        written = tuple(number for number in numbers if number is not None and number < len(arguments))
-        numbers = tuple(numbers) if isinstance(result, tuple) else numbers[0]
-        _recipes[key] = _Recipe(place, device, overlaps, shapes, tuple(starts), written, numbers)
+    result, recipe = _recipe.record(function, arrays, options, _launches)
+    waits = recipe is None or any(isinstance(step, _recipe.Read) for step in recipe.steps)
+    place = _arrays.wrap(arrays[0], "an argument").place
+    _recipe.remember(_recipes, key, None if waits else _on_gpu(recipe, place))
     return result
 
 
-def _located(start: launch.Launch, kernel: Any, arrays: Sequence[Array]) -> _Start | None:
-    """The launch of `kernel` with its addresses told by the arrays that they lie in; None if one lies in none."""
-    addresses = []
-    for position in start.addresses:
-        address = start.words[position]
-        if address:
-            number = _number([array.span[0] <= address < array.span[1] for array in arrays])
-            if number == _NOT_OURS:
-                return None
-            addresses.append((position, number, address - arrays[number].pointer))
-    return _Start(kernel, start.plan, start.words, tuple(addresses))
+def _launches(note: Callable[[Launch, Sequence[int]], None]) -> contextlib.AbstractContextManager:
+    return _cuda("launch").recording(lambda launch: note(launch, [launch.words[k] for k in _addresses(launch)]))
 
 
-_NOT_OURS = -1
+def _addresses(launch: Launch) -> list[int]:
+    """The positions of the words that are addresses: 0 is none, and stays."""
+    return [position for position in launch.addresses if launch.words[position]]
 
 
-def _number(is_it: list[bool]) -> int:
-    """The number of the array that it is."""
-    return is_it.index(True) if True in is_it else _NOT_OURS
+def _on_gpu(recipe: _recipe.Recipe, place: Place) -> _OnGpu:
+    driver = _cuda("driver")
+    device = driver.device(place.device)
+    starts = []
+    for launch, where in recipe.steps:
+        addresses = tuple((position, *one) for position, one in zip(_addresses(launch), where, strict=True))
+        kernel = driver.load(launch.image, device, place.stream)
+        starts.append(_Start(kernel, launch.plan, launch.words, addresses))
+    made = tuple((shape, _arrays.numpy_dtype(dtype)) for shape, dtype in recipe.made)
+    return _OnGpu(place, device, tuple(starts), made, recipe)

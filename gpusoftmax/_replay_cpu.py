@@ -1,59 +1,46 @@
-"""Calls on NumPy arrays that were made before, with arrays of the same layout: the same kernel at other addresses.
+"""Calls on NumPy arrays that were made before, with arrays of the same layout (_recipe.py), on as many threads."""
 
-What an op on rows does follows from its options, the layout of its arrays and the number of threads. So the first call
-is recorded, and later ones of the same layout start its kernel at once. Whatever is more than one kernel on exactly
-the arrays of the call takes the ordinary way.
-"""
-
+import contextlib
 import functools
 import importlib
-import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from gpusoftmax import _memory
+from gpusoftmax import _memory, _recipe
+from gpusoftmax._arrays import numpy_dtype
+from gpusoftmax._recipe import Read, Recipe, Start
 
-MAX_RECIPES = 4096
-ALIGNMENT = 64
-"""Bytes. Whether an array starts at a cache line is part of its layout: large results are then written otherwise."""
-
-
-class _Recipe(NamedTuple):
-    """The arrays of a call are numbered; a result that the call makes comes last."""
-
-    start: Any  # gpusoftmax.kernels.cpu.run.Start
-    numbers: tuple[int, ...]  # which of them each of the kernel's arrays is
-    overlaps: tuple[tuple[int, int, int, int], ...]  # two arrays share memory if the distance of the first to
-    # the second, in bytes, lies between these two numbers
-    made: tuple[tuple[int, ...], np.dtype] | None  # the result, where it was not given
-    given: int | None  # which argument it is, where it was
-
-
-_recipes: dict[tuple, _Recipe | None] = {}
+LINE_BYTES = 64
+_recipes: dict[tuple, Recipe | None] = {}
 """None: takes the ordinary way."""
 
 
 @functools.cache
-def _cpu(module: str) -> Any:
-    return importlib.import_module(f"gpusoftmax.kernels.cpu.{module}")
+def _run() -> Any:
+    return importlib.import_module("gpusoftmax.kernels.cpu.run")
 
 
 def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     """Returns function(*arrays, *options), or what it would return. An array that was not given is None."""
-    run = _cpu("run")
     # True is equal to 1.0, but no temperature.
-    key, addresses = [function, options, *map(type, options), run.threads_for(arrays[0].size)], []
+    size = arrays[0].size
+    key = [function, options, *map(type, options), threads_for(size)]
+    is_large = may_be_streamed(size)
+    given, addresses = [], []
     for array in arrays:
         if array is None:
             key.append(None)
         elif type(array) is np.ndarray:
             address = _memory.address(array)
+            given.append(array)
             addresses.append(address)
             # And which other one it is, in a call that works in place.
-            key += array.dtype, array.shape, array.strides, address % ALIGNMENT, addresses.index(address)
-            key.append(array.flags.writeable)
+            key += array.dtype, array.shape, array.strides, addresses.index(address), array.flags.writeable
+            if is_large:
+                key.append(address % LINE_BYTES == 0)
         else:
             return function(*arrays, *options)
     key = tuple(key)
@@ -63,71 +50,76 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
         return function(*arrays, *options)
     if known is _recipes:
         return _record(key, function, arrays, options)
-    if known is None or not apart(addresses, known.overlaps):
+    if known is None or not _recipe.apart(addresses, known.overlaps):
         return function(*arrays, *options)
-    if known.made:
-        result = _memory.aligned(*known.made)
-        addresses.append(_memory.address(result))
-    else:
-        result = arrays[known.given]
-    start(known, addresses)
-    return result
+    for new, shape, dtype in known.made:
+        array = new(shape, dtype)
+        given.append(array)
+        addresses.append(_memory.address(array))
+    if not play(known.steps, given, addresses):
+        return function(*arrays, *options)
+    for number in known.scalars:
+        given[number] = given[number][()]
+    return results(known, given)
 
 
 def threads_for(size: int) -> int:
     """How many threads share a call: a recipe is for so many."""
-    return _cpu("run").threads_for(size)
+    return _run().threads_for(size)
 
 
-def apart(addresses: list[int], overlaps: Sequence[tuple[int, int, int, int]]) -> bool:
-    """Whether no two arrays share memory, but for those that start at one address."""
-    for one, other, low, high in overlaps:
-        distance = addresses[one] - addresses[other]
-        if distance and low < distance < high:
-            return False
+def may_be_streamed(size: int) -> bool:
+    """Whether it may matter to a call on so many logits if a result starts at a cache line."""
+    return _run().may_be_streamed(size)
+
+
+def play(steps: Sequence[Start | Read], arrays: Sequence[Any], addresses: Sequence[int]) -> bool:
+    """Does what a recipe says, on these arrays. Whether that was right: what it has read may be another value."""
+    start = _run().start
+    for step in steps:
+        if type(step) is Read:
+            if arrays[step.number].item() != step.value:
+                return False
+        else:
+            what, where = step
+            start(what, [addresses[number] + offset for number, offset in where])
     return True
 
 
-def start(known: "_Recipe", addresses: list[int]) -> None:
-    """The kernel of a recipe, on arrays at these addresses."""
-    _cpu("run").start(known.start, [addresses[number] for number in known.numbers])
+def results(known: Recipe, arrays: Sequence[Any]) -> Any:
+    if type(known.results) is int:
+        return arrays[known.results]
+    return tuple([None if number is None else arrays[number] for number in known.results])
 
 
-def recording() -> Any:
-    """A context that gives the list of what this thread starts in it."""
-    return _cpu("run").recording()
+def recorded(function: Callable[..., Any], arrays: tuple, options: tuple) -> tuple[Any, Recipe | None]:
+    """`_recipe.record` of a call whose kernels run on the CPU."""
+    return _recipe.record(function, arrays, options, _starts)
+
+
+def _starts(note: Callable[[Any, Sequence[int]], None]) -> contextlib.AbstractContextManager:
+    return _run().recording(lambda start: note(start, start.addresses))
 
 
 def _record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
-    with recording() as starts:
-        result = function(*arrays, *options)
-    if len(_recipes) >= MAX_RECIPES:
-        _recipes.clear()
-    _recipes[key] = recipe(starts, arrays, result)
+    if not _recipe.is_plain(arrays, options):
+        return function(*arrays, *options)
+    result, recipe = recorded(function, arrays, options)
+    _recipe.remember(_recipes, key, None if recipe is None else with_makers(recipe, _memory.aligned, numpy_dtype))
     return result
 
 
-def recipe(starts: list, arrays: Sequence, result: Any) -> _Recipe | None:
-    """What was started, if a later call of the same layout may start it at once."""
-    given = [array for array in arrays if array is not None]
-    plain = given if any(result is array for array in given) else [*given, result]
-    # A stride of 0 or below: element 0 is not where the memory of the array starts, or it ends elsewhere.
-    simple = all(type(array) is np.ndarray and array.size and min(array.strides, default=1) > 0 for array in plain)
-    if len(starts) != 1 or not simple:
-        return None
-    addresses = [_memory.address(array) for array in plain]
-    if any(operand not in addresses for operand in starts[0].addresses):
-        return None
-    spans = [
-        array.itemsize + sum(stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True))
-        for array in given
-    ]
-    return _Recipe(
-        start=starts[0],
-        numbers=tuple(addresses.index(operand) for operand in starts[0].addresses),
-        overlaps=tuple(
-            (one, other, -spans[one], spans[other]) for one, other in itertools.combinations(range(len(given)), 2)
-        ),
-        made=None if plain is given else (result.shape, result.dtype),
-        given=next((number for number, array in enumerate(arrays) if array is result), None),
-    )
+def with_makers(recipe: Recipe, new: Callable, dtype_of: Callable[[str], Any]) -> Recipe:
+    """The recipe with (function, shape, dtype) for what it makes: results are arrays of the caller's library, and what
+    nobody sees, if it is small, is memory as NumPy has it, in a fifth of the time.
+    """
+    results = recipe.results if isinstance(recipe.results, tuple) else (recipe.results,)
+    made = []
+    for number, (shape, dtype) in enumerate(recipe.made, recipe.n_given):
+        is_seen = number in results or math.prod(shape) * numpy_dtype(dtype).itemsize > _SMALL
+        made.append((new, shape, dtype_of(dtype)) if is_seen else (np.empty, shape, numpy_dtype(dtype)))
+    return recipe._replace(made=tuple(made))
+
+
+_SMALL = 4096
+"""Bytes: no kernel writes so few past the caches, wherever they lie."""

@@ -2,19 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from gpusoftmax import _memory, _recipe, _replay_cpu
+from gpusoftmax._recipe import Recipe
 
-from gpusoftmax import _memory, _replay_cpu
-
-
-class _Recipe(NamedTuple):
-    numpy: Any  # of _replay_cpu, for NumPy arrays at the same addresses
-    made: tuple[tuple[int, ...], Any] | None  # shape and dtype of the result, where it was not given
-
-
-_recipes: dict[tuple, _Recipe | None] = {}
+_recipes: dict[tuple, Recipe | None] = {}
 """None: takes the ordinary way."""
 
 
@@ -24,38 +17,45 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     layout = _layout(torch, function, arrays, options)
     if layout is None:
         return function(*arrays, *options)
-    key, addresses = layout
+    key, given, addresses = layout
     try:
-        recipe = _recipes.get(key, _recipes)
+        known = _recipes.get(key, _recipes)
     except TypeError:  # an option that cannot be a key, which the function will complain about
         return function(*arrays, *options)
-    if recipe is _recipes:
+    if known is _recipes:
         return _record(torch, key, function, arrays, options)
-    if recipe is None or not _replay_cpu.apart(addresses, recipe.numpy.overlaps):
+    if known is None or not _recipe.apart(addresses, known.overlaps):
         return function(*arrays, *options)
-    if recipe.made:
-        shape, dtype = recipe.made
-        result = torch.empty(shape, dtype=dtype, device="cpu")
-        if type(result) is not torch.Tensor:  # a mode in which tensors are fake
-            return function(*arrays, *options)
-        addresses.append(result.data_ptr())
-        _memory.in_huge_pages(addresses[-1], result.nbytes)
-    _replay_cpu.start(recipe.numpy, addresses)
-    if not recipe.made:
-        result = arrays[recipe.numpy.given]
-        torch.autograd.graph.increment_version(result)
-    return result
+    for new, shape, dtype in known.made:
+        array = new(shape, dtype)
+        if new is _empty:
+            if type(array) is not torch.Tensor:  # a mode in which tensors are fake
+                return function(*arrays, *options)
+            address = array.data_ptr()
+            _memory.in_huge_pages(address, array.nbytes)
+        else:
+            address = _memory.address(array)
+        given.append(array)
+        addresses.append(address)
+    if not _replay_cpu.play(known.steps, given, addresses):
+        return function(*arrays, *options)
+    for number in known.written:
+        torch.autograd.graph.increment_version(given[number])
+    return _replay_cpu.results(known, given)
 
 
-def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tuple[tuple, list[int]] | None:
-    """What decides what a call does, and the addresses of the tensors; None where the function has to look closer:
+def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tuple[tuple, list, list[int]] | None:
+    """What decides what a call does, the tensors and their addresses; None where the function has to look closer:
 
     at tensors that are traced, differentiated, vectorised, negated, sparse, elsewhere or of a class of their own.
     """
     if torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return None
     recorded = torch.is_grad_enabled()
-    key, addresses = [function, options, *map(type, options), _replay_cpu.threads_for(arrays[0].numel())], []
+    size = arrays[0].numel()
+    key = [function, options, *map(type, options), _replay_cpu.threads_for(size)]
+    is_large = _replay_cpu.may_be_streamed(size)
+    given, addresses = [], []
     for array in arrays:
         if array is None:
             key.append(None)
@@ -70,27 +70,23 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
             return None
         if not address:
             return None
+        given.append(array)
         addresses.append(address)
-        key += array.dtype, array.shape, array.stride(), address % _replay_cpu.ALIGNMENT, addresses.index(address)
-    return tuple(key), addresses
+        key += array.dtype, array.shape, array.stride(), addresses.index(address)
+        if is_large:
+            key.append(address % _replay_cpu.LINE_BYTES == 0)
+    return tuple(key), given, addresses
 
 
 def _record(torch: Any, key: tuple, function: Callable, arrays: tuple, options: tuple) -> Any:
-    with _replay_cpu.recording() as starts:
-        result = function(*arrays, *options)
-    if len(_recipes) >= _replay_cpu.MAX_RECIPES:
-        _recipes.clear()
-    _recipes[key] = None
-    if type(result) is torch.Tensor:
-        views = [None if array is None else _as_numpy(torch, array) for array in arrays]
-        given = next((number for number, array in enumerate(arrays) if array is result), None)
-        recipe = _replay_cpu.recipe(starts, views, _as_numpy(torch, result) if given is None else views[given])
-        if recipe is not None:
-            _recipes[key] = _Recipe(recipe, None if recipe.made is None else (result.shape, result.dtype))
+    if not _recipe.is_plain(arrays, options):
+        return function(*arrays, *options)
+    result, recipe = _replay_cpu.recorded(function, arrays, options)
+    if recipe is not None:
+        recipe = _replay_cpu.with_makers(recipe, _empty, lambda name: getattr(torch, name))
+    _recipe.remember(_recipes, key, recipe)
     return result
 
 
-def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    """The same memory; bfloat16, which NumPy has not, as integers."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    return sys.modules["torch"].empty(shape, dtype=dtype, device="cpu")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gpusoftmax
-from gpusoftmax import _replay, _replay_cpu, _transform
+from gpusoftmax import _arrays, _recipe, _replay, _replay_cpu, _transform
 from tests import inputs, tolerances
 from tests.calls import CALLS, IN_PLACE, arguments, same_bits
 from tests.conftest import Cpu
@@ -15,15 +15,45 @@ F32 = np.dtype(np.float32)
 SHAPE = (3, 40)
 
 
+class OnCpu(Cpu):
+    module = _replay_cpu
+    share = Cpu.array
+
+    def array(self, host):
+        return host.copy()
+
+
 @pytest.fixture
 def gpu():
     with emulated_gpu("sm_90", devices=2, track=False) as gpu:
+        gpu.module, gpu.share = _replay, gpu.array
         yield gpu
 
 
-def placed(gpu, name, seed, dtype=F32):
+@pytest.fixture(params=["cpu", "gpu"])
+def target(request):
+    return OnCpu() if request.param == "cpu" else request.getfixturevalue("gpu")
+
+
+def placed(target, name, seed, dtype=F32):
     host = arguments(name, SHAPE, dtype, seed)
-    return host, {argument: gpu.array(array) for argument, array in host.items()}
+    return host, {argument: target.array(array) for argument, array in host.items()}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_call_on_the_cpu_is_replayed_with_its_own_arrays(monkeypatch, name):
+    call, calls = CALLS[name], [placed(OnCpu(), name, seed) for seed in (1, 2)]
+    _replay_cpu._recipes.clear()
+    kept = call.function(**calls[0][1])
+    with monkeypatch.context() as patched:
+        patched.setattr(_replay_cpu, "_record", lambda *_: pytest.fail("not replayed"))
+        patched.setattr(_arrays, "logits", lambda *_: pytest.fail("not replayed"))
+        result = call.function(**calls[1][1])
+    kinds = [[type(part) for part in one] if isinstance(one, tuple) else type(one) for one in (kept, result)]
+    assert kinds[0] == kinds[1]
+    for (host, _), got in zip(calls, (kept, result), strict=True):
+        _replay_cpu._recipes.clear()
+        assert same_bits(got, call.function(**host))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -46,42 +76,42 @@ def test_a_second_call_is_replayed_with_its_own_arrays(gpu, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name, argument", IN_PLACE)
-def test_in_place_and_out_of_place_are_different_calls(gpu, name, argument):
+def test_in_place_and_out_of_place_are_different_calls(target, name, argument):
     call = CALLS[name]
     for seed, in_place in enumerate((False, True, False, True)):
-        host, on_gpu = placed(gpu, name, seed)
-        out = on_gpu[argument] if in_place else gpu.array(np.zeros(SHAPE, F32))
-        result = call.function(**on_gpu, out=out)
+        host, there = placed(target, name, seed)
+        out = there[argument] if in_place else target.array(np.zeros(SHAPE, F32))
+        result = call.function(**there, out=out)
         assert (result[1] if isinstance(result, tuple) else result) is out
-        expected = call.function(**{key: gpu.array(array.copy()) for key, array in host.items()})
-        assert same_bits(gpu.get(result), gpu.get(expected))
+        expected = call.function(**{key: target.array(array.copy()) for key, array in host.items()})
+        assert same_bits(target.get(result), target.get(expected))
         if not in_place:
-            assert all(same_bits(gpu.get(on_gpu[key]), host[key]) for key in host), "an input has changed"
+            assert all(same_bits(target.get(there[key]), host[key]) for key in host), "an input has changed"
 
 
-def test_out_is_written_and_returned_again(gpu):
-    out = gpu.array(np.zeros(SHAPE, F32))
+def test_out_is_written_and_returned_again(target):
+    out = target.array(np.zeros(SHAPE, F32))
     for seed in range(3):
         x = inputs.make("spread", SHAPE, F32, seed)
-        assert gpusoftmax.softmax(gpu.array(x), out=out) is out
-        tolerances.check_softmax(gpu.get(out), x)
+        assert gpusoftmax.softmax(target.array(x), out=out) is out
+        tolerances.check_softmax(target.get(out), x)
 
 
-def test_options_are_part_of_the_call(gpu):
+def test_options_are_part_of_the_call(target):
     x = inputs.make("spread", (4, 4), F32)
     for _ in range(2):
         for temperature in (1.0, 2.0):
             for axis in (0, 1):
-                result = gpusoftmax.softmax(gpu.array(x), axis, temperature=temperature)
-                tolerances.check_softmax(gpu.get(result), x, axis, temperature)
-        assert gpusoftmax.softmax(gpu.array(x), dtype="float64").dtype == np.float64
-        assert gpusoftmax.logsumexp(gpu.array(x), keepdims=True).shape == (4, 1)
-        assert gpusoftmax.logsumexp(gpu.array(x)).shape == (4,)
+                result = gpusoftmax.softmax(target.array(x), axis, temperature=temperature)
+                tolerances.check_softmax(target.get(result), x, axis, temperature)
+        assert gpusoftmax.softmax(target.array(x), dtype="float64").dtype == np.float64
+        assert gpusoftmax.logsumexp(target.array(x), keepdims=True).shape == (4, 1)
+        assert gpusoftmax.logsumexp(target.array(x)).shape == (4,)
 
 
-def test_options_that_are_equal_and_not_the_same(gpu):
+def test_options_that_are_equal_and_not_the_same(target):
     """True == 1 == 1.0, in keys of dictionaries too."""
-    x = gpu.array(inputs.make("spread", SHAPE, F32))
+    x = target.array(inputs.make("spread", SHAPE, F32))
     gpusoftmax.softmax(x, 1, temperature=1.0)
     gpusoftmax.softmax(x, (0, 1))
     with pytest.raises(TypeError, match="temperature is True"):
@@ -92,7 +122,7 @@ def test_options_that_are_equal_and_not_the_same(gpu):
         gpusoftmax.softmax(x, (0, 1.0))
 
 
-def test_options_that_can_change_are_read_each_time(gpu):
+def test_options_that_can_change_are_read_each_time(target):
     x = inputs.make("spread", SHAPE, F32)
 
     class Temperature:
@@ -103,8 +133,8 @@ def test_options_that_can_change_are_read_each_time(gpu):
 
     temperature = Temperature()
     for temperature.value in (1.0, 3.0):
-        result = gpusoftmax.softmax(gpu.array(x), temperature=temperature)
-        tolerances.check_softmax(gpu.get(result), x, temperature=temperature.value)
+        result = gpusoftmax.softmax(target.array(x), temperature=temperature)
+        tolerances.check_softmax(target.get(result), x, temperature=temperature.value)
 
 
 @pytest.mark.parametrize("change", ["shape", "strides", "dtype", "alignment", "read-only out"])
@@ -126,11 +156,11 @@ def test_layouts_are_part_of_the_call(gpu, change):
         tolerances.check_softmax(gpu.get(gpusoftmax.softmax(gpu.array(other), out=gpu.array(out))), other)
 
 
-def test_partial_overlap_is_refused_after_the_same_layout_was_replayed(gpu):
-    buffer = gpu.array(inputs.make("spread", (8, 40), F32))
+def test_partial_overlap_is_refused_after_the_same_layout_was_replayed(target):
+    buffer = target.array(inputs.make("spread", (8, 40), F32))
     host = np.zeros((8, 40), F32)
-    apart, base = gpu.array(host), host.copy()
-    rows = [gpu.array(base[k : k + 4]) for k in (0, 4, 2)]  # views of one buffer
+    apart, base = target.array(host), host.copy()
+    rows = [target.share(base[k : k + 4]) for k in (0, 4, 2)]  # views of one buffer
     for _ in range(2):
         gpusoftmax.softmax(rows[0], out=rows[1])
     with pytest.raises(ValueError, match="out overlaps x in part"):
@@ -140,19 +170,17 @@ def test_partial_overlap_is_refused_after_the_same_layout_was_replayed(gpu):
     assert gpusoftmax.softmax(buffer, out=apart) is apart
 
 
-def test_interleaved_halves_take_the_ordinary_way(gpu):
+def test_interleaved_halves_take_the_ordinary_way(target):
     base = inputs.make("spread", (4, 80), F32)
     for _ in range(2):
         buffer = base.copy()
-        x, out = gpu.array(buffer[:, ::2]), gpu.array(buffer[:, 1::2])
+        x, out = target.share(buffer[:, ::2]), target.share(buffer[:, 1::2])
         assert gpusoftmax.softmax(x, out=out) is out
-        tolerances.check_softmax(gpu.get(out), base[:, ::2])
+        tolerances.check_softmax(target.get(out), base[:, ::2])
 
 
-@pytest.mark.parametrize("on", ["cpu", "gpu"])
-def test_a_number_for_all_rows_is_no_address(gpu, monkeypatch, on):
+def test_a_number_for_all_rows_is_no_address(target, monkeypatch):
     """n_valid for all rows stands where the kernels have an address if rows have their own."""
-    target, module = (Cpu(), _replay_cpu) if on == "cpu" else (gpu, _replay)
 
     def probs(seed, n_valid):
         x = inputs.make("spread", SHAPE, F32, seed)
@@ -161,25 +189,46 @@ def test_a_number_for_all_rows_is_no_address(gpu, monkeypatch, on):
         assert (made[:, n_valid:] == 0).all()
 
     probs(1, 33), probs(1, 7)
-    monkeypatch.setattr(module, "_record", lambda *_: pytest.fail("not replayed"))
+    monkeypatch.setattr(target.module, "_record", lambda *_: pytest.fail("not replayed"))
     monkeypatch.setattr(_transform, "applied", lambda *_, **__: pytest.fail("not replayed"))
     probs(2, 33), probs(3, 7), probs(4, 33)
 
 
-def test_labels_are_checked_each_time(gpu):
+def test_labels_are_checked_each_time(target):
     x, good = inputs.make("spread", SHAPE, F32), np.array([1, 2, 3])
     for _ in range(2):
-        gpusoftmax.cross_entropy(gpu.array(x), gpu.array(good), validate=True)
+        gpusoftmax.cross_entropy(target.array(x), target.array(good), validate=True)
+        out = target.array(x)
         with pytest.raises(IndexError, match=r"target\[1\]"):
-            gpusoftmax.cross_entropy(gpu.array(x), gpu.array(np.array([1, 40, 3])), validate=True)
+            gpusoftmax.cross_entropy_with_grad(out, target.array(np.array([1, 40, 3])), validate=True, out=out)
+        assert same_bits(target.get(out), x)
 
 
-def test_weights_that_are_converted_first(gpu):
-    x, target = inputs.make("spread", SHAPE, F32), np.array([1, 2, 3])
+def test_weights_that_are_converted_first(target):
+    x, labels = inputs.make("spread", SHAPE, F32), np.array([1, 2, 3])
     for seed in range(3):
         weight = np.random.default_rng(seed).random(40)  # float64, to be rounded to float32
-        loss = gpusoftmax.cross_entropy(gpu.array(x), gpu.array(target), gpu.array(weight))
-        tolerances.check_loss(gpu.get(loss), x, target, weight.astype(F32))
+        loss = gpusoftmax.cross_entropy(target.array(x), target.array(labels), target.array(weight))
+        tolerances.check_loss(target.get(loss), x, labels, weight.astype(F32))
+        # And as they are, at another address.
+        loss = gpusoftmax.cross_entropy(target.array(x), target.array(labels), target.array(weight.astype(F32)))
+        tolerances.check_loss(target.get(loss), x, labels, weight.astype(F32))
+
+
+def test_memory_of_a_copy_is_not_that_of_the_call():
+    """Labels that are first flattened lie in memory that a recorded call gives back, perhaps to one of its arrays."""
+    x = np.moveaxis(inputs.make("spread", (2, 3, 4, 40), F32), 0, 2)
+    for seed in range(3):
+        labels = np.random.default_rng(seed).integers(0, 40, (2, 3, 8))[..., ::2]
+        labels = np.moveaxis(labels, 0, 2)
+        tolerances.check_loss(gpusoftmax.cross_entropy(x, labels), x, labels)
+
+
+def test_a_tail_of_rows_in_several_calls(target):
+    """More batch axes than a kernel walks: the same kernel is started several times, at other places of the arrays."""
+    for seed in range(3):
+        x = inputs.make("spread", (2, 6, 10, 40), F32, seed)[:, ::2, ::2]
+        tolerances.check_softmax(target.get(gpusoftmax.softmax(target.share(x))), np.ascontiguousarray(x))
 
 
 def test_streams_and_devices_are_part_of_the_call(gpu):
@@ -192,13 +241,13 @@ def test_streams_and_devices_are_part_of_the_call(gpu):
             tolerances.check_softmax(gpu.get(result), x)
 
 
-def test_two_arrays_of_the_call_may_become_one(gpu):
+def test_two_arrays_of_the_call_may_become_one(target):
     """The gradient of a recorded call was another array than the probabilities; later it is the same one."""
     for seed, same in enumerate((False, True, False)):
-        host, on_gpu = placed(gpu, "softmax_backward", seed)
-        gradient = on_gpu["probs"] if same else on_gpu["dprobs"]
-        result = gpusoftmax.softmax_backward(on_gpu["probs"], gradient)
-        tolerances.check_softmax_backward(gpu.get(result), host["probs"], host["probs" if same else "dprobs"])
+        host, there = placed(target, "softmax_backward", seed)
+        gradient = there["probs"] if same else there["dprobs"]
+        result = gpusoftmax.softmax_backward(there["probs"], gradient)
+        tolerances.check_softmax_backward(target.get(result), host["probs"], host["probs" if same else "dprobs"])
 
 
 def test_an_error_is_not_recorded(gpu):
@@ -218,7 +267,7 @@ def test_empty_batches_launch_nothing(gpu):
 
 
 def test_recipes_are_bounded(gpu, monkeypatch):
-    monkeypatch.setattr(_replay, "_MAX_RECIPES", 3)
+    monkeypatch.setattr(_recipe, "MAX_RECIPES", 3)
     monkeypatch.setattr(_replay, "_recipes", {})
     for n_cols in range(1, 9):
         gpusoftmax.softmax(gpu.array(np.zeros((2, n_cols), F32)))

@@ -3,7 +3,9 @@
 import math
 
 from gpusoftmax.kernels.cpu.cache import kernel
+from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.loss_target import label_of, number_at
+from gpusoftmax.kernels.cpu.run import run_alone
 from gpusoftmax.kernels.cpu.vector import add, add_pair, div, load, mul, number, pointer_to, store
 from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Place, Rows
 
@@ -23,19 +25,19 @@ def normalise(
     `rows` are all labels; n_labels of them in a row belong together, and have one row_weight. Without labels, n_labels
     0, all rows count.
     """
-    pointers = weight.pointer, row_weight.pointer, normaliser.pointer
-    normalise_rows(rows, labels, n_labels, *pointers, ignore_index, STORAGE[weight.dtype](0))
+    zero = STORAGE[weight.dtype](0)
+    run_alone(normalise_rows, rows, labels, n_labels, weight, row_weight, normaliser, ignore_index, zero)
 
 
 def total(n: int, values: Numbers, normaliser: Numbers, result: Numbers, place: Place, divisor: float = 1.0) -> None:
     """result[0] = sum(values), in their order, divided by normaliser[0] or, where there is none, by `divisor`."""
     tags = STORAGE[values.dtype](0), STORAGE[result.dtype](0), STORAGE[normaliser.dtype](divisor)
-    total_rows(n, values.pointer, normaliser.pointer, result.pointer, *tags)
+    run_alone(total_rows, n, values, normaliser, result, *tags)
 
 
 def count(n: int, values: Numbers, result: Numbers, place: Place) -> None:
     """result[0] = sum(values), of int64."""
-    count_rows(n, values.pointer, result.pointer)
+    run_alone(count_rows, n, values, result)
 
 
 def find_bad_label(
@@ -45,11 +47,12 @@ def find_bad_label(
 
     NO_BAD_LABEL for both if there is none.
     """
-    find_bad_label_rows(rows, labels, bad_row.pointer, bad_label.pointer, ignore_index)
+    run_alone(find_bad_label_rows, rows, labels, bad_row, bad_label, ignore_index)
 
 
 @kernel
-def normalise_rows(rows, labels, n_labels, weight, row_weight, normaliser, ignore_index, zero):
+def normalise_rows(call):
+    _, _, rows, labels, n_labels, weight, row_weight, normaliser, ignore_index, zero = arguments(call)
     total_weight, low = zero, zero
     one = number(zero, 1.0)
     for row in range(rows.n_rows // max(n_labels, 1)):
@@ -63,7 +66,8 @@ def normalise_rows(rows, labels, n_labels, weight, row_weight, normaliser, ignor
 
 
 @kernel
-def total_rows(n, values, normaliser, result, values_tag, result_tag, divisor):
+def total_rows(call):
+    _, _, n, values, normaliser, result, values_tag, result_tag, divisor = arguments(call)
     zero = number(divisor, 0.0)
     total_value, low = zero, zero
     for k in range(n):
@@ -76,7 +80,8 @@ def total_rows(n, values, normaliser, result, values_tag, result_tag, divisor):
 
 
 @kernel
-def count_rows(n, values, result):
+def count_rows(call):
+    _, _, n, values, result = arguments(call)
     total_value = 0
     for k in range(n):
         total_value += pointer_to(values, n)[k]
@@ -84,7 +89,8 @@ def count_rows(n, values, result):
 
 
 @kernel
-def find_bad_label_rows(rows, labels, bad_row, bad_label, ignore_index):
+def find_bad_label_rows(call):
+    _, _, rows, labels, bad_row, bad_label, ignore_index = arguments(call)
     first, found = NO_BAD_LABEL, NO_BAD_LABEL
     for row in range(rows.n_rows):
         label = label_of(labels, row, rows)

@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 from gpusoftmax.kernels.cpu.job import Job, n_counters
-from gpusoftmax.kernels.cpu.rows import Strided
+from gpusoftmax.kernels.cpu.rows import Address, Strided
 from gpusoftmax.kernels.numba_passes import uncollected
 from gpusoftmax.kernels.operands import has_address
 
@@ -71,21 +71,24 @@ def _type_of(argument) -> types.Type:
     return _NUMBERS.get(type(argument), types.int64)
 
 
-def pack(job: Job, arguments: Sequence, n_threads: int, n_split: int) -> np.ndarray:
+def pack(job: Job, arguments: Sequence, n_split: int) -> np.ndarray:
     """The call, ready to be copied as often as it is made."""
     words = [word for argument in (job, *arguments) for word in _words(argument)]
     assert len(words) <= COUNTERS_AT, "the arguments reach into the counters"
-    block = np.zeros(COUNTERS_AT + n_counters(n_threads, n_split), np.int64)
+    block = np.zeros(COUNTERS_AT + n_counters(job.n_threads, n_split), np.int64)
     block[: len(words)] = words
     return block
 
 
 def addresses(arguments: Sequence) -> Iterator[tuple[int, int]]:
-    """(word, address) of every array among the arguments and in their transforms."""
+    """(word, address) of every array among the arguments and in their transforms. Where there is none, 0 stays 0."""
     word = len(Job._fields)
     for argument in arguments:
         if isinstance(argument, Strided) or has_address(argument):
-            yield word, argument[0]
+            if argument[0]:
+                yield word, argument[0]
+        elif isinstance(argument, Address) and argument:
+            yield word, argument
         if isinstance(argument, Strided) and argument.transform is not None:
             ahead = argument._replace(transform=None)
             for there, address in addresses(argument.transform):

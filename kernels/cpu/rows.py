@@ -22,6 +22,10 @@ class Strided(NamedTuple):
     transform: Transform | None
 
 
+class Address(int):
+    """Of contiguous numbers, for a kernel; 0: there are none."""
+
+
 @device
 def row_offset(array, row, rows):
     """Where a row starts, in elements. `array` has the strides of an Operand or of Labels."""

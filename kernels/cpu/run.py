@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from gpusoftmax.kernels.cpu import call, parallel
 from gpusoftmax.kernels.cpu.call import WORKSPACE
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, REGISTERS
 from gpusoftmax.kernels.cpu.job import MAX_PARTS, Job
-from gpusoftmax.kernels.cpu.rows import Strided
+from gpusoftmax.kernels.cpu.rows import Address, Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
@@ -57,17 +57,21 @@ class Start(NamedTuple):
     workspace_bytes: int
 
 
-_recorder = threading.local()
+class _Recorder(threading.local):
+    note: Callable[[Start], None] | None = None
+
+
+_recorder = _Recorder()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Start]]:
-    """Collects what this thread starts."""
-    _recorder.starts = []
+def recording(note: Callable[[Start], None]) -> Iterator[None]:
+    """Tells `note` what this thread starts, before it does."""
+    _recorder.note = note
     try:
-        yield _recorder.starts
+        yield
     finally:
-        del _recorder.starts
+        _recorder.note = None
 
 
 def run(
@@ -97,8 +101,21 @@ def run(
         kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks, in_parts,
         numbers_of_row,
     )  # fmt: skip
-    if hasattr(_recorder, "starts"):
-        _recorder.starts.append(laid_out)
+    _start_noted(laid_out)
+
+
+def run_alone(kernel, *arguments) -> None:
+    """Runs a kernel that walks over no rows, on this thread."""
+    arguments = tuple(map(_for_kernel, arguments))
+    _start_noted(_laid_out(kernel, ALONG, _ON_THIS_THREAD, arguments, 0, 0))
+
+
+_ON_THIS_THREAD = Job(*(0,) * len(Job._fields))._replace(n_threads=1)
+
+
+def _start_noted(laid_out: Start) -> None:
+    if _recorder.note is not None:
+        _recorder.note(laid_out)
     start(laid_out, laid_out.addresses)
 
 
@@ -209,14 +226,18 @@ def plan(
     )
     lines = (first, *(first._replace(transform=None) if line is None else line for line in (second, target)))
     arguments = (rows, *map(_for_kernel, (*lines, *numbers)))
-    positions, addresses = zip(*call.addresses(arguments), strict=True)
+    return _laid_out(kernel, way, job, arguments, n_split, n_slots * slot_bytes)
+
+
+def _laid_out(kernel, way: Way, job: Job, arguments: tuple, n_split: int, workspace_bytes: int) -> Start:
+    located = tuple(call.addresses(arguments))
     return Start(
         entry=call.entry(kernel, way, arguments),
-        block=call.pack(job, arguments, n_threads, n_split),
-        positions=positions,
-        addresses=addresses,
-        n_threads=n_threads,
-        workspace_bytes=n_slots * slot_bytes,
+        block=call.pack(job, arguments, n_split),
+        positions=tuple(position for position, _ in located),
+        addresses=tuple(address for _, address in located),
+        n_threads=job.n_threads,
+        workspace_bytes=workspace_bytes,
     )
 
 
@@ -235,6 +256,11 @@ def threads_for(n_logits: int) -> int:
     """How many threads take part in a call on so many logits, at most; 0 is as good as 1."""
     wanted = n_logits // LOGITS_PER_THREAD
     return min(parallel.thread_count(), wanted) if wanted > 1 else wanted
+
+
+def may_be_streamed(n_logits: int) -> bool:
+    """Whether a result of a call on so many logits can be large enough to be written past the caches."""
+    return n_logits * 8 >= STREAM_BYTES
 
 
 def _way(rows: Rows, lines: list[Operand], in_blocks: bool) -> Way:
@@ -272,6 +298,7 @@ def _is_streamed(rows: Rows, target: Operand, like: np.floating, keeps_exponenti
 
 class _Kept(threading.local):
     size = 0
+    address = 0
 
 
 _kept = _Kept()
@@ -292,7 +319,7 @@ def _for_kernel(argument):
         if transform is not None:
             transform = Transform(*map(_in_transform, transform))
         return Strided(*numbers, (STORAGE | MASKS)[dtype](0), transform)
-    return argument.pointer if isinstance(argument, Numbers) else argument
+    return Address(argument.pointer) if isinstance(argument, Numbers) else argument
 
 
 def _in_transform(field):

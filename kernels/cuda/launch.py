@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ class Launch(NamedTuple):
 
 
 class _Recorder(threading.local):
-    launches: list[Launch] | None = None
+    note: Callable[[Launch], None] | None = None
     imagined: driver.Device | None = None
 
 
@@ -37,21 +37,22 @@ _recorder = _Recorder()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collects the launches that this thread makes."""
-    _recorder.launches = []
+def recording(note: Callable[[Launch], None]) -> Iterator[None]:
+    """Tells `note` the launches that this thread has made."""
+    _recorder.note = note
     try:
-        yield _recorder.launches
+        yield
     finally:
-        _recorder.launches = None
+        _recorder.note = None
 
 
 @contextlib.contextmanager
 def imagined(device: driver.Device) -> Iterator[list[Launch]]:
     """Collects what this thread would launch on a device that need not exist. Nothing is launched."""
     _recorder.imagined = device
+    launches: list[Launch] = []
     try:
-        with recording() as launches:
+        with recording(launches.append):
             yield launches
     finally:
         _recorder.imagined = None
@@ -93,8 +94,8 @@ def launch(kernel: str, plan: Plan, place: Place, *arguments) -> None:
     image = compile.image(kernel, tuple(signature), device.arch)
     if _recorder.imagined is None:
         driver.launch(driver.load(image, device, place.stream), plan, place.stream, words)
-    if _recorder.launches is not None:
-        _recorder.launches.append(Launch(image, plan, words, addresses))
+    if _recorder.note is not None:
+        _recorder.note(Launch(image, plan, words, addresses))
 
 
 def _add_transform(transform: Transform | None, words: list, addresses: list[int]) -> str:
