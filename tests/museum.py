@@ -961,12 +961,12 @@ MUTANTS = [
         "loss .none.: row 0.* got nan",
         (
             Edit(
-                f"{CPU}.cross_entropy",
+                f"{CPU}.loss_measure",
                 "    if lanes_of(here.zero) == 1 and status_of(",
                 "    if lanes_of(here.zero) == 2 and status_of(",
             ),
             Edit(
-                f"{CPU}.cross_entropy",
+                f"{CPU}.loss_fold",
                 "            value = unused(status, loss)\n",
                 "            value = mul(value, unused(status, loss))\n",
             ),
@@ -1034,7 +1034,7 @@ MUTANTS = [
         gradient_of_all_classes,
         AssertionError,
         "dlogits: row",
-        _edit(f"{CPU}.cross_entropy", "left, here.zeros), factor)", "left, here.zeros), here.zeros)"),
+        _edit(f"{CPU}.loss_write", "left, here.zeros), factor)", "left, here.zeros), here.zeros)"),
         ("cross_entropy_with_grad_rows",),
     ),
     # ---- memory of the caller

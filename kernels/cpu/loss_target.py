@@ -5,7 +5,7 @@
     g_c    ((1 - eps) q_c + eps/V) w_c, the mass that the loss has at a class, label smoothing and all
     G      sum_c g_c = (1 - eps) S + eps/V W
 
-`loss` stands for cross_entropy.Loss.
+`loss` stands for loss_rows.Loss.
 """
 
 import math
