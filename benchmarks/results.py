@@ -61,12 +61,15 @@ def _version(distribution: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The state of the sources, by git."""
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    """The state of the sources, by git. Results, which a measurement changes itself, are no sources."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    sources = [":(top)", f":(exclude,top){RESULTS.parent.name}/{RESULTS.name}"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *sources], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return name.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 
 def save(records: Iterable[dict], root: Path = RESULTS) -> set[Path]:

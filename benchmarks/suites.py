@@ -19,6 +19,8 @@ _SCORED = ((1024, 32768), (64, 151936))
 _TOKENS = ("token_logprobs", "token_logprobs_and_rank", "top_logprobs", "argmax", "soft_argmax", "sample")
 
 _MORE = ("masked_softmax", "logsumexp_state")
+_SMALL = ("logsumexp", "cross_entropy", "cross_entropy_with_grad", "token_logprobs", "sample")
+"""Of these, too, the cost of a call."""
 _DISTILLATION = ("kl_div_with_grad", "soft_cross_entropy_with_grad")
 
 VOCABULARIES = (1000, 4096, 8192, 32000, 50257, 128256, 151936, 262144, 1048576)
@@ -56,6 +58,7 @@ def cpu(quick: bool = False) -> list[Case]:
         *(Case(op, *shape, "float32") for op in _MORE for shape in _SCORED),
         *(Case("topk_softmax", 16384, n_experts, "float32") for n_experts in (64, 256)),
         *(Case(op, *shape, "float32") for op in _DISTILLATION for shape in _SCORED),
+        *(Case(op, 8, 16, "float32") for op in _SMALL),
     ]
 
 

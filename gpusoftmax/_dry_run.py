@@ -142,6 +142,8 @@ def every_kernel(op: str, dtype: str, arch: str) -> "Iterator[Launch]":
                 _call(op, shape, dtype, {"axis": axis, "top_p": 0.9})
                 temperatures = _Imagined(_batch(shape, axis), _row_dtype(dtype))
                 _call(op, shape, dtype, {"axis": axis, "temperature": temperatures})
+            elif op == "top_p_mask_logits":
+                _call(op, shape, dtype, {"axis": axis}, target=_Imagined(_batch(shape, axis), _row_dtype(dtype)))
             elif op in ("softmax_backward", "log_softmax_backward"):
                 _call(
                     op, shape, dtype, {"axis": axis, "temperature": _Imagined(_batch(shape, axis), _row_dtype(dtype))}
@@ -227,7 +229,7 @@ def _call(
     elif op in OF_THE_LARGEST:
         arguments.append(min(TOP, shape[options.get("axis", -1)]))
     elif op in _LIMITS:
-        arguments.append(_LIMITS[op])
+        arguments.append(_LIMITS[op] if target is None else target)
     elif op == "sample":
         options = {**options, "rng": _Imagined(batch, np.int64)}
     getattr(gpusoftmax, op)(*arguments, **options)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _tokens, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _own_numbers, _replay, _tokens, _transform
 from gpusoftmax.kernels.operands import Limits, one_value
 
 
@@ -144,7 +144,7 @@ def _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, beside, transfor
     seed, step = _checks.rng(rng)
     if type(logits) is np.ndarray:  # an array is no option: what differs by it alone is replayed
         seed, step = (np.asarray(_signed(one)) if type(one) is int else one for one in (seed, step))
-    arrays, of_all = zip(*(_array_or_number(one) for one in (temperature, top_k, top_p, min_p)), strict=True)
+    arrays, of_all = zip(*(_own_numbers.split(one) for one in (temperature, top_k, top_p, min_p)), strict=True)
     if int in (type(seed), type(step)):
         return _sample(logits, seed, step, *arrays, *beside, axis, *of_all, *transform)
     return _replay.call(_sample, (logits, seed, step, *arrays, *beside), axis, *of_all, *transform)
@@ -152,11 +152,6 @@ def _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, beside, transfor
 
 def _signed(value: int) -> int:
     return one_value(value).pointer
-
-
-def _array_or_number(given) -> tuple:
-    """(array, None), or (None, what is given for all rows)."""
-    return (given, None) if getattr(given, "shape", ()) else (None, given)
 
 
 def _sample(
@@ -168,13 +163,13 @@ def _sample(
     _checks.class_count(x.shape[axes[0]])
     compute = _arrays.compute_dtype(x)
     numbers = {
-        "seed": _words(seed, "seed", x, axes),
-        "step": _words(step, "step", x, axes),
-        "temperature": _floats(temperatures, "temperature", x, axes)
+        "seed": _own_numbers.integers(seed, "seed", x, axes),
+        "step": _own_numbers.integers(step, "step", x, axes),
+        "temperature": _own_numbers.floats(temperatures, "temperature", x, axes, compute)
         or _checks.temperature_or_zero(temperature, compute),
-        "top_k": _words(top_ks, "top_k", x, axes) or _checks.top_k(top_k),
-        "top_p": _floats(top_ps, "top_p", x, axes) or _checks.top_p(top_p),
-        "min_p": _floats(min_ps, "min_p", x, axes) or _checks.min_p(min_p),
+        "top_k": _own_numbers.integers(top_ks, "top_k", x, axes) or _checks.top_k(top_k),
+        "top_p": _own_numbers.floats(top_ps, "top_p", x, axes, compute) or _checks.top_p(top_p),
+        "min_p": _own_numbers.floats(min_ps, "min_p", x, axes, compute) or _checks.min_p(min_p),
     }
     first = None, 1.0
     if (bias is not None or transform[0] is not None) and numbers["temperature"] != 0:  # softcap
@@ -194,34 +189,3 @@ def _sample(
 
     _arrays.for_rows(rows_of_batch, axes, [x, *arrays.values()], [_arrays.per_row(ids, axes, x.ndim)])
     return _arrays.result(ids)
-
-
-def _words(given, name, logits, axes):
-    """Integers as the kernels take them, or as an array to be walked beside the logits; None for none."""
-    if given is None:
-        return None
-    if type(given) is int:
-        return one_value(given)
-    array = _arrays.wrap(given, name)
-    _checks.same_home(logits, array, "logits", name)
-    _checks.seeds(array, name, _arrays.without_axes(logits, axes))
-    if array.dtype == "uint64":
-        array = array._replace(dtype="int64")  # the same bits
-    return _beside(array, logits, axes)
-
-
-def _floats(given, name, logits, axes):
-    """Numbers of rows in the format of the arithmetic, to be walked beside the logits; None for none."""
-    if given is None:
-        return None
-    array = _arrays.wrap(given, name)
-    _checks.same_home(logits, array, "logits", name)
-    _checks.number_of_rows(array, name, _arrays.without_axes(logits, axes))
-    compute = _arrays.compute_dtype(logits)
-    return _beside(array if array.dtype == compute else _arrays.contiguous(array, compute), logits, axes)
-
-
-def _beside(array, logits, axes):
-    if array.size == 1:
-        return array._replace(strides=(0,) * logits.ndim)
-    return _arrays.per_row(array, axes, logits.ndim)

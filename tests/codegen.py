@@ -155,6 +155,7 @@ def _calls(dtype, out_dtype, shape, axis):
         yield "token_logprobs_backward", (x, target, *gradients), like
     yield "top_k_mask_logits", (x, 5), like
     yield "top_p_mask_logits", (x, 0.9), like
+    yield "top_p_mask_logits", (x, _Array(batch, row_dtype)), like
     if dtype == out_dtype:
         own = {"temperature": _Array(batch, row_dtype)}
         for limits in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}, own):

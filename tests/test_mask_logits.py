@@ -110,6 +110,63 @@ def test_what_is_masked_is_left_out(target, n_cols):
         assert target.get(x).tobytes() == found.tobytes()
 
 
-def test_a_temperature_is_one_number():
-    with pytest.raises(TypeError, match="^temperature is .*, expected one number"):
-        top_p(np.zeros((2, 3)), 0.5, temperature=np.ones(2))
+OWN = {"top_k": [3, 0, 40, 1, -1, 9999], "top_p": [0.5, 0.9, 1.0, 0.01, 0.3, 0.99]}
+TEMPERATURES = [1.0, 2.5, 0.5, 1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("n_cols", [5, 31, pytest.param(4099, marks=pytest.mark.matrix)])
+def test_rows_with_their_own_numbers(target, n_cols, layout):
+    """Bit for bit as if each were alone, with numbers for all rows."""
+    logits = inputs.make("spread", (6, n_cols), F32, seed=n_cols)
+    axis, x = -1, logits
+    if layout == "columns":
+        axis, x = 0, np.ascontiguousarray(logits.T)
+    for function, name in ((top_k, "top_k"), (top_p, "top_p")):
+        limits = np.array(OWN[name], np.int32 if name == "top_k" else F32)
+        found = target.get(function(target.array(x), target.array(limits), axis))
+        for row, limit in enumerate(OWN[name]):
+            alone = function(target.array(logits[row : row + 1]), limit if limit > 0 else n_cols)
+            assert np.array_equal(np.moveaxis(found, axis, -1)[row], target.get(alone)[0])
+    temperatures = np.array(TEMPERATURES)  # float64, to be rounded
+    found = target.get(top_p(target.array(x), 0.7, axis, temperature=target.array(temperatures)))
+    for row, of_row, temperature in zip(logits, np.moveaxis(found, axis, -1), TEMPERATURES, strict=True):
+        check(np.ascontiguousarray(of_row)[None], row[None], top_p=0.7, temperature=temperature)
+
+
+def test_own_numbers_that_are_none(target):
+    """Nothing finite is left, so that nothing is drawn; other rows are as they would be."""
+    logits = inputs.make("spread", (7, 40), F32)
+    logits[6, 3] = np.inf
+    bad = np.array([0.0, -1.0, np.nan, np.inf, 1.5, 0.9, 2.0], F32)
+    of_p = target.get(top_p(target.array(logits), target.array(bad)))
+    of_t = target.get(top_p(target.array(logits), 0.9, temperature=target.array(bad)))
+    whole = target.get(top_p(target.array(logits[5:6]), 0.9))
+    assert np.isneginf(of_p[:5]).all() and np.array_equal(of_p[5], whole[0])
+    assert np.isneginf(of_t[:4]).all() and not np.isneginf(of_t[4:6]).all(axis=1).any()
+    assert of_p[6, 3] == np.inf and np.isneginf(np.delete(of_p[6], 3)).all()
+    assert (target.get(gpusoftmax.sample(target.array(of_p), rng=0))[:5] == -1).all()
+
+
+def test_one_number_in_an_array():
+    logits = inputs.make("spread", (3, 40), F32)
+    assert np.array_equal(top_k(logits, np.array([4])), top_k(logits, 4))
+    assert np.array_equal(top_p(logits, np.array(0.5)), top_p(logits, 0.5))
+    assert np.array_equal(top_k(logits, np.array([1, 2, 3], np.uint8))[2], top_k(logits[2], 3))
+    assert np.array_equal(top_k(logits, np.array([4]), axis=None), top_k(logits, 4, axis=None))
+    assert top_k(np.zeros((0, 4), F32), np.zeros(0, int)).shape == (0, 4)
+
+
+def test_own_numbers_that_do_not_fit():
+    logits = np.zeros((2, 3))
+    with pytest.raises(ValueError, match=r"^top_k has shape \(3,\), expected \(2,\)"):
+        top_k(logits, np.ones(3, int))
+    with pytest.raises(TypeError, match="^top_k has dtype float64, expected an integer"):
+        top_k(logits, np.ones(2))
+    with pytest.raises(TypeError, match="^top_p has dtype int64, expected"):
+        top_p(logits, np.ones(2, int))
+    with pytest.raises(ValueError, match=r"^temperature has shape \(2, 3\)"):
+        top_p(logits, 0.5, temperature=np.ones((2, 3)))
+    own = np.full(2, 0.5)
+    with pytest.raises(ValueError, match="^out shares memory with top_p"):
+        top_p(own[:, None], own, out=own[:, None])

@@ -75,10 +75,11 @@ def _limited_sample(gpu):
     return gpusoftmax.sample(x, top_k=9, top_p=0.9, min_p=0.01, rng=gpu.array(np.arange(SHORT[0])))
 
 
-def _sample_of_different_requests(gpu):
+def _different_requests(gpu):
     x, rows = gpu.array(inputs.make("spread", SHORT, F32)), np.arange(SHORT[0])
-    temperature = gpu.array((rows % 3 / 2).astype(F32))
-    return gpusoftmax.sample(x, temperature=temperature, top_k=gpu.array(rows % 5), top_p=0.9, rng=gpu.array(rows))
+    temperature, top_k = gpu.array((rows % 3 / 2).astype(F32)), gpu.array(rows % 5)
+    drawn = gpusoftmax.sample(x, temperature=temperature, top_k=top_k, top_p=0.9, rng=gpu.array(rows))
+    return drawn, gpusoftmax.top_k_mask_logits(x, top_k)
 
 
 def _state(gpu):
@@ -113,7 +114,7 @@ CASES = {
     "gradients of a target": _target_gradients,
     "log-probabilities alone": _logprobs_alone,
     "samples of what is kept": _limited_sample,
-    "samples of different requests": _sample_of_different_requests,
+    "different requests": _different_requests,
     "log-sum-exp in parts": _state,
     "copies of short rows": _copies(40),
     "copies of long rows": _copies(1500),

@@ -18,25 +18,21 @@ from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.noise import (
     any_reaches,
-    distance_of_ratio,
     first_equal,
     lowest,
     noise_scales_of,
-    scale_of_temperature,
     score,
     score_bound,
     where_equal,
     words_of,
 )
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first, row_offset, save_maxima
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import MAX, save, saved
-from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of, nothing_measured
+from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of, limit_of_own, nothing_measured, word_of
 from gpusoftmax.kernels.cpu.vector import (
     cols_of,
-    load,
     load_cols,
-    load_label,
     max_per_row,
     maximum,
     number,
@@ -45,7 +41,6 @@ from gpusoftmax.kernels.cpu.vector import (
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import (
     NO_LIMITS,
-    ONE_VALUE,
     Labels,
     Limits,
     Operand,
@@ -125,36 +120,12 @@ def sample_mixed_rows(call):
 def draw_mixed(here, numbers):
     """As draw_kept, with the row's own numbers."""
     rows, seeds, steps, ids, own = numbers
-    temperature, top_p = own_number(own[0], here.row, rows), own_number(own[2], here.row, rows)
-    min_p, top_k = own_number(own[3], here.row, rows), word_of(own[1], here.row, rows)
-    zero, one = number(temperature, 0.0), number(temperature, 1.0)
-    is_one = temperature >= zero and temperature < number(temperature, math.inf)
-    if not (is_one and top_p > zero and top_p <= one and min_p >= zero and min_p <= one):
+    is_given, temperature, limit = limit_of_own(here, rows, own)
+    if not is_given:
         return -1
     unit, noise = noise_scales_of(temperature)
-    limit = number(temperature, -math.inf)
-    if temperature > zero:
-        scale, low = scale_of_temperature(one, temperature)
-        limit = limit_of(here, top_k, top_p, distance_of_ratio(min_p, temperature), scale, low)
     measure_kept(here, 0, count_of_chunks(here.n_cols), (rows, seeds, steps, ids, unit, noise), limit)
     return fold(here, numbers)
-
-
-@device
-def own_number(given, row, rows):
-    """A row's own number, or that of all rows."""
-    array, of_all = given
-    if array.address == 0:
-        return of_all
-    return load(element(array, row, rows), 0, of_all)
-
-
-@device
-def word_of(labels, row, rows):
-    """A row's own integer, or the one of all rows."""
-    if labels.code == ONE_VALUE:
-        return labels.pointer
-    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
 
 
 @device

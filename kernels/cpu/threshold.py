@@ -16,7 +16,8 @@ from numba.extending import intrinsic
 from gpusoftmax.kernels import formulas, ordering
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
+from gpusoftmax.kernels.cpu.noise import distance_of_ratio, scale_of_temperature
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset
 from gpusoftmax.kernels.cpu.states import row_max
 from gpusoftmax.kernels.cpu.vector import (
     STORED_DTYPE,
@@ -24,11 +25,14 @@ from gpusoftmax.kernels.cpu.vector import (
     add_pair,
     cols_of,
     formula,
+    load,
     load_cols,
+    load_label,
     maximum,
     mul,
     number,
 )
+from gpusoftmax.kernels.operands import ONE_VALUE
 
 kept_from = formula(ordering.kept_from)
 
@@ -51,6 +55,41 @@ def limit_of(here, top_k, top_p, from_max, scale, scale_low):
     if top_p < number(largest, 1.0):
         limit = limit_of_mass(here, top_p, limit, largest, scale, scale_low)
     return maximum(limit, add(largest, from_max))
+
+
+@device
+def limit_of_own(here, rows, own):
+    """(whether the row's own numbers are such as can be given for all rows, its temperature, its limit)
+
+    own: as operands.own_numbers has them. At temperature 0 everything is kept.
+    """
+    temperatures, top_ks, top_ps, min_ps = own
+    temperature, top_p = own_number(temperatures, here.row, rows), own_number(top_ps, here.row, rows)
+    min_p, top_k = own_number(min_ps, here.row, rows), word_of(top_ks, here.row, rows)
+    zero, one, limit = number(temperature, 0.0), number(temperature, 1.0), number(temperature, -math.inf)
+    is_given = temperature >= zero and temperature < number(temperature, math.inf)
+    is_given = is_given and top_p > zero and top_p <= one and min_p >= zero and min_p <= one
+    if is_given and temperature > zero:
+        scale, low = scale_of_temperature(one, temperature)
+        limit = limit_of(here, top_k, top_p, distance_of_ratio(min_p, temperature), scale, low)
+    return is_given, temperature, limit
+
+
+@device
+def own_number(given, row, rows):
+    """A row's own number, or that of all rows."""
+    array, of_all = given
+    if array.address == 0:
+        return of_all
+    return load(element(array, row, rows), 0, of_all)
+
+
+@device
+def word_of(labels, row, rows):
+    """A row's own integer, or the one of all rows."""
+    if labels.code == ONE_VALUE:
+        return labels.pointer
+    return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
 
 
 @device

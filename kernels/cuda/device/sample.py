@@ -17,19 +17,15 @@ from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
 from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import (
     integer_of,
-    is_null,
-    load,
     number_of,
     store_integer,
     word_of,
 )
 from gpusoftmax.kernels.cuda.device.noise import (
-    distance_of_ratio,
     draw_words,
     granule_words,
     lowest,
     noise_scales_of,
-    scale_of_temperature,
     score,
     score_bound,
 )
@@ -52,7 +48,14 @@ from gpusoftmax.kernels.cuda.device.rows import (
 )
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import is_long, split_chunks, split_lanes
-from gpusoftmax.kernels.cuda.device.threshold import BEST_PLACE, kept_from, limit_of, limit_of_own, open_again
+from gpusoftmax.kernels.cuda.device.threshold import (
+    BEST_PLACE,
+    kept_from,
+    limit_of,
+    limit_of_own,
+    open_again,
+    own_numbers_of,
+)
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 
@@ -84,38 +87,21 @@ def sample_mixed_rows(
 ):
     team = team_of(split, 1)
     row = own_row(start, split)
-    temperature, top_k, top_p, min_p = t, int64(0), p, m
-    if row < rows.n_rows:
-        temperature, top_p = own_number(temperatures, row, rows, t), own_number(top_ps, row, rows, p)
-        min_p, top_k = own_number(min_ps, row, rows, m), word_of(top_ks, row, rows)
-    zero, one, least = number(t, 0.0), number(t, 1.0), number(t, -math.inf)
-    is_drawn = temperature >= zero and temperature < number(t, math.inf)
-    is_drawn = is_drawn and top_p > zero and top_p <= one and min_p >= zero and min_p <= one
-    unit, noise = noise_scales_of(temperature)
+    own, least = own_numbers_of(row, rows, temperatures, t, top_ks, top_ps, p, min_ps, m), number(t, -math.inf)
+    unit, noise = noise_scales_of(own.temperature)
     n_cols, draw = draw_of(row, rows, seeds, steps, unit, noise)
     source, limit = row_of(logits, row, rows), least
     if has_limits != 0:
-        from_max = distance_of_ratio(min_p, temperature)
-        if not is_drawn or temperature == zero:
-            top_k, top_p, from_max = int64(0), one, least
-        scale, scale_low = scale_of_temperature(number(t, 2.0), temperature)
-        limits = top_k, top_p, from_max
-        limit = limit_of_own(source, n_cols, rows.n_cols, limits, team, split, gap_params(scale, scale_low))
+        limit = limit_of_own(source, n_cols, rows.n_cols, own, team, split)
         open_again(source, n_cols, team, split, least)
     else:
         announce(split)
         open_row((source,), n_cols, team, split, least)
         meet(split)
     best = best_of_row(source, n_cols, team, split, draw, limit)
-    if not is_drawn:
+    if not own.is_given:
         best = best[0], best[1], int32(-1)
     store_column(best, ids, row, rows, team)
-
-
-@device
-def own_number(array, row, rows, of_all):
-    """A row's own number, or that of all rows."""
-    return of_all if is_null(array.pointer) else load(row_of(array, row, rows).pointer, 0, of_all)
 
 
 @device

@@ -7,6 +7,7 @@ there two passes ago, since a barrier lies between.
 """
 
 import math
+from typing import NamedTuple
 
 from numpy import int32, int64
 
@@ -15,8 +16,9 @@ from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
 from gpusoftmax.kernels.cuda.device.arithmetic import Rounded, add, add_pair, formula, maximum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import anchor, cheap_exp_from, cheap_exp_gap, lowest_of
 from gpusoftmax.kernels.cuda.device.granules import granule_sum, granules_with
-from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE
-from gpusoftmax.kernels.cuda.device.piece_state import halved, is_near, of_cheap
+from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE, is_null, load, word_of
+from gpusoftmax.kernels.cuda.device.noise import distance_of_ratio, scale_of_temperature
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, any_thread, publish, warp_max, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import state_place
 from gpusoftmax.kernels.cuda.device.rows import (
@@ -26,6 +28,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
     meet,
     open_row,
     piece_of,
+    row_of,
     slot_of,
     stage_next,
     sync_slots,
@@ -85,6 +88,47 @@ def limit_with_own(has_own):
         return maximum(limit, add(largest, from_max))
 
     return limit_of
+
+
+class Own(NamedTuple):
+    """A row's own numbers."""
+
+    is_given: bool  # they are such as can be given for all rows
+    temperature: object
+    top_k: object
+    top_p: object
+    min_p: object
+
+
+@device
+def own_numbers_of(row, rows, temperatures, t, top_ks, top_ps, p, min_ps, m):
+    """The arguments are those of operands.own_numbers."""
+    temperature, top_k, top_p, min_p = t, int64(0), p, m
+    if row < rows.n_rows:
+        temperature, top_p = own_number(temperatures, row, rows, t), own_number(top_ps, row, rows, p)
+        min_p, top_k = own_number(min_ps, row, rows, m), word_of(top_ks, row, rows)
+    zero, one = number(t, 0.0), number(t, 1.0)
+    is_given = temperature >= zero and temperature < number(t, math.inf)
+    is_given = is_given and top_p > zero and top_p <= one and min_p >= zero and min_p <= one
+    return Own(is_given, temperature, top_k, top_p, min_p)
+
+
+@device
+def own_number(array, row, rows, of_all):
+    """A row's own number, or that of all rows."""
+    return of_all if is_null(array.pointer) else load(row_of(array, row, rows).pointer, 0, of_all)
+
+
+@device
+def limit_of_own(source, n_cols, all_cols, own, team, split):
+    """The limit that a row's own numbers give; everything is kept at temperature 0, and where they are none."""
+    t = own.temperature
+    top_k, top_p, from_max = own.top_k, own.top_p, distance_of_ratio(own.min_p, t)
+    if not own.is_given or t == number(t, 0.0):
+        top_k, top_p, from_max = int64(0), number(t, 1.0), number(t, -math.inf)
+    scale, scale_low = scale_of_temperature(number(t, 2.0), t)
+    limits, params = (top_k, top_p, from_max), gap_params(scale, scale_low)
+    return limit_of_each(source, n_cols, all_cols, limits, team, split, params)
 
 
 # ---------------------------------------------------------------- passes
@@ -246,7 +290,7 @@ def mass_surplus(total, low, wanted):
 limit_of_count = limit_with(count_reaching, count_surplus)
 limit_of_mass = limit_with(mass_reaching, mass_surplus)
 limit_of = limit_with_own(has_own=False)
-limit_of_own = limit_with_own(has_own=True)
+limit_of_each = limit_with_own(has_own=True)
 
 
 @device

@@ -1,0 +1,55 @@
+"""Numbers that each row has for itself, or all rows together: temperatures, limits, seeds."""
+
+from typing import Any
+
+from gpusoftmax import _arrays, _checks
+from gpusoftmax._arrays import Array
+from gpusoftmax.kernels.operands import Labels, one_value
+
+
+def split(given: Any) -> tuple[Any, Any]:
+    """(array, None), or (None, what is given for all rows)."""
+    return (given, None) if getattr(given, "shape", ()) else (None, given)
+
+
+def integers(
+    given: Any, name: str, logits: Array, axes: tuple[int, ...], result: Array | None = None
+) -> Array | Labels | None:
+    """Integers as the kernels take them, or as an array to be walked beside the logits; None for none.
+
+    result: what is written while these are read.
+    """
+    if given is None:
+        return None
+    if type(given) is int:
+        return one_value(given)
+    array = _of(given, name, logits, result)
+    _checks.seeds(array, name, _arrays.without_axes(logits, axes))
+    if array.dtype == "uint64":
+        array = array._replace(dtype="int64")  # the same bits
+    return _beside(array, logits, axes)
+
+
+def floats(
+    given: Any, name: str, logits: Array, axes: tuple[int, ...], dtype: str, result: Array | None = None
+) -> Array | None:
+    """Numbers of rows in the format of the arithmetic, to be walked beside the logits; None for none."""
+    if given is None:
+        return None
+    array = _of(given, name, logits, result)
+    _checks.number_of_rows(array, name, _arrays.without_axes(logits, axes))
+    return _beside(array if array.dtype == dtype else _arrays.contiguous(array, dtype), logits, axes)
+
+
+def _of(given: Any, name: str, logits: Array, result: Array | None) -> Array:
+    array = _arrays.wrap(given, name)
+    _checks.same_home(logits, array, "logits", name)
+    if result is not None:
+        _checks.no_overlap(result, array, name)
+    return array
+
+
+def _beside(array: Array, logits: Array, axes: tuple[int, ...]) -> Array:
+    if array.size == 1:
+        return array._replace(strides=(0,) * logits.ndim)
+    return _arrays.per_row(array, axes, logits.ndim)
