@@ -11,6 +11,7 @@ import pytest
 
 import gpusoftmax
 from tests import inputs, oracle
+from tests.emulator import emulated_gpu
 from tests.tolerances import FORMATS
 
 MATRIX = pytest.mark.matrix
@@ -330,3 +331,20 @@ def test_parts_of_a_batch_add_up():
     ]
     np.testing.assert_allclose(sum(loss for loss, _ in parts), whole, rtol=1e-14)
     np.testing.assert_allclose(np.concatenate([dlogits for _, dlogits in parts]), dwhole, rtol=1e-13, atol=1e-18)
+
+
+def test_many_labels_cost_little():
+    """Few columns are labels: the lanes of a warp look together for those among its own."""
+    logits, executed = inputs.make("spread", (1, 8192), np.dtype(np.float32)), []
+    for n_labels in (1, 64):
+        labels = np.random.default_rng(0).permutation(8192)[None, :n_labels]
+        if n_labels > 8:
+            labels[0, -8:] = labels[0, 0] // 4 * 4 + np.arange(8) % 4  # neighbours, and each of them twice
+        shares = np.linspace(0.1, 1, n_labels, dtype=np.float32)[None]
+        _, expected = gpusoftmax.cross_entropy_with_grad(logits, (labels, shares))
+        with emulated_gpu("sm_90", track=False) as gpu:
+            soft = gpu.array(labels), gpu.array(shares)
+            _, dlogits = gpusoftmax.cross_entropy_with_grad(gpu.array(logits), soft)
+            np.testing.assert_allclose(gpu.get(dlogits), expected, rtol=1e-5, atol=1e-6)
+            executed.append(max(sum(stats.warp_instructions.values()) for stats in gpu.stats))
+    assert executed[1] < 2 * executed[0]

@@ -35,6 +35,7 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     IGNORED,
     distances_of_labels,
     less_shares,
+    less_shares_of_run,
     logit_of,
     mass_at,
     number_at,
@@ -337,14 +338,20 @@ def gradients_with(has_mass):
     return gradients
 
 
-@device
-def soft_gradients(values, others, col, width, numbers):
-    row, start, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params, through = numbers
-    to_exponentials(values, others, width, half, exponent, lowest, on_probs, params)
-    less_shares(values, col, width, row, rows, loss, on_share, half, loss.shares)
-    for k in range(width):
-        mass = mass_at(col + k, start, loss, loss.probs, half)
-        values[k] = pulled_back(sub(values[k], mul(on_mass, mass)), others[k], through)
+def soft_gradients_with(less_shares):
+    @device
+    def soft_gradients(values, others, col, width, numbers):
+        row, start, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params, through = numbers
+        to_exponentials(values, others, width, half, exponent, lowest, on_probs, params)
+        less_shares(values, col, width, row, rows, loss, on_share, half, loss.shares)
+        for k in range(width):
+            mass = mass_at(col + k, start, loss, loss.probs, half)
+            values[k] = pulled_back(sub(values[k], mul(on_mass, mass)), others[k], through)
+
+    return soft_gradients
+
+
+soft_gradients = soft_gradients_with(less_shares), soft_gradients_with(less_shares_of_run)
 
 
 @device
@@ -381,7 +388,7 @@ def losses_with(has_mass, is_soft):
     """The body of the kernels. `has_mass`, there may be mass at every column, and `is_soft`, labels or classes have
     shares, are constants: the plain kernel has half the numbers to hold.
     """
-    write_gradients = row_writer(soft_gradients if is_soft else gradients_with(has_mass))
+    write_gradients = row_writer(*soft_gradients) if is_soft else row_writer(gradients_with(has_mass))
     factors = factors_with(is_soft)
 
     @device
@@ -458,7 +465,7 @@ def losses_with(has_mass, is_soft):
 
 def backward_with(is_soft):
     """The body of the kernels that know the lse of their rows. Shares of every class would have to be summed."""
-    write_gradients = row_writer(soft_gradients if is_soft else gradients_with(True))
+    write_gradients = row_writer(*soft_gradients) if is_soft else row_writer(gradients_with(True))
     factors = factors_with(is_soft)
 
     @device

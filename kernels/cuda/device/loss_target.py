@@ -5,15 +5,16 @@ In the words of kernels/cpu/loss_target.py. `loss` stands for cross_entropy.Loss
 
 import math
 
-from numpy import int64
+from numpy import int32, int64
 
-from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, fma, maximum, mul, number
 from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label
-from gpusoftmax.kernels.cuda.device.reduce import warp_max, warp_sum
+from gpusoftmax.kernels.cuda.device.reduce import first_lane, lanes_where, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import number_or, row_of, row_offset
 from gpusoftmax.kernels.cuda.device.split import split_lanes
 from gpusoftmax.kernels.cuda.device.transform import transformed
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 COUNTED, IGNORED, BAD = 1, 0, -1
 """A row that is ignored is not read: loss 0, gradient 0. One with a bad label: loss and gradient NaN."""
@@ -152,12 +153,35 @@ def less_shares(values, col, width, row, rows, loss, on_share, like, shares):
     if shares is None:
         return
     for j in range(loss.n_labels):
-        label = label_at(row, j, rows, loss)
-        if label >= col and label < col + width:
-            taken = mul(on_share, weighted_share(row, j, label, rows, loss, like))
-            for k in range(width):
-                if col + k == label:
-                    values[k] = add(values[k], -taken)
+        less_share(values, col, width, row, j, rows, loss, on_share, like)
+
+
+@device
+def less_share(values, col, width, row, j, rows, loss, on_share, like):
+    label = label_at(row, j, rows, loss)
+    if label >= col and label < col + width:
+        taken = mul(on_share, weighted_share(row, j, label, rows, loss, like))
+        for k in range(width):
+            if col + k == label:
+                values[k] = add(values[k], -taken)
+
+
+@device
+def less_shares_of_run(values, col, width, row, rows, loss, on_share, like, shares):
+    """less_shares of a whole warp, which hardly ever meets a label: its lanes look for them together."""
+    if shares is None:
+        return
+    lane = int32(cuda.laneid)
+    first = col - int64(lane * width)
+    for begin in range(0, loss.n_labels, WARP_SIZE):
+        meets = False
+        if begin + lane < loss.n_labels:
+            label = label_at(row, begin + lane, rows, loss)
+            meets = label >= first and label < first + WARP_SIZE * width
+        met = lanes_where(meets)
+        while met != 0:
+            less_share(values, col, width, row, begin + first_lane(met), rows, loss, on_share, like)
+            met = int32(met & (met - 1))
 
 
 # ---------------------------------------------------------------- the mass at a column

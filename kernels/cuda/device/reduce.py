@@ -8,7 +8,7 @@
 Every block_* function ends with all threads holding the result and with `scratch` free for the next call.
 """
 
-from numpy import int32
+from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
@@ -54,6 +54,18 @@ def warp_sum_pair(total, low):
 def any_lane(condition):
     """Whether the condition holds in any lane of the warp."""
     return cuda.any_sync(FULL_WARP, condition)
+
+
+@device
+def lanes_where(condition):
+    """A bit for each lane of the warp in which the condition holds."""
+    return int32(cuda.ballot_sync(FULL_WARP, condition))
+
+
+@device
+def first_lane(lanes):
+    """The first of some lanes."""
+    return int64(cuda.ffs(lanes) - 1)
 
 
 @device

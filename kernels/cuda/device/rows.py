@@ -507,14 +507,15 @@ def lie_alike(target, sources):
     return alike
 
 
-def piece_writer(results, own_columns=False):
-    """A device function that writes a piece; `results` as for row_writer. Where rows lie side by side, a thread writes
-    columns of the row that it walks, whose part has told about it (columns.tell_results).
+def piece_writer(results, own_columns=False, results_of_run=None):
+    """A device function that writes a piece; `results` and `results_of_run` as for row_writer. Where rows lie side by
+    side, a thread writes columns of the row that it walks, whose part has told about it (columns.tell_results).
 
     own_columns: no column of another piece is written with it, which may have to be read again, in place.
     """
 
     write_walked = walked_writer(results)
+    results_of_run = results_of_run or results
 
     @device
     def write_whole(target, sources, at, first, team, split, numbers, like):
@@ -528,7 +529,7 @@ def piece_writer(results, own_columns=False):
             if len(sources) == 2:
                 other = int32(place + split.slot_bytes + k * WARP_SIZE * VECTOR_BYTES)
                 staged_vector(sources[1].pointer, other, others)
-            results(values, others, col + k * (WARP_SIZE << bits), 1 << bits, numbers)
+            results_of_run(values, others, col + k * (WARP_SIZE << bits), 1 << bits, numbers)
             store_vector(target.pointer, col + k * (WARP_SIZE << bits), values)
 
     @device
@@ -613,13 +614,14 @@ def piece_writer(results, own_columns=False):
     return write_number
 
 
-def row_writer(results):
+def row_writer(results, results_of_run=None):
     """A device function that writes a row.
 
     results(values, others, col, width, numbers) turns values[:width], the columns col, col + 1, ... of the first
-    source, into results; `others` holds the same columns of the second, if there is one.
+    source, into results; `others` holds the same columns of the second, if there is one. results_of_run, the same by
+    default, does so where all lanes of a warp are there, each with the `width` columns behind those of the lane before.
     """
-    write_number = piece_writer(results)
+    write_number = piece_writer(results, results_of_run=results_of_run)
 
     @device
     def write_row(target, sources, n_cols, team, split, numbers, like):
