@@ -95,7 +95,7 @@ def target(request):
 
 _NEWER = {
     *("test_argmax", "test_kl_div", "test_logsumexp_state", "test_mask_logits", "test_sample", "test_soft_argmax"),
-    *("test_spatial_softmax", "test_topk_softmax", "test_transform"),
+    *("test_spatial_softmax", "test_token_logprobs", "test_top_logprobs", "test_topk_softmax", "test_transform"),
 }
 _NEWER_OPERATIONS = ("soft_cross_entropy", "cross_entropy_backward")
 
@@ -128,7 +128,7 @@ _OLDER_OPS = {
 def pytest_collection_modifyitems(items):
     """The emulator's bits are asked of float32. float16 and float64 take the paths of bfloat16 and float32, and each is
     a kernel to compile for every way to walk rows: the marker `matrix` has them, for the emulated GPU and, of the newer
-    ops, for the CPU. What is asked of every op by its name, is asked of the newer ones in float64, not in float16.
+    ops, for the CPU, also where something is asked of every op by its name.
     """
     items.sort(key=_is_for_the_gpu)
     for item in items:
@@ -142,7 +142,7 @@ def pytest_collection_modifyitems(items):
         if is_newer_operation and (item.path.stem == "test_regimes" or dtypes - {"float32"}):
             item.add_marker(pytest.mark.matrix)
         is_by_name = item.path.stem in ("test_arrays", "test_bits") and parameters.get("target") != "gpu"
-        if is_by_name and parameters.get("name", "softmax") not in _OLDER_OPS and "float16" in dtypes:
+        if is_by_name and parameters.get("name", "softmax") not in _OLDER_OPS and dtypes & {"float16", "float64"}:
             item.add_marker(pytest.mark.matrix)
         if (is_newer or on_emulator) and dtypes & {"float16", "float64"}:
             item.add_marker(pytest.mark.matrix)
