@@ -9,7 +9,7 @@ import pytest
 import gpusoftmax
 from gpusoftmax import _arrays, _recipe, _replay, _replay_cpu, _transform
 from tests import inputs, tolerances
-from tests.calls import CALLS, IN_PLACE, arguments, same_bits
+from tests.calls import CALLS, EVERYTHING, IN_PLACE, arguments, same_bits, with_everything
 from tests.conftest import Cpu
 from tests.emulator import emulated_gpu
 from tests.emulator.gpu import EmulatedArray
@@ -76,6 +76,54 @@ def test_a_second_call_is_replayed_with_its_own_arrays(gpu, monkeypatch, name):
         for host, got in ((first, kept), (other, result)):
             expected = call.function(**{argument: fresh.array(array) for argument, array in host.items()})
             assert same_bits(gpu.get(got), fresh.get(expected))
+
+
+def given(place, arrays):
+    """Arguments by name, on their place; a pair of arrays as a pair."""
+    return {
+        argument: tuple(map(place, array)) if isinstance(array, tuple) else place(array)
+        for argument, array in arrays.items()
+    }
+
+
+def check_replayed(target, monkeypatch, function, calls, options):
+    """Calls of one layout have the results that they have by themselves, whatever was called before."""
+    recipes = target.module._recipes
+    placed = [given(target.share, arrays) for arrays in calls]  # held: each in memory of its own
+    expected = []
+    for arrays in placed:
+        recipes.clear()
+        expected.append(target.get(function(**arrays, **options)))
+    assert not any(same_bits(*pair) for pair in zip(expected, expected[1:], strict=False))
+    with monkeypatch.context() as patched:
+        patched.setattr(target.module, "_record", lambda *_: pytest.fail("not replayed"))
+        for arrays, result in zip(placed, expected, strict=True):
+            assert same_bits(target.get(function(**arrays, **options)), result)
+
+
+TARGETS = ["cpu", pytest.param("gpu", marks=pytest.mark.matrix)]
+# Each is a kernel to compile. What the logits of the others go through is replayed in test_transform.py.
+_WITH_MORE = ("cross_entropy", "kl_div", "sample", "spatial", "token_logprobs")
+NAMES = [name if name.startswith(_WITH_MORE) else pytest.param(name, marks=pytest.mark.matrix) for name in EVERYTHING]
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_array_is_that_of_the_call(target, monkeypatch, name):
+    call = EVERYTHING[name]
+    calls = [with_everything(name, seed) for seed in range(3)]
+    check_replayed(target, monkeypatch, call.function, calls, call.options)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("argument", sorted({argument for call in EVERYTHING.values() for argument in call.arrays}))
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_one_array_is_another_one(monkeypatch, name, argument):
+    """And all others have the same values: those of each array count."""
+    call, one, other = EVERYTHING[name], with_everything(name, 1), with_everything(name, 2)
+    if argument not in call.arrays:
+        pytest.skip("not an argument")
+    check_replayed(OnCpu(), monkeypatch, call.function, [one, one | {argument: other[argument]}], call.options)
 
 
 @pytest.mark.parametrize("name, argument", IN_PLACE)

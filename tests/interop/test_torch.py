@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gpusoftmax
 from gpusoftmax import _replay_cpu, _replay_torch
 from tests import inputs, tolerances
-from tests.calls import CALLS, IN_PLACE, arguments
+from tests.calls import CALLS, EVERYTHING, IN_PLACE, arguments, with_everything
 
 TENSORS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 F32 = np.dtype(np.float32)
@@ -43,6 +43,8 @@ def values(t):
 def same_bits(one, two):
     if isinstance(one, tuple):
         return all(same_bits(*pair) for pair in zip(one, two, strict=True))
+    if one is None:
+        return two is None
     return one.dtype == two.dtype and one.shape == two.shape and values(one).tobytes() == values(two).tobytes()
 
 
@@ -262,6 +264,23 @@ def test_replayed_calls(name, dtype, started):
     assert len(started) == 3
     CALLS[name].function(*(t[:, :-1] for t in placed.values()))  # another layout
     assert len(started) == 3
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_with_grad of shares", "sample", "token_logprobs"])
+def test_each_tensor_is_that_of_the_call(name, monkeypatch):
+    function, _, options = EVERYTHING[name]
+    calls = [
+        {key: tuple(map(tensor, one)) if isinstance(one, tuple) else tensor(one) for key, one in arrays.items()}
+        for arrays in (with_everything(name, seed) for seed in range(3))
+    ]
+    expected = []
+    for placed in calls:
+        _replay_torch._recipes.clear()
+        expected.append(function(**placed, **options))
+    monkeypatch.setattr(_replay_torch, "_record", lambda *_: pytest.fail("not replayed"))
+    for placed, result in zip(calls, expected, strict=True):
+        assert same_bits(function(**placed, **options), result)
+    assert not same_bits(expected[0], expected[1])
 
 
 def test_replayed_calls_with_out(started):
