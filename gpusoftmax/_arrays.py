@@ -285,11 +285,15 @@ def _from_torch(x, name: str) -> Array:
     x = x.resolve_neg()
     place = CPU if x.is_cpu else _cuda(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
     dtype = str(x.dtype).removeprefix("torch.")
+    return Array(x, _torch_pointer(x), "torch", dtype, tuple(x.shape), tuple(x.stride()), place, True)
+
+
+def _torch_pointer(tensor) -> int:
+    """The address of element 0, 0 if the tensor has no memory."""
     try:
-        pointer = x.data_ptr()
-    except RuntimeError:  # what functorch's wrappers do; others say 0, see wrap
-        pointer = 0
-    return Array(x, pointer, "torch", dtype, tuple(x.shape), tuple(x.stride()), place, True)
+        return tensor.data_ptr()
+    except RuntimeError:  # what functorch's wrappers do; others say 0
+        return 0
 
 
 def _from_jax(x, name: str) -> Array:
@@ -336,25 +340,28 @@ class Made:
 
     def __init__(self):
         self.arrays: list[Array] = []  # from `empty`; held, so that no address is used twice
-        self.read: Callable[[Array, Any], None] = lambda array, value: None  # is told what `to_python` has read
         self.results: list[tuple[Any, Array]] = []  # what the caller gets for them
+        self.is_all = True  # False: another call was recorded in between, by a signal's handler or a finaliser
 
 
 class _Recorder(threading.local):
     made: Made | None = None
+    note_read: Callable[[Array, Any], None] | None = None
 
 
 _recorder = _Recorder()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Made]:
-    """Notes what the calls of this thread make."""
-    _recorder.made = Made()
+def recording(note_read: Callable[[Array, Any], None]) -> Iterator[Made]:
+    """Notes what this thread makes, and tells `note_read` what `to_python` has read."""
+    made = Made()
+    _recorder.made, _recorder.note_read = made, note_read
     try:
-        yield _recorder.made
+        yield made
     finally:
-        _recorder.made = None
+        made.is_all = _recorder.made is made
+        _recorder.made, _recorder.note_read = None, None
 
 
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
@@ -388,11 +395,14 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if like.kind == "torch":
         torch = sys.modules["torch"]
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device)
-        if type(tensor) is not torch.Tensor:
-            raise TypeError("torch makes fake tensors here, which have no memory for a result: leave FakeTensorMode")
-        array = Array(
-            tensor, tensor.data_ptr(), "torch", dtype, tuple(shape), _row_major(tuple(shape)), like.place, True
-        )
+        is_plain = type(tensor) is torch.Tensor
+        pointer = _torch_pointer(tensor) if is_plain else 0
+        if not is_plain or (tensor.numel() and not pointer):
+            raise TypeError(
+                "torch makes fake or functional tensors here, which have no memory for a result: leave FakeTensorMode "
+                "or torch.func.functionalize"
+            )
+        array = Array(tensor, pointer, "torch", dtype, tuple(shape), _row_major(tuple(shape)), like.place, True)
         if like.place.target == "cpu":
             _memory.in_huge_pages(array.pointer, array.size * array.itemsize)
         return array
@@ -478,8 +488,8 @@ def numbers(array: Array) -> Numbers:
 def to_python(array: Array):
     """The value of a one-element array; waits for the device."""
     value = array.library_array.item()
-    if _recorder.made is not None:
-        _recorder.made.read(array, value)
+    if _recorder.note_read is not None:
+        _recorder.note_read(array, value)
     return value
 
 

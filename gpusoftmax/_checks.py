@@ -174,6 +174,11 @@ def scalar(value, name: str) -> float:
         raise TypeError(f"{name} is {_short(value)}, expected a number") from None
 
 
+def grad_scale(value) -> float:
+    """0.0 for -0.0: they are equal, and so are options of one call to _recipe.py."""
+    return scalar(value, "grad_scale") + 0.0
+
+
 def dtype_name(dtype) -> str:
     """The name of a floating dtype given as a NumPy, CuPy, ml_dtypes, JAX or torch dtype, or as a string."""
     try:

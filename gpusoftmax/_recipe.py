@@ -23,6 +23,8 @@ from gpusoftmax._arrays import Array
 
 MAX_RECIPES = 4096
 """Of one kind of arrays."""
+MAX_STEPS = 256
+"""Of a recipe, 2 KB each: a call with more, on a batch of many axes that nothing joins, takes the ordinary way."""
 _PLAIN = (type(None), bool, int, float, str, type, np.dtype, np.generic)
 """Options whose value cannot change, and which are equal, among those of one type, only if they mean the same."""
 
@@ -94,14 +96,16 @@ def record(
         steps.append(Start(what, tuple(_place(address, known) for address in addresses)))
 
     def note_read(array: Array, value: Any) -> None:
-        steps.append(Read(*_place(array.pointer, (*arguments, *made.arrays))[:1], value))
+        number, _ = _place(array.pointer, (*arguments, *made.arrays))
+        steps.append(Read(number, value))
 
-    with _arrays.recording() as made, recording(note):
-        made.read = note_read
+    # `made` must not lead to these functions, which lead to it: in a cycle, arrays would outlive their last use.
+    with _arrays.recording(note_read) as made, recording(note):
         result = function(*arrays, *options)
     told = result if isinstance(result, tuple) else (result,)
     numbers = tuple(None if one is None else _number(one, given, made) for one in told)
-    if _NOT_OURS in numbers or any(_is_elsewhere(step) for step in steps):
+    is_whole = made.is_all and len(steps) <= MAX_STEPS
+    if not is_whole or _NOT_OURS in numbers or any(_is_elsewhere(step) for step in steps):
         return result, None
     made_results = [(number, one) for number, one in zip(numbers, told, strict=True) if number is not None]
     return result, Recipe(

@@ -38,9 +38,11 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
             given.append(array)
             addresses.append(address)
             # And which other one it is, in a call that works in place.
-            key += array.dtype, array.shape, array.strides, addresses.index(address), array.flags.writeable
+            key += array.dtype, array.shape, array.strides, addresses.index(address)
+            flags = array.flags
+            key += flags.writeable, flags.aligned
             if is_large:
-                key.append(address % LINE_BYTES == 0)
+                key.append(address % LINE_BYTES)
         else:
             return function(*arrays, *options)
     key = tuple(key)

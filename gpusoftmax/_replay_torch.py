@@ -49,7 +49,9 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
 
     at tensors that are traced, differentiated, vectorised, negated, sparse, elsewhere or of a class of their own.
     """
-    if torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return None
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return None
     recorded = torch.is_grad_enabled()
     size = arrays[0].numel()
@@ -74,7 +76,7 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
         addresses.append(address)
         key += array.dtype, array.shape, array.stride(), addresses.index(address)
         if is_large:
-            key.append(address % _replay_cpu.LINE_BYTES == 0)
+            key.append(address % _replay_cpu.LINE_BYTES)
     return tuple(key), given, addresses
 
 

@@ -191,7 +191,7 @@ def cross_entropy_with_grad(
     >>> dlogits
     array([[ 0.25,  0.25, -0.75,  0.25]])
     """
-    grad_scale = _checks.scalar(grad_scale, "grad_scale")
+    grad_scale = _checks.grad_scale(grad_scale)
     target, shares = _loss.split_target(target)
     normalizer, divide_by = _loss.split_normalizer(normalizer)
     arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid, empty_row)

@@ -146,7 +146,7 @@ def kl_div_with_grad(
     >>> kl_div_with_grad(np.float32([[0, 0]]), np.float32([[0, -np.inf]])).dlogits
     array([[-0.5,  0.5]], dtype=float32)
     """
-    grad_scale = _checks.scalar(grad_scale, "grad_scale")
+    grad_scale = _checks.grad_scale(grad_scale)
     normalizers, number = split_normalizer(normalizer)
     placed = logits, target_logits, row_weight, out, normalizers
     found = _replay.call(

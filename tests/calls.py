@@ -107,6 +107,150 @@ def arguments(name, shape, dtype, seed=0):
     return {argument: made[argument] for argument in CALLS[name].arguments}
 
 
+class Everything(NamedTuple):
+    """A call with every array that a function takes, at once: what each of them is, see _MADE, and options."""
+
+    function: Callable
+    arrays: dict[str, str | tuple[str, str]]
+    options: dict
+
+
+N_ROWS, N_COLS = 12, 40
+_MADE = {
+    "logits": lambda rng: 5 * rng.standard_normal((N_ROWS, N_COLS), np.float32),
+    "probs": lambda rng: rng.dirichlet(np.ones(N_COLS), N_ROWS).astype(np.float32),
+    "images": lambda rng: 5 * rng.standard_normal((N_ROWS, 5, 8), np.float32),
+    "points": lambda rng: rng.random((N_ROWS, 2), np.float32),
+    "of columns": lambda rng: 0.25 + rng.random(N_COLS),  # float64, which is rounded first
+    "of rows": lambda rng: 0.25 + rng.random(N_ROWS, np.float32),
+    "doubles": lambda rng: 0.25 + rng.random(N_ROWS),
+    "parts": lambda rng: rng.random(N_ROWS, np.float32),
+    "one": lambda rng: 1 + rng.random((1, 1)),
+    "pixels": lambda rng: rng.random((5, 8)) < 0.8,
+    "bools": lambda rng: rng.random((N_ROWS, N_COLS)) < 0.8,
+    "bits": lambda rng: rng.integers(-(2**31), 2**31, (N_ROWS, 2)).astype(np.int32),
+    "counts": lambda rng: rng.integers(0, N_COLS + 1, N_ROWS, np.uint8),
+    "label": lambda rng: np.where(rng.random(N_ROWS) < 0.2, -100, rng.integers(0, N_COLS, N_ROWS)),
+    "labels": lambda rng: rng.integers(0, N_COLS, (N_ROWS, 6), np.int32)[:, ::-2],
+    "shares": lambda rng: rng.random((3, N_ROWS)).T,
+    "seeds": lambda rng: rng.integers(-(2**63), 2**63, N_ROWS),
+    "few": lambda rng: rng.integers(0, 9, N_ROWS),
+}
+_THROUGH = {"temperature": "of rows", "bias": "of columns", "mask": "bits", "n_valid": "counts"}
+_LOSS = {"label_smoothing": 0.1, "z_loss": 0.01}
+_WEIGHTED = {"weight": "of columns", "row_weight": "doubles", **_THROUGH}
+_TOLD = {"return_z_loss": True, "return_lse": True}
+_SHARED = {"target": ("labels", "shares"), "row_weight": "of rows", "normalizer": "one"}
+
+
+def _sample(logits, seeds, steps, **arrays):
+    return gpusoftmax.sample(logits, rng=(seeds, steps), **arrays)
+
+
+EVERYTHING = {
+    "softmax": Everything(gpusoftmax.softmax, {"x": "logits", **_THROUGH}, {"empty_row": "zero"}),
+    "log_softmax": Everything(gpusoftmax.log_softmax, {"x": "logits", **_THROUGH, "mask": "bools"}, {"softcap": 9.0}),
+    "logsumexp": Everything(gpusoftmax.logsumexp, {"x": "logits", **_THROUGH}, {}),
+    "argmax": Everything(gpusoftmax.argmax, {"x": "logits", **_THROUGH}, {}),
+    "soft_argmax": Everything(gpusoftmax.soft_argmax, {"x": "logits", **_THROUGH}, {}),
+    "softmax_backward": Everything(
+        gpusoftmax.softmax_backward, {"probs": "probs", "dprobs": "logits", "temperature": "doubles"}, {}
+    ),
+    "log_softmax_backward": Everything(
+        gpusoftmax.log_softmax_backward,
+        {"log_probs": "logits", "dlog_probs": "logits", "temperature": "of rows"},
+        {},
+    ),
+    "soft_argmax_backward": Everything(
+        gpusoftmax.soft_argmax_backward,
+        {"x": "logits", "expected": "of rows", "dexpected": "of rows", **_THROUGH},
+        {},
+    ),
+    "spatial_softmax": Everything(
+        gpusoftmax.spatial_softmax, {"features": "images", "temperature": "of rows", "mask": "pixels"}, {}
+    ),
+    "spatial_softmax_backward": Everything(
+        gpusoftmax.spatial_softmax_backward,
+        {
+            "features": "images",
+            "coordinates": "points",
+            "dcoordinates": "points",
+            "temperature": "of rows",
+            "mask": "pixels",
+        },
+        {},
+    ),
+    "cross_entropy": Everything(
+        gpusoftmax.cross_entropy,
+        {"logits": "logits", "target": "label", **_WEIGHTED, "normalizer": "one"},
+        {**_LOSS, **_TOLD, "return_correct": True},
+    ),
+    "cross_entropy_with_grad": Everything(
+        gpusoftmax.cross_entropy_with_grad, {"logits": "logits", "target": "label", **_WEIGHTED}, _LOSS
+    ),
+    "cross_entropy_with_grad of shares": Everything(
+        gpusoftmax.cross_entropy_with_grad, {"logits": "logits", **_SHARED}, _LOSS
+    ),
+    "cross_entropy_with_grad of probs": Everything(
+        gpusoftmax.cross_entropy_with_grad,
+        {"logits": "logits", "target": "probs", "weight": "of columns", "row_weight": "doubles"},
+        _TOLD,
+    ),
+    "cross_entropy_backward": Everything(
+        gpusoftmax.cross_entropy_backward,
+        {"logits": "logits", "target": "label", "lse": "of rows", "dloss": "doubles", **_WEIGHTED},
+        _LOSS,
+    ),
+    "kl_div_with_grad": Everything(
+        gpusoftmax.kl_div_with_grad,
+        {"logits": "logits", "target_logits": "logits", "row_weight": "doubles"},
+        {"target_grad": True},
+    ),
+    "token_logprobs": Everything(
+        gpusoftmax.token_logprobs, {"logits": "logits", "target": "labels", **_THROUGH}, EVERY_FIELD
+    ),
+    "token_logprobs_backward": Everything(
+        gpusoftmax.token_logprobs_backward,
+        {"logits": "logits", "target": "labels", "dlogprob": "shares", "dentropy": "of rows", **_THROUGH},
+        {},
+    ),
+    "top_logprobs": Everything(gpusoftmax.top_logprobs, {"logits": "logits", "target": "label", **_THROUGH}, {"k": 5}),
+    "topk_softmax": Everything(gpusoftmax.topk_softmax, {"logits": "logits", **_THROUGH}, {"k": 5}),
+    "sample": Everything(
+        _sample,
+        {
+            "logits": "logits",
+            "seeds": "seeds",
+            "steps": "few",
+            **_THROUGH,
+            "top_k": "few",
+            "top_p": "parts",
+            "min_p": "parts",
+        },
+        {},
+    ),
+    "top_k_mask_logits": Everything(
+        gpusoftmax.top_k_mask_logits,
+        {"logits": "logits", "top_k": "few", "mask": "bools", "n_valid": "counts"},
+        {},
+    ),
+    "top_p_mask_logits": Everything(
+        gpusoftmax.top_p_mask_logits,
+        {"logits": "logits", "top_p": "parts", "temperature": "of rows", "mask": "bits", "n_valid": "counts"},
+        {},
+    ),
+}
+
+
+def with_everything(name, seed=0):
+    """NumPy arrays for each argument of a call of EVERYTHING, by name; a pair of them for a target with shares."""
+    rng = np.random.default_rng(seed)
+    return {
+        argument: tuple(_MADE[one](rng) for one in made) if isinstance(made, tuple) else _MADE[made](rng)
+        for argument, made in EVERYTHING[name].arrays.items()
+    }
+
+
 def same_bits(one, two):
     """Results, or tuples of results, that agree in shape, dtype and every bit."""
     if isinstance(one, tuple):

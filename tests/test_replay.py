@@ -1,12 +1,15 @@
 """Calls that are replayed: the same results, errors and launches as the first call of their layout."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
 import gpusoftmax
 from gpusoftmax import _arrays, _recipe, _replay, _replay_cpu, _transform
 from tests import inputs, tolerances
-from tests.calls import CALLS, IN_PLACE, arguments, same_bits
+from tests.calls import CALLS, EVERYTHING, IN_PLACE, arguments, same_bits, with_everything
 from tests.conftest import Cpu
 from tests.emulator import emulated_gpu
 from tests.emulator.gpu import EmulatedArray
@@ -73,6 +76,54 @@ def test_a_second_call_is_replayed_with_its_own_arrays(gpu, monkeypatch, name):
         for host, got in ((first, kept), (other, result)):
             expected = call.function(**{argument: fresh.array(array) for argument, array in host.items()})
             assert same_bits(gpu.get(got), fresh.get(expected))
+
+
+def given(place, arrays):
+    """Arguments by name, on their place; a pair of arrays as a pair."""
+    return {
+        argument: tuple(map(place, array)) if isinstance(array, tuple) else place(array)
+        for argument, array in arrays.items()
+    }
+
+
+def check_replayed(target, monkeypatch, function, calls, options):
+    """Calls of one layout have the results that they have by themselves, whatever was called before."""
+    recipes = target.module._recipes
+    placed = [given(target.share, arrays) for arrays in calls]  # held: each in memory of its own
+    expected = []
+    for arrays in placed:
+        recipes.clear()
+        expected.append(target.get(function(**arrays, **options)))
+    assert not any(same_bits(*pair) for pair in zip(expected, expected[1:], strict=False))
+    with monkeypatch.context() as patched:
+        patched.setattr(target.module, "_record", lambda *_: pytest.fail("not replayed"))
+        for arrays, result in zip(placed, expected, strict=True):
+            assert same_bits(target.get(function(**arrays, **options)), result)
+
+
+TARGETS = ["cpu", pytest.param("gpu", marks=pytest.mark.matrix)]
+# Each is a kernel to compile. What the logits of the others go through is replayed in test_transform.py.
+_WITH_MORE = ("cross_entropy", "kl_div", "sample", "spatial", "token_logprobs")
+NAMES = [name if name.startswith(_WITH_MORE) else pytest.param(name, marks=pytest.mark.matrix) for name in EVERYTHING]
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_array_is_that_of_the_call(target, monkeypatch, name):
+    call = EVERYTHING[name]
+    calls = [with_everything(name, seed) for seed in range(3)]
+    check_replayed(target, monkeypatch, call.function, calls, call.options)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("argument", sorted({argument for call in EVERYTHING.values() for argument in call.arrays}))
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_one_array_is_another_one(monkeypatch, name, argument):
+    """And all others have the same values: those of each array count."""
+    call, one, other = EVERYTHING[name], with_everything(name, 1), with_everything(name, 2)
+    if argument not in call.arrays:
+        pytest.skip("not an argument")
+    check_replayed(OnCpu(), monkeypatch, call.function, [one, one | {argument: other[argument]}], call.options)
 
 
 @pytest.mark.parametrize("name, argument", IN_PLACE)
@@ -194,6 +245,75 @@ def test_a_number_for_all_rows_is_no_address(target, monkeypatch):
     probs(2, 33), probs(3, 7), probs(4, 33)
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_elements_that_lie_astride(is_recorded):
+    """NumPy has arrays whose elements start anywhere, and says so; dtype, shape and strides are those of others."""
+
+    def astride(array):
+        moved = np.ndarray(array.shape, array.dtype, np.zeros(array.nbytes + 1, np.uint8), 1)
+        moved[...] = array
+        return moved
+
+    x, other = inputs.make("spread", (40, 3), F32), inputs.make("spread", (40, 3), F32, 1)
+    if is_recorded:
+        _replay_cpu._recipes.clear()
+        gpusoftmax.softmax(x, 0, out=np.zeros_like(x))
+    for _ in range(2):
+        tolerances.check_softmax(gpusoftmax.softmax(astride(other), 0), other, 0)
+        out = astride(x)
+        with pytest.raises(TypeError, match="out is misaligned"):
+            gpusoftmax.softmax(other, 0, out=out)
+        assert same_bits(out, x)
+
+
+def test_numbers_that_are_equal_and_not_the_same(target):
+    """0.0 == -0.0: the gradient is the same for both, whichever came first."""
+    x, labels = inputs.make("spread", SHAPE, F32), np.array([1, 2, 3])
+    gradients = []
+    for numbers in ((0.0, -0.0), (-0.0, 0.0)):
+        target.module._recipes.clear()
+        for number in numbers:
+            given = target.array(x), target.array(labels)
+            gradients.append(target.get(gpusoftmax.cross_entropy_with_grad(*given, grad_scale=number)[1]))
+    assert all(same_bits(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_nothing_is_kept_of_the_first_call(target):
+    """As of any other: what nobody uses any more is free at once, not when a cycle is found."""
+    module, call = target.module, gpusoftmax.cross_entropy_with_grad
+    x, labels = target.array(inputs.make("spread", SHAPE, F32)), target.array(np.array([1, 2, 3]))
+    module._recipes.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        loss, gradient = call(x, labels, reduction="none")
+        assert module._recipes
+        kept = [weakref.ref(array) for array in (x, labels, loss, gradient)]
+        del x, labels, loss, gradient
+        assert all(array() is None for array in kept)
+    finally:
+        gc.enable()
+
+
+def test_a_call_in_the_middle_of_another(target, monkeypatch):
+    """By a signal's handler or a finaliser, which Python runs anywhere: neither is replayed without what it did."""
+    output, host = _arrays.output, [inputs.make("spread", SHAPE, F32, seed) for seed in range(4)]
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(_arrays, "output", output)
+        gpusoftmax.logsumexp(target.array(host[0]), -2)
+        return output(*arguments)
+
+    target.module._recipes.clear()
+    monkeypatch.setattr(_arrays, "output", interrupted)
+    for x in host:
+        out = target.array(np.zeros(SHAPE[::-1], F32).T)
+        gpusoftmax.softmax(target.array(x), -2, out=out)
+        tolerances.check_softmax(target.get(out), x, -2)
+        tolerances.check_logsumexp(target.get(gpusoftmax.logsumexp(target.array(x), -2)), x, -2)
+    assert _arrays.output is output
+
+
 def test_labels_are_checked_each_time(target):
     x, good = inputs.make("spread", SHAPE, F32), np.array([1, 2, 3])
     for _ in range(2):
@@ -272,6 +392,17 @@ def test_recipes_are_bounded(gpu, monkeypatch):
     for n_cols in range(1, 9):
         gpusoftmax.softmax(gpu.array(np.zeros((2, n_cols), F32)))
         assert len(_replay._recipes) <= 3
+
+
+def test_steps_are_bounded(target, monkeypatch):
+    """A recipe takes memory for each of its steps."""
+    monkeypatch.setattr(_recipe, "MAX_STEPS", 3)
+    monkeypatch.setattr(target.module, "_recipes", {})
+    for n_calls, is_kept in ((3, True), (4, False)):
+        for seed in range(2):
+            x = inputs.make("spread", (n_calls, 7, 4, 40), F32, seed)[:, 1::2, ::2]  # three axes that nothing joins
+            tolerances.check_softmax(target.get(gpusoftmax.softmax(target.share(x))), np.ascontiguousarray(x))
+        assert (list(target.module._recipes.values())[-1] is not None) is is_kept
 
 
 def test_numpy_arrays_are_none_of_its_business(monkeypatch):

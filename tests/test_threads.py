@@ -268,6 +268,27 @@ def test_an_interrupt_leaves_when_nobody_works_on_the_arrays():
     assert run(program) == "done\n"
 
 
+def test_scratch_memory_outlives_a_call_in_between():
+    """A signal's handler, or a finaliser, makes a call that needs more, when this one has been given its memory."""
+    program = """
+        import weakref
+        from gpusoftmax.kernels.cpu import parallel, run
+        expected, start, found = gpusoftmax.softmax(x), parallel.start, []
+        def interrupted(*arguments):
+            memory, _ = run._kept.memory
+            given, size = weakref.ref(memory), memory.size
+            del memory
+            run._workspace(2 * size)
+            found.append(given() is not None)
+            start(*arguments)
+        parallel.start = interrupted
+        assert np.array_equal(gpusoftmax.softmax(x), expected)
+        assert found == [True]
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
 def test_first_calls_of_many_threads_make_one_pool():
     program = """
         from gpusoftmax.kernels.cpu import parallel

@@ -124,7 +124,8 @@ def start(laid_out: Start, addresses: Sequence[int]) -> None:
     block = laid_out.block.copy()
     for position, address in zip(laid_out.positions, addresses, strict=True):
         block[position] = address
-    block[WORKSPACE] = _workspace(laid_out.workspace_bytes)
+    # Held: a call that comes in between, by a signal's handler or a finaliser, may need more and replace it.
+    _held, block[WORKSPACE] = _workspace(laid_out.workspace_bytes)
     parallel.start(laid_out.entry, block, laid_out.n_threads)
 
 
@@ -293,23 +294,25 @@ def _is_streamed(rows: Rows, target: Operand, like: np.floating, keeps_exponenti
     large = rows.n_rows * row_bytes >= (STREAM_BYTES if early else LATE_STREAM_BYTES)
     strides = target.pointer, target.inner_stride * itemsize, target.outer_stride * itemsize, row_bytes
     whole_lines = all(stride % CACHE_LINE == 0 for stride in strides)
-    return large and target.col_stride == 1 and (whole_lines or row_bytes >= LONG_ROW_BYTES)
+    # Elements that lie astride, as torch has them in files that were mapped, never come to the start of a line.
+    has_lines = target.col_stride == 1 and target.pointer % itemsize == 0
+    return large and has_lines and (whole_lines or row_bytes >= LONG_ROW_BYTES)
 
 
 class _Kept(threading.local):
-    size = 0
-    address = 0
+    memory: tuple[np.ndarray, int] = np.empty(0, np.uint8), 0
 
 
 _kept = _Kept()
 
 
-def _workspace(size: int) -> int:
-    """The address of `size` bytes of scratch memory, which this thread keeps for its next call."""
-    if _kept.size < size:
-        _kept.array, _kept.size = np.empty(size + CACHE_LINE, np.uint8), size
-        _kept.address = _padded(_kept.array.ctypes.data)
-    return _kept.address
+def _workspace(size: int) -> tuple[np.ndarray, int]:
+    """Scratch memory that this thread keeps for its next call, and the address of `size` bytes in it."""
+    memory = _kept.memory
+    if memory[0].size < size + CACHE_LINE:
+        array = np.empty(size + CACHE_LINE, np.uint8)
+        memory = _kept.memory = array, _padded(array.ctypes.data)
+    return memory
 
 
 def _for_kernel(argument):
