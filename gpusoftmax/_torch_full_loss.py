@@ -76,7 +76,7 @@ def full_cross_entropy(
         divisor = 1.0
         if reduction == "mean":
             dim = ops.class_dim(logits)
-            divisor = _checks.normalizer(normalizer) if not isinstance(normalizer, Tensor) else normalizer
+            divisor = normalizer.reshape(()) if isinstance(normalizer, Tensor) else _checks.normalizer(normalizer)
             if divisor is None:
                 divisor = divisor_of(dim, logits.shape[dim], given, options.ignore_index, loss.dtype)
         loss, z_loss = (None if one is None else one.sum() / divisor for one in (loss, z_loss))
