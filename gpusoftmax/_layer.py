@@ -34,7 +34,8 @@ def chunks(
 
     Whoever takes them puts their gradient in their place before the next turn. The `gradients` of x, weight and bias
     (None: not wanted) are made of it, times `row_scale` (one number per row), and complete when the chunks are through.
-    Rows that are `idle` must have a gradient of zeros, and add nothing to the others' whatever x holds there.
+    Rows that are `idle` must have a gradient of zeros, and add nothing to the others' whatever x and `row_scale` hold
+    there.
     """
     n_classes, n_features = weight.shape
     n_rows = math.prod(x.shape[:-1])
@@ -63,6 +64,10 @@ def chunks(
     row_factors = None
     if row_scale is not None:
         row_factors = _arrays.reshaped(_arrays.contiguous(row_scale, dtype), (n_rows, 1), "grad_scale").library_array
+        if idle is not None:  # whatever comes from above: 0 times NaN is none
+            given, row_factors = row_factors, new((n_rows, 1))
+            row_factors[...] = given
+            clear(row_factors, idle)
     elif dbias is not None:
         ones = new((1, size))
         ones[...] = 1

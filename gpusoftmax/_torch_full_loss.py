@@ -80,7 +80,11 @@ def full_cross_entropy(
         divisor = 1.0
         if reduction == "mean":
             dim = ops.class_dim(logits)
-            divisor = normalizer.reshape(()) if isinstance(normalizer, Tensor) else _checks.normalizer(normalizer)
+            if isinstance(normalizer, Tensor):
+                _checks.one_element(normalizer, "normalizer")
+                divisor = normalizer.reshape(())
+            else:
+                divisor = _checks.normalizer(normalizer)
             if divisor is None:
                 divisor = divisor_of(dim, logits.shape[dim], given, options.ignore_index, loss.dtype)
         loss, z_loss = (None if one is None else one.sum() / divisor for one in (loss, z_loss))

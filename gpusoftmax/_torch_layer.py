@@ -191,7 +191,12 @@ def _gradients(
 def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as results of operations that torch can differentiate."""
     options = ctx.options
-    logits = torch.nn.functional.linear(*layer)
+    idle = given.target == options.ignore_index
+    if given.row_weight is not None:
+        idle = idle | (given.row_weight == 0)
+    # Such rows take no part whatever they hold; in the product a NaN would.
+    features = torch.where(idle.unsqueeze(-1), 0, layer.input)
+    logits = torch.nn.functional.linear(features, layer.linear_weight, layer.linear_bias)
     row_weight = None if given.row_weight is None else given.row_weight.reshape(-1)
     loss = full.full_cross_entropy(
         logits.reshape(-1, logits.shape[-1]),

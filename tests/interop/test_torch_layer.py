@@ -224,13 +224,18 @@ def linear_gradient(x, w, target, options):
     return found.dinput
 
 
-def test_rows_of_weight_zero_have_no_gradient_whatever_they_hold():
+@pytest.mark.parametrize("again", [False, True])
+def test_idle_rows_have_no_gradient_whatever_they_hold(again):
+    """Neither where it is to be differentiated again, nor by what comes from above."""
     x, w, bias, target = tensors()
     with torch.no_grad():
         x[2], x[1] = torch.nan, torch.inf  # of weight 0, and ignored
     for reduction in ("mean", "none"):
         loss = linear_cross_entropy(x, w, target, linear_bias=bias, reduction=reduction, **extras())
-        dx, *others = gradients(loss, x, w, bias)
+        upstream = torch.ones_like(loss)
+        if reduction == "none":
+            upstream[1], upstream[2] = torch.nan, torch.inf
+        dx, *others = torch.autograd.grad(loss, (x, w, bias), upstream, create_graph=again)
         assert not dx[[1, 2]].any() and dx.isfinite().all() and all(one.isfinite().all() for one in others)
 
 
