@@ -565,6 +565,12 @@ def part(array: Array, k: int) -> Array:
     return array._replace(pointer=pointer, shape=array.shape[:-1], strides=array.strides[:-1])
 
 
+def rows_of(array: Array, rows: slice) -> Array:
+    """array[rows] of an array of one axis, for a kernel; only to be read and written through its pointer."""
+    pointer = array.pointer + rows.start * array.strides[0] * array.itemsize
+    return array._replace(pointer=pointer, shape=(rows.stop - rows.start,))
+
+
 class _Dim(NamedTuple):
     size: int
     strides: tuple[int, ...]  # one per array

@@ -332,8 +332,8 @@ def only_for(is_given: bool, name: str, is_fit: bool, reduction: str) -> None:
 
 
 def one_element(array, name: str) -> None:
-    if array.size != 1:
-        raise ValueError(f"{name} has shape {array.shape}, expected one element")
+    if math.prod(array.shape) != 1:
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, expected one element")
 
 
 def z_loss(value) -> float:

@@ -1,4 +1,4 @@
-"""Whether labels are classes: the one check that looks at values; and which are ignored."""
+"""Whether labels are classes: the one check that looks at values; and which rows take no part."""
 
 from typing import Any
 
@@ -24,12 +24,14 @@ def check(x: Array, rows: Rows, labels: Labels, ignore_index: int) -> None:
         raise _checks.bad_label(row, _arrays.to_python(bad_label), rows.n_cols, ignore_index)
 
 
-def ignored(labels: Array, ignore_index: int) -> Any | None:
-    """Which labels are ignore_index, by the labels' library. None where it is known that none is; on a GPU that would
-    wait for the device.
+def idle_rows(labels: Array, ignore_index: int, row_weight: Array | None) -> Any | None:
+    """Which rows have ignore_index or the weight 0, by the labels' library. None where it is known that none has; on a
+    GPU that would wait for the device.
     """
-    limits = np.iinfo(labels.dtype)
-    if not limits.min <= ignore_index <= limits.max:  # torch would compare with what the index wraps around to
-        return None
-    found = labels.library_array == ignore_index
-    return None if labels.place.target == "cpu" and not bool(found.any()) else found
+    limits, found = np.iinfo(labels.dtype), None
+    if limits.min <= ignore_index <= limits.max:  # torch would compare with what the index wraps around to
+        found = labels.library_array == ignore_index
+    if row_weight is not None:
+        unweighted = row_weight.library_array == 0
+        found = unweighted if found is None else found | unweighted
+    return None if found is None or (labels.place.target == "cpu" and not bool(found.any())) else found

@@ -27,14 +27,15 @@ def chunks(
     bias: Array | None,
     gradients: Sequence[Array | None],
     row_scale: Array | None,
-    ignored: Any | None,
+    idle: Any | None,
     chunk_size: int | None,
 ) -> Iterator[tuple[slice, Array]]:
     """Yields one chunk of rows after the other with its logits, C-contiguous and always in the same memory.
 
     Whoever takes them puts their gradient in their place before the next turn. The `gradients` of x, weight and bias
     (None: not wanted) are made of it, times `row_scale` (one number per row), and complete when the chunks are through.
-    Rows that are `ignored` must have a gradient of zeros, and add nothing to the others' whatever x holds there.
+    Rows that are `idle` must have a gradient of zeros, and add nothing to the others' whatever x and `row_scale` hold
+    there.
     """
     n_classes, n_features = weight.shape
     n_rows = math.prod(x.shape[:-1])
@@ -46,7 +47,7 @@ def chunks(
     dx, dweight, dbias = gradients
 
     x = _arrays.reshaped(x, (n_rows, n_features), "input")
-    x_rows = factor(x, dtype, size, copied=ignored is not None or row_scale is not None)
+    x_rows = factor(x, dtype, size, copied=idle is not None or row_scale is not None)
     weight = _arrays.reshaped(weight, weight.shape, "linear_weight")
     weight_rows = factor(weight, dtype, step)
     classes = [slice(0, n_classes)] if n_rooms == 1 else list(blocks(n_classes, step))
@@ -63,6 +64,10 @@ def chunks(
     row_factors = None
     if row_scale is not None:
         row_factors = _arrays.reshaped(_arrays.contiguous(row_scale, dtype), (n_rows, 1), "grad_scale").library_array
+        if idle is not None:  # whatever comes from above: 0 times NaN is none
+            given, row_factors = row_factors, new((n_rows, 1))
+            row_factors[...] = given
+            clear(row_factors, idle)
     elif dbias is not None:
         ones = new((1, size))
         ones[...] = 1
@@ -71,13 +76,13 @@ def chunks(
     for rows in blocks(n_rows, size):
         z = logits.library_array[: rows.stop - rows.start]
         features = x_rows(rows)
-        if ignored is not None:
-            clear(features, ignored[rows])
+        if idle is not None:
+            clear(features, idle[rows])
         for some in classes:
             multiply(features, weight_rows(some).T, z[:, some])
         if bias is not None:
             z += bias
-        yield rows, logits
+        yield rows, logits._replace(shape=tuple(z.shape))
         if dx is not None:
             product = dx_rows[rows] if dx_room is None else dx_room[: len(z)]
             for some in classes:

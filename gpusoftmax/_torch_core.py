@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
-from gpusoftmax import _checks, _torch_expected, _torch_kl, _torch_losses, _torch_rows
+from gpusoftmax import _checks, _torch_expected, _torch_kl, _torch_layer, _torch_losses, _torch_rows
 from gpusoftmax import _torch_full_loss as full
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._torch_ops import row_dtype
@@ -87,6 +87,50 @@ def cross_entropy(
         return full.full_cross_entropy(logits, target_of_rows, options, given, reduction, normalizer, wanted)
     loss = _torch_losses.Loss(ignore_index, reduction, label_smoothing, validate)
     return transformed.cross_entropy(logits, target, weight, loss, given)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    normalizer: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    temperature: Any,
+    softcap: Any,
+    wanted: tuple[bool, bool, bool],
+    validate: bool | None,
+    chunk_size: Any,
+) -> Any:
+    """wanted: whether z_loss, lse and n_correct are."""
+    others = {"linear_bias": linear_bias, "weight": weight, "row_weight": row_weight}
+    given = {name: one for name, one in others.items() if one is not None}
+    _tensors(input=input, linear_weight=linear_weight, target=target, **given)
+    _checks.reduction(reduction)
+    _checks.only_for(normalizer is not None, "normalizer", reduction == "mean", reduction)
+    is_tensor = isinstance(normalizer, Tensor)
+    if isinstance(temperature, Tensor):
+        full.check_no_gradients({"temperature": temperature})
+    options = _torch_layer.Options(
+        _checks.ignore_index(ignore_index),
+        reduction,
+        _checks.label_smoothing(label_smoothing),
+        _checks.z_loss(z_loss),
+        None if is_tensor else _checks.normalizer(normalizer),
+        _checks.temperature(temperature),
+        _checks.softcap(softcap),
+        *wanted,
+        validate,
+        _checks.chunk_size(chunk_size),
+    )
+    layer = _torch_layer.Layer(input, linear_weight, linear_bias)
+    without = _torch_layer.Given(target, weight, row_weight, normalizer if is_tensor else None)
+    return _torch_layer.linear_cross_entropy(layer, without, options)
 
 
 def kl_div(

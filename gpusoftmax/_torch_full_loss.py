@@ -46,9 +46,7 @@ class Target(NamedTuple):
 
 def losses_of_rows(logits: Tensor, given: Target, options: Options, through: float | Through) -> list[Tensor]:
     """The loss, which is differentiable, and the lse of each row; where they are wanted, z_loss and n_correct."""
-    for name, tensor in zip(("target", "target[1]", "weight", "row_weight"), given, strict=True):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise TypeError(f"{name} requires grad, and gets no gradient: pass {name}.detach()")
+    check_no_gradients(dict(zip(("target", "target[1]", "weight", "row_weight"), given, strict=True)))
     if type(through) is float:
         through = Through(through)
     target, shares, weight, row_weight = given
@@ -57,6 +55,12 @@ def losses_of_rows(logits: Tensor, given: Target, options: Options, through: flo
         Call(_LOSSES, dim, options, target, weight, shares, row_weight), logits, through
     )
     return [loss, *(one.detach() for one in told)]
+
+
+def check_no_gradients(tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise TypeError(f"{name} requires grad, and gets no gradient: pass {name}.detach()")
 
 
 def full_cross_entropy(
@@ -76,7 +80,11 @@ def full_cross_entropy(
         divisor = 1.0
         if reduction == "mean":
             dim = ops.class_dim(logits)
-            divisor = _checks.normalizer(normalizer) if not isinstance(normalizer, Tensor) else normalizer
+            if isinstance(normalizer, Tensor):
+                _checks.one_element(normalizer, "normalizer")
+                divisor = normalizer.reshape(())
+            else:
+                divisor = _checks.normalizer(normalizer)
             if divisor is None:
                 divisor = divisor_of(dim, logits.shape[dim], given, options.ignore_index, loss.dtype)
         loss, z_loss = (None if one is None else one.sum() / divisor for one in (loss, z_loss))

@@ -16,95 +16,126 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
-from gpusoftmax import _torch_losses, _torch_ops
+from gpusoftmax import _torch_full_loss as full
+from gpusoftmax import _torch_ops
 from gpusoftmax import _torch_rows as rows
+from gpusoftmax._loss import CrossEntropy
+from gpusoftmax._torch_losses import can_look
+from gpusoftmax._torch_transform import Through
 
 
 class Layer(NamedTuple):
-    """Options of linear_cross_entropy."""
+    """What has gradients."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+
+
+class Given(NamedTuple):
+    """What has none."""
+
+    target: Tensor
+    weight: Tensor | None
+    row_weight: Tensor | None
+    normalizer: Tensor | None
+
+
+class Options(NamedTuple):
+    """divide_by: a normalizer that is a number."""
 
     ignore_index: int
     reduction: str
     label_smoothing: float
+    z_loss: float
+    divide_by: float | None
+    temperature: float
+    softcap: float | None
+    return_z_loss: bool
+    return_lse: bool
+    return_correct: bool
+    validate: bool | None
     chunk_size: int | None
 
-
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    layer: Layer,
-) -> Tensor:
-    _torch_losses.check_weight(weight)
-    tensors = input, linear_weight, linear_bias
-    if not rows.recorded(*(tensor for tensor in tensors if tensor is not None)):
-        return _operator(input, linear_weight, target, linear_bias, weight, None, *layer, (False, False, False))[0]
-    return _LinearCrossEntropy.apply(*tensors, target, weight, layer)
+    @property
+    def told(self) -> tuple[bool, bool, bool]:
+        return self.return_z_loss, self.return_lse, self.return_correct
 
 
-def _fake(
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    scale,
-    ignore_index,
-    reduction,
-    label_smoothing,
-    chunk_size,
-    wanted,
-):
-    loss = input.new_empty(target.shape if reduction == "none" else (), dtype=_torch_ops.row_dtype(input.dtype))
-    given = input, linear_weight, linear_bias
-    return loss, *(
-        one.new_empty(one.shape if is_wanted else (0,)) for one, is_wanted in zip(_some(given), wanted, strict=True)
-    )
+def linear_cross_entropy(layer: Layer, given: Given, options: Options) -> Tensor | CrossEntropy:
+    """The loss has gradients, what else is told has none."""
+    full.check_no_gradients(given._asdict())
+    if rows.recorded(*(tensor for tensor in layer if tensor is not None)):
+        loss, *told = _LinearCrossEntropy.apply(*layer, *given, options)
+    else:
+        loss, _, _, _, *told = _operator(*layer, *given, None, *options, _NO_GRADIENTS)
+    if not any(options.told):
+        return loss
+    told = iter(told)
+    return CrossEntropy(loss, *[next(told) if wanted else None for wanted in options.told])
 
 
-def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+_NO_GRADIENTS = (False, False, False)
+_N_OPTIONS = len(Options._fields)
+
+
+def _fake(input, linear_weight, linear_bias, target, weight, row_weight, normalizer, scale, *options):
+    wanted, options = options[_N_OPTIONS], Options(*options[:_N_OPTIONS])
+    dtype = _torch_ops.row_dtype(input.dtype)
+    of_all = target.shape if options.reduction == "none" else ()
+    layer = _some(Layer(input, linear_weight, linear_bias))
+    made = [input.new_empty(of_all, dtype=dtype)]
+    made += [one.new_empty(one.shape if is_wanted else (0,)) for one, is_wanted in zip(layer, wanted, strict=True)]
+    for is_wanted, shape, of in zip(options.told, (of_all, target.shape, ()), (dtype, dtype, torch.int64), strict=True):
+        if is_wanted:
+            made.append(input.new_empty(shape, dtype=of))
+    return made
+
+
+def _some(layer: Layer) -> list[Tensor]:
     """The tensors; the first stands for one that is not there, of which nothing is wanted."""
-    return [tensors[0] if tensor is None else tensor for tensor in tensors]
+    return [layer.input if tensor is None else tensor for tensor in layer]
 
 
 @_torch_ops.defined_as(
-    "(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? scale, "
-    "int ignore_index, str reduction, float label_smoothing, int? chunk_size, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? row_weight, "
+    "Tensor? normalizer, Tensor? scale, int ignore_index, str reduction, float label_smoothing, float z_loss, "
+    "float? divide_by, float temperature, float? softcap, bool return_z_loss, bool return_lse, bool return_correct, "
+    "bool? validate, int? chunk_size, bool[] wanted) -> Tensor[]",
     _fake,
 )
 def linear_cross_entropy_with_grad(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
     linear_bias: Tensor | None,
+    target: Tensor,
     weight: Tensor | None,
+    row_weight: Tensor | None,
+    normalizer: Tensor | None,
     scale: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    chunk_size: int | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, gradients of input, linear_weight and linear_bias); a gradient that is not wanted has no element."""
-    options = {
+    *options: Any,
+) -> list[Tensor]:
+    """The loss, the gradients of input, linear_weight and linear_bias, of which one that is not wanted has no element;
+    and what else is told.
+    """
+    wanted, options = options[_N_OPTIONS], Options(*options[:_N_OPTIONS])._asdict()
+    divide_by = options.pop("divide_by")
+    options |= {
         "linear_bias": linear_bias,
         "weight": weight,
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-        "chunk_size": chunk_size,
+        "row_weight": row_weight,
+        "normalizer": divide_by if normalizer is None else normalizer,
     }
     if any(wanted):
         names = ("return_dinput", "return_dlinear_weight", "return_dlinear_bias")
         options |= {**dict(zip(names, wanted, strict=True)), "grad_scale": 1.0 if scale is None else scale}
-        loss, *gradients = gpusoftmax.linear_cross_entropy_with_grad(input, linear_weight, target, **options)
+        told, *gradients = gpusoftmax.linear_cross_entropy_with_grad(input, linear_weight, target, **options)
     else:
-        loss, gradients = gpusoftmax.linear_cross_entropy(input, linear_weight, target, **options), (None,) * 3
-    given = _some((input, linear_weight, linear_bias))
-    return loss, *(one.new_empty(0) if grad is None else grad for one, grad in zip(given, gradients, strict=True))
+        told, gradients = gpusoftmax.linear_cross_entropy(input, linear_weight, target, **options), (None,) * 3
+    loss, *told = told if isinstance(told, CrossEntropy) else (told,)
+    layer = _some(Layer(input, linear_weight, linear_bias))
+    gradients = [one.new_empty(0) if grad is None else grad for one, grad in zip(layer, gradients, strict=True)]
+    return [loss, *gradients, *(one for one in told if one is not None)]
 
 
 _operator = linear_cross_entropy_with_grad
@@ -119,48 +150,63 @@ class _LinearCrossEntropy(torch.autograd.Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        layer: Layer,
-    ) -> Tensor:
-        ctx.layer, ctx.wanted = layer, tuple(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight)
-        of_rows = layer.reduction == "none"
-        wanted = (False, False, False) if of_rows else ctx.wanted
-        loss, *gradients = _operator(input, linear_weight, target, linear_bias, weight, None, *layer, wanted)
-        ctx.gradients = None if of_rows else gradients
-        return loss
+        row_weight: Tensor | None,
+        normalizer: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, ...]:
+        tensors = input, linear_weight, linear_bias, target, weight, row_weight, normalizer
+        ctx.options, ctx.wanted = options, tuple(ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*tensors)
+        of_rows = options.reduction == "none"
+        loss, *made = _operator(*tensors, None, *options, _NO_GRADIENTS if of_rows else ctx.wanted)
+        ctx.gradients = None if of_rows else made[:3]
+        ctx.mark_non_differentiable(*made[3:])
+        return loss, *made[3:]
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple:
-        input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
-        if rows.recorded(input, linear_weight, dloss):
-            return *_graph_of_gradients(ctx, dloss), None, None, None
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple:
+        layer, given = Layer(*ctx.saved_tensors[:3]), Given(*ctx.saved_tensors[3:])
+        if rows.recorded(layer.input, layer.linear_weight, dloss):
+            return *_graph_of_gradients(ctx, layer, given, dloss), *[None] * 5
         # Handed out once: whoever gets them may write into them. The next backward of a retained graph goes over the
         # chunks again.
         gradients, ctx.gradients = ctx.gradients, None
-        of_rows = ctx.layer.reduction == "none"
+        of_rows = ctx.options.reduction == "none"
         if gradients is None:
-            scale = dloss.contiguous() if of_rows else None
-            arrays = input, linear_weight, target, linear_bias, weight, scale
-            _, *gradients = _operator(*arrays, *ctx.layer, ctx.wanted)
-        if not of_rows and not (_torch_losses.can_look(dloss) and float(dloss) == 1):
+            gradients = _gradients(layer, given, dloss.contiguous() if of_rows else None, ctx.options, ctx.wanted)
+        if not of_rows and not (can_look(dloss) and float(dloss) == 1):
             for gradient in gradients:
                 gradient.mul_(dloss)
         found = (gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))
-        return *found, None, None, None
+        return *found, *[None] * 5
 
 
-def _graph_of_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    layer: Layer, given: Given, scale: Tensor | None, options: Options, wanted: Sequence[bool]
+) -> list[Tensor]:
+    options = options._replace(return_z_loss=False, return_lse=False, return_correct=False, validate=False)
+    return _operator(*layer, *given, scale, *options, wanted)[1:]
+
+
+def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as results of operations that torch can differentiate."""
-    input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
-    layer = ctx.layer
-    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-    loss = _torch_losses.cross_entropy(
+    options = ctx.options
+    idle = given.target == options.ignore_index
+    if given.row_weight is not None:
+        idle = idle | (given.row_weight == 0)
+    # Such rows take no part whatever they hold; in the product a NaN would.
+    features = torch.where(idle.unsqueeze(-1), 0, layer.input)
+    logits = torch.nn.functional.linear(features, layer.linear_weight, layer.linear_bias)
+    row_weight = None if given.row_weight is None else given.row_weight.reshape(-1)
+    loss = full.full_cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
-        target.reshape(-1),
-        weight,
-        _torch_losses.Loss(layer.ignore_index, layer.reduction, layer.label_smoothing),
+        full.Target(given.target.reshape(-1), None, given.weight, row_weight),
+        full.Options(options.ignore_index, options.label_smoothing, options.z_loss, False, False, False),
+        Through(options.temperature, options.softcap),
+        options.reduction,
+        options.divide_by if given.normalizer is None else given.normalizer,
+        (False, False, False),
     )
-    given = input, linear_weight, linear_bias
-    wanted = [tensor for tensor, is_wanted in zip(given, ctx.wanted, strict=True) if is_wanted]
+    wanted = [tensor for tensor, is_wanted in zip(layer, ctx.wanted, strict=True) if is_wanted]
     found = iter(torch.autograd.grad(loss, wanted, dloss.reshape(loss.shape), create_graph=True))
     return tuple(next(found) if is_wanted else None for is_wanted in ctx.wanted)

@@ -1,17 +1,9 @@
 """Cross-entropy: the loss, and the loss with its gradient from one kernel; and the gradient where the lse is known."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpusoftmax import _arrays, _checks, _gradients, _loss, _replay, _transform
-
-
-class CrossEntropy(NamedTuple):
-    """What `cross_entropy` returns if more than the loss is asked for; None for what is not."""
-
-    loss: Any
-    z_loss: Any = None
-    lse: Any = None
-    n_correct: Any = None
+from gpusoftmax._loss import CrossEntropy
 
 
 def cross_entropy(

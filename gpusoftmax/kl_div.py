@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from gpusoftmax import _arrays, _checks, _gradients, _replay
-from gpusoftmax._loss import split_normalizer
+from gpusoftmax._loss import normalizer_array, split_normalizer
 from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
 
@@ -186,7 +186,7 @@ def _kl_div(
     nothing = Numbers(0, dtype)
     divisor, divisors = 1.0, None
     if reduction == "mean" and normalizers is not None:
-        divisors = _one_number(normalizers, x, gradient, dtype)
+        divisors = normalizer_array(normalizers, x, "logits", dtype, gradient)
     elif reduction == "mean" and (normalizer is not None or weights is None):
         divisor = float(math.prod(batch_shape)) if normalizer is None else normalizer
     elif reduction == "mean":
@@ -235,13 +235,3 @@ def _row_weights(row_weight, x, batch_shape, axis, gradient, dtype):
     if gradient is not None:
         _checks.no_overlap(gradient, weights, "row_weight")
     return _arrays.contiguous(weights, dtype)
-
-
-def _one_number(normalizers, x, gradient, dtype):
-    """The array of a normalizer, likewise."""
-    array = _arrays.logits(normalizers, "normalizer")
-    _checks.same_home(x, array, "logits", "normalizer")
-    _checks.one_element(array, "normalizer")
-    if gradient is not None:
-        _checks.no_overlap(gradient, array, "normalizer")
-    return _arrays.contiguous(array, dtype)

@@ -7,7 +7,8 @@ mode, and by torch.func (sample is not at all), can be compiled by torch.compile
 and so can be captured in a CUDA graph, and take tensors of any strides without a copy.
 
 softmax, log_softmax, logsumexp, cross_entropy and token_logprobs take what gpusoftmax.softmax may do to the logits
-first: temperature, bias, softcap, mask, n_valid. Their derivatives go through it, to bias and temperatures too.
+first: temperature, bias, softcap, mask, n_valid. Their derivatives go through it, to bias and temperatures too. The
+layers take one temperature and a softcap.
 
 Sums are computed in float32 whatever the dtype of the logits, float64 in float64. Inside torch.autocast softmax and
 log_softmax of half types return float32, as torch's do on a GPU; losses, log-sum-exp and log-probabilities are float32
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpusoftmax import _checks, _torch_core, _torch_layer, _torch_losses, _torch_ops
+from gpusoftmax import _checks, _torch_core, _torch_losses, _torch_ops
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._loss import split_target
 from gpusoftmax._torch_full_loss import Options, Target, full_cross_entropy
@@ -303,8 +304,16 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_lse: bool = False,
+    return_correct: bool = False,
     chunk_size: int | None = None,
-) -> Tensor:
+) -> Tensor | CrossEntropy:
     """torch.nn.functional.linear_cross_entropy: cross_entropy of the logits input @ linear_weight.T + linear_bias.
 
     The logits are made a chunk of rows at a time, and become their gradient in place: they are never held as a whole,
@@ -320,6 +329,10 @@ def linear_cross_entropy(
     linear_bias : tensor, shape (n_classes,), the dtype of `input`, optional
     weight, ignore_index, reduction, label_smoothing
         As in `cross_entropy`.
+    z_loss, row_weight, normalizer, temperature, softcap
+        As in gpusoftmax.linear_cross_entropy. None of them gets a gradient.
+    return_z_loss, return_lse, return_correct : bool
+        What else to return, detached.
     chunk_size : int, optional
         Rows whose logits are held at a time; see gpusoftmax.linear_cross_entropy for what is taken by default.
 
@@ -327,11 +340,13 @@ def linear_cross_entropy(
     -------
     tensor, float32 (float64 for float64 input)
         A single number for "mean" and "sum", the shape of `target` for "none".
+    gpusoftmax.CrossEntropy
+        If more is asked for, a named tuple: loss, z_loss, lse and n_correct, as gpusoftmax.cross_entropy has them.
 
     Raises
     ------
     IndexError, TypeError, ValueError
-        As gpusoftmax.linear_cross_entropy; TypeError also for a `weight` that requires grad.
+        As gpusoftmax.linear_cross_entropy.
 
     Examples
     --------
@@ -342,19 +357,17 @@ def linear_cross_entropy(
     >>> head.grad[2]
     tensor([-0.7500, -0.7500, -0.7500])
     """
-    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        _tensor(tensor, name)
-    _checks.reduction(reduction)
-    layer = _torch_layer.Layer(
-        _checks.ignore_index(ignore_index), reduction, _checks.label_smoothing(label_smoothing), chunk_size
-    )
-    return _torch_layer.linear_cross_entropy(input, linear_weight, target, linear_bias, weight, layer)
+    wanted = bool(return_z_loss), bool(return_lse), bool(return_correct)
+    given = linear_bias, weight, row_weight, normalizer
+    options = ignore_index, reduction, label_smoothing, z_loss, temperature, softcap, wanted
+    return _torch_core.linear_cross_entropy(input, linear_weight, target, *given, *options, None, chunk_size)
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
     """The last layer of a classifier and its loss: torch.nn.LinearCrossEntropyLoss, computed by `linear_cross_entropy`.
 
-    The layer is `linear`, a torch.nn.Linear: parameters and state have torch's names.
+    The layer is `linear`, a torch.nn.Linear: parameters and state have torch's names. What the loss has more is given
+    as to `linear_cross_entropy`: `row_weight` and `normalizer`, which follow the batch, where it is called.
 
     Examples
     --------
@@ -378,6 +391,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        return_lse: bool = False,
+        return_correct: bool = False,
         chunk_size: int | None = None,
     ):
         super().__init__()
@@ -385,8 +404,17 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.register_buffer("weight", weight)
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing, self.chunk_size = label_smoothing, chunk_size
+        self.z_loss, self.temperature, self.softcap = z_loss, temperature, softcap
+        self.return_z_loss, self.return_lse, self.return_correct = return_z_loss, return_lse, return_correct
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | CrossEntropy:
         return linear_cross_entropy(
             input,
             self.linear.weight,
@@ -396,6 +424,14 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            return_z_loss=self.return_z_loss,
+            return_lse=self.return_lse,
+            return_correct=self.return_correct,
             chunk_size=self.chunk_size,
         )
 

@@ -1001,7 +1001,7 @@ MUTANTS = [
         mean_with_weights,
         AssertionError,
         "loss .mean.",
-        _edit("gpusoftmax._loss", "rows.numbers(rows.weight if rows.probs", "rows.numbers(None if rows.probs"),
+        _edit("gpusoftmax._loss_rows", "rows.numbers(rows.weight if rows.probs", "rows.numbers(None if rows.probs"),
     ),
     Mutant(
         "label smoothing over the other classes",
@@ -1018,7 +1018,7 @@ MUTANTS = [
         gradient_without_reduction,
         AssertionError,
         "dlogits: row",
-        _edit("gpusoftmax._loss", 'elif reduction == "mean" and', 'elif reduction != "sum" and'),
+        _edit("gpusoftmax._loss_rows", 'if reduction == "mean" and', 'if reduction != "sum" and'),
     ),
     Mutant(
         "gradient not scaled",

@@ -715,6 +715,36 @@ CASES = {
         "chunk_size is 0.5, expected an int or None",
         lambda a: linear(a.x, a.x, a.labels, chunk_size=0.5),
     ),
+    "row weights of a layer of another shape": (
+        ValueError,
+        "row_weight has shape (4,), expected (3,) one factor for each row",
+        lambda a: linear(a.x, a.x, a.labels, row_weight=a.weight),
+    ),
+    "several normalizers of a layer": (
+        ValueError,
+        "normalizer has shape (4,), expected one element",
+        lambda a: linear(a.x, a.x, a.labels, normalizer=a.weight),
+    ),
+    "a normalizer of the losses of a layer's rows": (
+        ValueError,
+        "normalizer is given and reduction is 'none', expected 'mean', which divides by it",
+        lambda a: linear(a.x, a.x, a.labels, reduction="none", normalizer=3),
+    ),
+    "a layer with a temperature for each row": (
+        TypeError,
+        "temperature is [1.0, 2.0, 3.0], expected one number",
+        lambda a: linear(a.x, a.x, a.labels, temperature=[1.0, 2.0, 3.0]),
+    ),
+    "a layer with a softcap of 0": (
+        ValueError,
+        "softcap is 0.0, expected a finite number above 0; None leaves it out",
+        lambda a: linear(a.x, a.x, a.labels, softcap=0),
+    ),
+    "a layer with a z_loss below 0": (
+        ValueError,
+        "z_loss is -1.0, expected a finite number, 0 or above",
+        lambda a: linear(a.x, a.x, a.labels, z_loss=-1.0),
+    ),
     # everything that a loss may have
     "a normalizer of 0": (
         ValueError,

@@ -341,6 +341,16 @@ def test_ignored_rows_take_no_part_whatever_they_hold(dtype):
     assert not result.dinput[ignored].any()
 
 
+def test_ignored_rows_take_no_part_whatever_comes_from_above():
+    x, linear_weight, target, bias = problem(23, 12, 41, share_ignored=0.3)
+    scale = np.random.default_rng(1).standard_normal(23).astype(F32)
+    expected = run(x, linear_weight, target, bias, grad_scale=scale, chunk_size=5)
+    scale[target == -100] = np.nan
+    with Untouched(scale):
+        result = run(x, linear_weight, target, bias, grad_scale=scale, chunk_size=5)
+    assert same_bits(tuple(result), tuple(expected)) and not result.dinput[target == -100].any()
+
+
 def test_nan_stays_in_its_row():
     x, linear_weight, target, bias = problem(23, 12, 41, share_ignored=0)
     x[4, 2] = np.nan

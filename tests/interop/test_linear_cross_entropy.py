@@ -14,6 +14,7 @@ import gpusoftmax
 from gpusoftmax import _layer
 from tests import inputs, tolerances
 from tests.interop.test_torch import tensor, values
+from tests.test_full_linear_cross_entropy import TELL
 from tests.test_linear_cross_entropy import CHUNKS, RETURN, layouts, problem
 
 
@@ -112,7 +113,8 @@ def test_tensors_that_require_grad():
         arguments[k] = torch.nn.Parameter(arguments[k])
         x, linear_weight, bias = arguments
         with pytest.raises(TypeError, match=f"^{name} is a tensor that requires grad"):
-            gpusoftmax.linear_cross_entropy(x, linear_weight, target, linear_bias=bias)
+            gpusoftmax.linear_cross_entropy_with_grad(x, linear_weight, target, linear_bias=bias)
+        assert gpusoftmax.linear_cross_entropy(x, linear_weight, target, linear_bias=bias).requires_grad
         for context in (torch.no_grad(), torch.inference_mode()):
             with context:
                 result = gpusoftmax.linear_cross_entropy_with_grad(x, linear_weight, target, linear_bias=bias)
@@ -150,7 +152,49 @@ def test_within_an_autograd_function(frozen):
         assert got is None or torch.allclose(got, leaf.grad, rtol=1e-12, atol=1e-14)
 
 
+ALL = {"z_loss": 0.01, "temperature": 0.6, "softcap": 3.0, **TELL}
+
+
+def flat(result):
+    return *result.loss, *result[1:]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, pytest.param("bfloat16", marks=pytest.mark.matrix)], ids=str)
+def test_all_that_a_loss_may_have(dtype):
+    """As of NumPy's arrays, which have the tests of it."""
+    x, linear_weight, target, bias = problem(29, 16, 57, dtype)
+    row_weight = np.random.default_rng(1).uniform(0, 2, 29)
+    row_weight[[2, 5]] = 0
+    x[[2, 5]] = np.nan
+    wanted = gpusoftmax.linear_cross_entropy_with_grad(
+        x, linear_weight, target, linear_bias=bias, row_weight=row_weight, normalizer=np.array([7]), **ALL
+    )
+    x, linear_weight, target, bias = map(tensor, (x, linear_weight, target, bias))
+    options = {"linear_bias": bias, "row_weight": tensor(row_weight), "normalizer": torch.tensor([7]), **ALL}
+    result = gpusoftmax.linear_cross_entropy_with_grad(x, linear_weight, target, chunk_size=8, **options)
+    tolerance = 1e-12 if dtype == np.float64 else 2e-2
+    for got, want in zip(flat(result), flat(wanted), strict=True):
+        assert isinstance(got, torch.Tensor) and got.shape == want.shape
+        np.testing.assert_allclose(values(got).astype(float), want.astype(float), rtol=tolerance, atol=tolerance)
+    assert result.loss.n_correct.dtype == torch.int64 and not result.dinput[[2, 5]].any()
+
+
 # ---------------------------------------------------------------- JAX
+
+
+def test_all_that_a_loss_may_have_on_jax_arrays():
+    x, linear_weight, target, _ = problem(29, 16, 57)
+    row_weight = np.random.default_rng(1).uniform(0, 2, 29).astype(np.float32)
+    row_weight[[2, 5]] = 0
+    x[[2, 5]] = np.nan
+    given = {"row_weight": row_weight, "normalizer": np.full(1, 7, np.float32), "z_loss": 0.01, **TELL}
+    wanted = gpusoftmax.linear_cross_entropy_with_grad(x, linear_weight, target, chunk_size=8, **given)
+    given |= {name: jnp.asarray(given[name]) for name in ("row_weight", "normalizer")}
+    result = gpusoftmax.linear_cross_entropy_with_grad(
+        *map(jnp.asarray, (x, linear_weight, target)), chunk_size=8, **given
+    )
+    for got, want in zip(flat(result)[:-1], flat(wanted)[:-1], strict=True):
+        assert isinstance(got, jax.Array) and np.array_equal(np.asarray(got), want)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

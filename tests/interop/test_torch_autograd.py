@@ -676,9 +676,14 @@ OPERATORS = {
         (X, torch.arange(6).view(3, 2), torch.tensor(3), 0, 0, 1, 1.0, 2, None, 0.1),
     ],
     "linear_cross_entropy_with_grad": [  # rows of two features, five classes
-        (X[:, 0], X[0], TARGET[:, 0], None, WEIGHT, None, 1, "mean", 0.1, None, [True, True, False]),
-        (X[:, 0], X[0], TARGET[:, 0], X[0, :, 0], None, X[:, 0, 0], 1, "none", 0.0, 2, [False, True, True]),
-        (X[:, 0], X[0], TARGET[:, 0], None, None, None, 1, "sum", 0.0, None, [False] * 3),
+        (X[:, 0], X[0], None, TARGET[:, 0], WEIGHT, None, None, None, 1, "mean", 0.1, 0.0, None, 1.0, None)
+        + (False, False, False, None, None, [True, True, False]),
+        (X[:, 0], X[0], X[0, :, 0], TARGET[:, 0], None, X[:, 0, 0].exp(), None, X[:, 0, 0], 1, "none", 0.0, 0.1, None)
+        + (0.7, 4.0, True, True, True, None, 2, [False, True, True]),
+        (X[:, 0], X[0], None, TARGET[:, 0], None, None, X[0, 0].exp()[:1], None, 1, "mean", 0.0, 0.0, None, 1.0, 3.0)
+        + (False, True, False, False, None, [False] * 3),
+        (X[:, 0], X[0], None, TARGET[:, 0], None, None, None, None, 1, "sum", 0.0, 0.0, None, 1.0, None)
+        + (False, False, True, None, None, [False] * 3),
     ],
 }
 

@@ -99,6 +99,16 @@ def test_reductions(kind, reduction):
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
+def test_a_normalizer_in_a_tensor_of_one_axis():
+    logits, target = make("labels")
+    of_core = gpusoftmax.cross_entropy(logits, target, normalizer=torch.tensor([4]))
+    loss = cross_entropy(logits.requires_grad_(), target, normalizer=torch.tensor([4]))
+    assert loss.shape == of_core.shape == ()
+    torch.testing.assert_close(loss, of_core, rtol=1e-14, atol=0)
+    with pytest.raises(ValueError, match=r"normalizer has shape \(2,\), expected one element"):
+        cross_entropy(logits, target, normalizer=torch.ones(2))
+
+
 def test_what_is_told():
     logits, target = make("labels")
     logits.requires_grad_()

@@ -131,14 +131,183 @@ def test_module_has_the_state_of_torch():
     assert ours.linear.weight.grad.shape == (N_CLASSES, N_FEATURES) and ours.linear.bias.grad is not None
 
 
-def test_the_core_names_the_differentiable_version():
-    x, w, _, target = tensors()
-    with pytest.raises(TypeError, match=r"gpusoftmax\.torch"):
-        gpusoftmax.linear_cross_entropy(x, w, target)
-
-
 def test_a_bad_label():
     x, w, _, target = tensors()
     target[0] = N_CLASSES
     with pytest.raises(IndexError, match="target"):
         linear_cross_entropy(x, w, target)
+
+
+# ---------------------------------------------------------------- what cross_entropy has more
+
+
+def extras(n_rows=N_ROWS, dtype=torch.float64):
+    row_weight = torch.linspace(0.3, 2, n_rows, dtype=dtype)
+    row_weight[2] = 0
+    return {"row_weight": row_weight, "z_loss": 0.02, "temperature": 0.6, "softcap": 3.0}
+
+
+def full_chain(
+    x, w, bias, target, *, row_weight, z_loss, temperature, softcap, reduction, normalizer=None, weight=None
+):
+    """By its definition, in operations of torch."""
+    z = softcap * torch.tanh(functional.linear(x, w, bias) / (temperature * softcap))
+    z_losses = z_loss * z.logsumexp(-1) ** 2 * (1 if weight is None else weight[target.clamp(0)])
+    losses = functional.cross_entropy(z, target, weight, reduction="none")
+    row_weight = row_weight * (target != -100)
+    losses = row_weight * (losses + z_losses)
+    if reduction == "mean":
+        divisor = (row_weight * (1 if weight is None else weight[target.clamp(0)])).sum()
+        return losses.sum() / float(divisor if normalizer is None else normalizer)
+    return losses if reduction == "none" else losses.sum()
+
+
+REDUCTIONS = [
+    ("mean", None),
+    ("none", None),
+    pytest.param("sum", None, marks=pytest.mark.matrix),
+    ("mean", 4.0),
+    pytest.param("mean", torch.tensor([4]), marks=pytest.mark.matrix),
+]
+
+
+@pytest.mark.parametrize(("reduction", "normalizer"), REDUCTIONS, ids=str)
+@pytest.mark.parametrize("function", [linear_cross_entropy, gpusoftmax.linear_cross_entropy])
+def test_values_and_gradients_of_the_whole_loss(reduction, normalizer, function):
+    """The core's function goes to the differentiable one."""
+    x, w, bias, target = tensors()
+    weight = torch.linspace(0.5, 1.5, N_CLASSES, dtype=torch.float64)
+    options = {**extras(), "reduction": reduction, "normalizer": normalizer, "weight": weight}
+    ours = function(x, w, target, linear_bias=bias, chunk_size=3, **options)
+    theirs = full_chain(x, w, bias, target, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients(ours, x, w, bias), gradients(theirs, x, w, bias), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("reduction", "normalizer"), REDUCTIONS, ids=str)
+def test_gradcheck_of_the_whole_loss(reduction, normalizer):
+    x, w, bias, target = tensors(shape=(4,))
+    options = {**extras(4), "reduction": reduction, "normalizer": normalizer, "chunk_size": 3}
+
+    def loss(x, w, bias):
+        return linear_cross_entropy(x, w, target, linear_bias=bias, **options)
+
+    assert torch.autograd.gradcheck(loss, (x, w, bias))
+    assert torch.autograd.gradgradcheck(loss, (x, w, bias))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_told(recorded, reduction):
+    x, w, bias, target = (one.detach() for one in tensors(shape=(3, 4)))
+    target[0, 0] = functional.linear(x, w, bias)[0, 0].argmax()
+    options = {"linear_bias": bias, **extras(12), "reduction": reduction}
+    options["row_weight"] = options["row_weight"].reshape(3, 4)
+    ask = {"return_z_loss": True, "return_lse": True, "return_correct": True}
+    wanted = gpusoftmax.linear_cross_entropy(x, w, target, **options, **ask)
+    told = linear_cross_entropy(x.requires_grad_(recorded), w, target, **options, **ask)
+    assert told.loss.requires_grad == recorded and wanted.n_correct > 0 and wanted.lse.shape == (3, 4)
+    for one, other in zip(told, wanted, strict=True):
+        torch.testing.assert_close(one.detach(), other, rtol=0, atol=0)
+    assert not any(one.requires_grad for one in told[1:])
+    told = linear_cross_entropy(x, w, target, **options, return_lse=True)
+    assert told.z_loss is told.n_correct is None
+    torch.testing.assert_close(told.lse, wanted.lse, rtol=0, atol=0)
+    if recorded:
+        told.loss.sum().backward()
+        torch.testing.assert_close(x.grad, linear_gradient(x, w, target, options))
+
+
+def linear_gradient(x, w, target, options):
+    found = gpusoftmax.linear_cross_entropy_with_grad(x.detach(), w, target, **options)
+    return found.dinput
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_idle_rows_have_no_gradient_whatever_they_hold(again):
+    """Neither where it is to be differentiated again, nor by what comes from above."""
+    x, w, bias, target = tensors()
+    with torch.no_grad():
+        x[2], x[1] = torch.nan, torch.inf  # of weight 0, and ignored
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(x, w, target, linear_bias=bias, reduction=reduction, **extras())
+        upstream = torch.ones_like(loss)
+        if reduction == "none":
+            upstream[1], upstream[2] = torch.nan, torch.inf
+        dx, *others = torch.autograd.grad(loss, (x, w, bias), upstream, create_graph=again)
+        assert not dx[[1, 2]].any() and dx.isfinite().all() and all(one.isfinite().all() for one in others)
+
+
+def test_the_whole_loss_compiled_whole():
+    x, w, bias, target = tensors(torch.float32)
+    options = {**extras(dtype=torch.float32), "normalizer": torch.tensor(3.0), "return_lse": True}
+
+    def loss(x, w, bias):
+        told = linear_cross_entropy(x, w, target, linear_bias=bias, return_correct=True, **options)
+        return 2 * told.loss + 0 * told.lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w, bias), loss(x, w, bias))
+    torch.testing.assert_close(gradients(compiled(x, w, bias), x, w, bias), gradients(loss(x, w, bias), x, w, bias))
+
+
+def test_parts_of_a_batch_add_up():
+    """A normalizer of all parts, in a tensor: gradients are accumulated as autograd does it."""
+    x, w, bias, target = tensors()
+    given = extras()
+    row_weight = given.pop("row_weight")
+    whole = linear_cross_entropy(x, w, target, linear_bias=bias, row_weight=row_weight, **given)
+    wanted = torch.autograd.grad(whole, (x, w, bias))
+    normalizer = (row_weight * (target != -100)).sum()
+    total = 0
+    for part in (slice(0, 3), slice(3, N_ROWS)):
+        loss = linear_cross_entropy(
+            x[part], w, target[part], linear_bias=bias, row_weight=row_weight[part], normalizer=normalizer, **given
+        )
+        loss.backward()
+        total += loss.detach()
+    torch.testing.assert_close(total, whole.detach(), rtol=1e-13, atol=0)
+    for one, other in zip((x.grad, w.grad, bias.grad), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_module_with_the_whole_loss():
+    x, _, _, target = tensors(torch.float32)
+    options = {**extras(dtype=torch.float32), "return_z_loss": True, "return_lse": True, "return_correct": True}
+    row_weight = options.pop("row_weight")
+    loss_of = LinearCrossEntropyLoss(N_FEATURES, N_CLASSES, **options)
+    told = loss_of(x, target, row_weight=row_weight, normalizer=3.0)
+    wanted = linear_cross_entropy(x, loss_of.linear.weight, target, row_weight=row_weight, normalizer=3.0, **options)
+    assert told.loss.requires_grad
+    for one, other in zip(told, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["weight", "row_weight", "normalizer", "temperature"])
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("function", [linear_cross_entropy, gpusoftmax.linear_cross_entropy])
+def test_gradients_that_there_are_not(name, recorded, function):
+    x, w, _, target = tensors()
+    size = {"weight": (N_CLASSES,), "row_weight": (N_ROWS,)}.get(name, ())
+    given = torch.ones(size, dtype=torch.float64, requires_grad=True)
+    if not recorded:
+        x, w = x.detach(), w.detach()
+    with pytest.raises(TypeError, match=f"^{name} .*requires grad"):
+        function(x, w, target, **{name: given})
+
+
+def test_a_normalizer_of_a_sum():
+    x, w, _, target = tensors()
+    with pytest.raises(ValueError, match="normalizer is given and reduction is 'sum'"):
+        linear_cross_entropy(x, w, target, reduction="sum", normalizer=3.0)
+
+
+def test_validation_can_be_left_out():
+    """Of the core's function, whose tensors go to the differentiable one."""
+    x, w, _, target = tensors()
+    target[0] = N_CLASSES
+    loss = gpusoftmax.linear_cross_entropy(x, w, target, validate=False, reduction="none")
+    assert loss.requires_grad and loss[0].isnan() and loss[1:].isfinite().all()
+    with pytest.raises(IndexError, match="target"):
+        gpusoftmax.linear_cross_entropy(x, w, target)
