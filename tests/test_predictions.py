@@ -9,7 +9,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("needs what links and disassembles kernels", allow_module_level=True)
 
-from benchmarks import model, predict, results
+from benchmarks import model, predict
 from benchmarks.model import Layout
 from benchmarks.predict import Case
 
@@ -121,9 +121,21 @@ def test_tables_stand_between_the_marks(records, tmp_path):
     assert [json.loads(one) for one in lines] == records
 
 
+def test_ops_that_are_not_predicted_anew_stay_in_the_tables(records, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{predict._BEGIN}{predict._END}")
+    predict.write(records, tmp_path, readme)
+    predict.write([{**records[0], "op": "logsumexp", "commit": "later", "date": "9999-01-01"}], tmp_path, readme)
+    text = readme.read_text()
+    assert "| softmax bfloat16 | short | 1000 |" in text and "| logsumexp bfloat16 | short | 1000 |" in text
+    assert f"9999-01-01, commit {records[0]['commit']}, later," in text
+    with pytest.raises(SystemExit, match="no op 'softmaxx', expected some of softmax, log_softmax"):
+        predict.run(print, ["softmax", "softmaxx"])
+
+
 def test_the_committed_predictions_are_the_ones_in_the_table():
     """Whoever changes one writes the other."""
-    saved = [one for path in sorted(predict.DIRECTORY.glob("*.jsonl")) for one in results.load(path)]
+    saved = predict.saved()
     assert saved and not any(one["measured"] for one in saved)
     text = predict.README.read_text()
     assert all(part in text for part in predict.tables(saved))
