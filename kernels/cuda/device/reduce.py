@@ -41,6 +41,14 @@ warp_sum = butterfly_with(add)
 
 
 @device
+def plus(x, y):
+    return int32(x + y)
+
+
+warp_count = butterfly_with(plus)
+
+
+@device
 def warp_sum_pair(total, low):
     """The sum over a warp of total + low, with the rounding errors of every addition carried along."""
     for offset in (16, 8, 4, 2, 1):
@@ -127,14 +135,18 @@ def first_of_block(row, scratch):
 
 
 @device
-def sum_of_block(value, scratch):
-    """The sum of the block's integers (int64)."""
-    for offset in (16, 8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(FULL_WARP, value, offset)
-    value = exchange(value, scratch, value - value)
+def sum_of_warp(value):
+    """The sum of the warp's integers (int64)."""
     for offset in (16, 8, 4, 2, 1):
         value += cuda.shfl_xor_sync(FULL_WARP, value, offset)
     return value
+
+
+@device
+def sum_of_block(value, scratch):
+    """The sum of the block's integers (int64)."""
+    value = exchange(sum_of_warp(value), scratch, value - value)
+    return sum_of_warp(value)
 
 
 @device
