@@ -57,6 +57,9 @@ def test_every_access_to_a_row_is_counted(records):
         ("cross_entropy", "bfloat16", 8192, 17),  # a warp has four chunks of such rows too
         ("cross_entropy", "bfloat16", 1000, 24),  # the logarithms of a block's rows are taken side by side
         ("cross_entropy_with_grad", "bfloat16", 8192, 29),
+        ("token_logprobs", "bfloat16", 32000, 16),
+        ("token_logprobs_and_entropy", "bfloat16", 32000, 18.5),
+        ("token_logprobs_and_rank", "bfloat16", 32000, 19.5),
     ],
 )
 def test_instructions_per_logit(op, dtype, n_cols, most):

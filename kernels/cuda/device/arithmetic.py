@@ -6,8 +6,6 @@ are asked for by the intrinsics that name their rounding.
 
 import functools
 
-from llvmlite import ir
-
 from gpusoftmax.kernels import formulas
 from gpusoftmax.kernels.binding import bind
 from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
@@ -57,6 +55,7 @@ exp_gap = formula(formulas.exp_gap)
 tie = formula(formulas.tie)
 weighted = formula(formulas.weighted)
 distance_of_mass = formula(formulas.distance_of_mass)
+is_above = formula(formulas.is_above)
 scaled = formula(formulas.scaled)
 inverse_temperature = formula(formulas.inverse_temperature, n_results=2)
 softcap = formula(formulas.softcap)
@@ -89,20 +88,6 @@ log_ratio = formula(formulas.log_ratio)
 short_log_ratio = formula(formulas.short_log_ratio)
 divergence = formula(formulas.divergence)
 pull_on_target = formula(formulas.pull_on_target)
-
-
-@intrinsic
-def above(typingctx, x, threshold):
-    """-1 where x is larger than the threshold, else 0: one instruction, and an addition takes two of them at once."""
-
-    def codegen(context, builder, signature, args):
-        kind, register = ("f32", "f") if x.bitwidth == 32 else ("f64", "d")
-        word = ir.IntType(32)
-        function = ir.FunctionType(word, [args[0].type, args[1].type])
-        compare = ir.InlineAsm(function, f"set.gt.s32.{kind} $0, $1, $2;", f"=r,{register},{register}")
-        return builder.call(compare, args)
-
-    return types.int32(x, threshold), codegen
 
 
 @intrinsic

@@ -15,6 +15,7 @@ import math
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, fma, mul, number, reference, sub
 from gpusoftmax.kernels.cuda.device.exponential import (
+    above_floor,
     anchor,
     cheap_exp_from,
     cheap_exp_gap,
@@ -26,7 +27,7 @@ from gpusoftmax.kernels.cuda.device.memory import granule_numbers, n_values
 from gpusoftmax.kernels.cuda.device.piece_state import group_sum, halved, is_near, is_settled
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import has_columns
-from gpusoftmax.kernels.cuda.device.split import split_lanes
+from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes
 from gpusoftmax.kernels.cuda.plan import GROUP
 
 LN_2 = math.log(2)
@@ -45,7 +46,7 @@ def exponent_of_maximum(largest, exponent, params):
     return number(exponent, 0.0)
 
 
-def group_sums_with(near):
+def group_sums_with(near, floored=True):
     @device
     def group_sums(held, first, largest, exponent, params):
         """(sum e, sum e g) of a group."""
@@ -56,37 +57,53 @@ def group_sums_with(near):
         for k in range(GROUP):
             x = held[first + k]
             if near:
-                values[k] = cheap_exp_from(x, exponent, lowest, c, c_low)
-                exponents = fma(values[k], exponent_from(x, exponent, c), exponents)
+                values[k], g = cheap_exp_from(x, exponent, lowest, c, c_low), exponent_from(x, exponent, c)
             else:
-                values[k] = cheap_exp_gap(x, half, scale, scale_low, c, c_low)
-                exponents = fma(values[k], exponent_of_gap(x, half, c), exponents)
+                values[k], g = cheap_exp_gap(x, half, scale, scale_low, c, c_low), exponent_of_gap(x, half, c)
+            exponents = fma(values[k], above_floor(g) if floored else g, exponents)
         return group_sum(values, 0), exponents
 
     return group_sums
 
 
-near_sums, far_sums = group_sums_with(near=True), group_sums_with(near=False)
+def piece_sums_with(group_sums):
+    @device
+    def piece_sums(held, sums, largest, exponent, piece, split, params):
+        total, exponents = number(largest, 0.0), number(largest, 0.0)
+        for group in range(0, n_values(largest), GROUP):
+            if has_columns(group, piece, split):
+                sums[group // GROUP], more = group_sums(held, group, largest, exponent, params)
+                total, exponents = add(total, sums[group // GROUP]), add(exponents, more)
+        return total, exponents
+
+    return piece_sums
+
+
+swift_sums = piece_sums_with(group_sums_with(near=True, floored=False))
+near_sums = piece_sums_with(group_sums_with(near=True))
+far_sums = piece_sums_with(group_sums_with(near=False))
 
 
 @device
-def sum_and_distances(held, sums, largest, piece, split, params):
-    """(sum e, D) of a piece. The sum has the bits of piece_state, and so have the sums of this lane's groups."""
+def sum_and_distances(held, sums, largest, is_finite, piece, split, params):
+    """(sum e, D, is_finite) of a piece. Its sum and those of this lane's groups have the bits that piece_sum gives.
+
+    A logit of -inf has 0 times infinity for a product, unless exponents have a floor, one instruction for each column.
+    A long row goes without until it meets one: `is_finite`, from piece to piece. No bit depends on that.
+    """
     exponent = anchor(largest, params[2])
-    total, exponents = number(largest, 0.0), number(largest, 0.0)
+    top = exponent_of_maximum(largest, exponent, params)
+    if is_long(split) and is_finite and is_near(exponent):
+        total, exponents = swift_sums(held, sums, largest, exponent, piece, split, params)
+        total, exponents = warp_sum(total, split_lanes(split)), warp_sum(exponents, split_lanes(split))
+        if exponents == exponents:
+            return total, fma(top, total, -exponents), True
     if is_near(exponent):
-        for group in range(0, n_values(largest), GROUP):
-            if has_columns(group, piece, split):
-                sums[group // GROUP], more = near_sums(held, group, largest, exponent, params)
-                total, exponents = add(total, sums[group // GROUP]), add(exponents, more)
+        total, exponents = near_sums(held, sums, largest, exponent, piece, split, params)
     else:
-        for group in range(0, n_values(largest), GROUP):
-            if has_columns(group, piece, split):
-                sums[group // GROUP], more = far_sums(held, group, largest, exponent, params)
-                total, exponents = add(total, sums[group // GROUP]), add(exponents, more)
-    total = warp_sum(total, split_lanes(split))
-    exponents = warp_sum(exponents, split_lanes(split))
-    return total, fma(exponent_of_maximum(largest, exponent, params), total, -exponents)
+        total, exponents = far_sums(held, sums, largest, exponent, piece, split, params)
+    total, exponents = warp_sum(total, split_lanes(split)), warp_sum(exponents, split_lanes(split))
+    return total, fma(top, total, -exponents), False
 
 
 def group_distances_with(near):
@@ -100,10 +117,10 @@ def group_distances_with(near):
             x = held[k]
             if near:
                 e = cheap_exp_from(x, exponent, lowest, c, c_low)
-                total = fma(e, sub(top, exponent_from(x, exponent, c)), total)
+                total = fma(e, sub(top, above_floor(exponent_from(x, exponent, c))), total)
             else:
                 e = cheap_exp_gap(x, half, scale, scale_low, c, c_low)
-                total = fma(e, -exponent_of_gap(x, half, c), total)
+                total = fma(e, -above_floor(exponent_of_gap(x, half, c)), total)
         return total
 
     return group_distances

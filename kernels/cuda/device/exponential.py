@@ -155,13 +155,13 @@ def _above_floor(a, exponent):
 
 
 def _exponent_from(a, x, exponent, c):
-    """log2 of cheap_exp_from; finite, also where that is 0."""
-    return _above_floor(a, a.fma(x, _per_logit(a, _in_base_2(a, c)), a.negative(exponent)))
+    """log2 of cheap_exp_from."""
+    return a.fma(x, _per_logit(a, _in_base_2(a, c)), a.negative(exponent))
 
 
 def _exponent_of_gap(a, x, max_half, c):
-    """log2 of cheap_exp_gap; finite, also where that is 0."""
-    return _above_floor(a, a.mul(_half_gap(a, x, max_half), _in_base_2(a, c)))
+    """log2 of cheap_exp_gap."""
+    return a.mul(_half_gap(a, x, max_half), _in_base_2(a, c))
 
 
 def _low_of_cheap(a, c_low):
@@ -215,6 +215,7 @@ anchor = formula(_anchor)
 lowest_of = formula(_lowest)
 cheap_exp_from = formula(_cheap_from)
 accurate_exp_from = formula(_accurate_from)
+above_floor = formula(_above_floor)
 exponent_from = formula(_exponent_from)
 exponent_of_gap = formula(_exponent_of_gap)
 low_of_cheap = formula(_low_of_cheap)

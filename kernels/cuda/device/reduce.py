@@ -12,6 +12,7 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
+from gpusoftmax.kernels.cuda.device.memory import number_size
 from gpusoftmax.kernels.cuda.device.shared_numbers import put, put_in_block, put_pair, put_pair_in_block
 from gpusoftmax.kernels.cuda.device.split import split_cluster
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
@@ -88,6 +89,19 @@ def publish_pair(at, first, second, team, split):
             put_pair_in_block(at, team.lane, first, second)
     elif team.lane == 0:
         put_pair(at, first, second)
+
+
+@device
+def publish_pair_and(at, first, second, k, other, team, split):
+    """As `publish_pair`, and `publish` of one more, k numbers behind the first."""
+    other_at = at + k * number_size(first)
+    if split_cluster(split) > 1:
+        if team.lane < split_cluster(split):
+            put_pair_in_block(at, team.lane, first, second)
+            put_in_block(other_at, team.lane, other)
+    elif team.lane == 0:
+        put_pair(at, first, second)
+        put(other_at, other)
 
 
 @device

@@ -13,7 +13,6 @@ from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
-    above,
     add,
     add_pair,
     fma,
@@ -44,23 +43,25 @@ from gpusoftmax.kernels.cuda.device.memory import (
     store,
     store_integer,
 )
+from gpusoftmax.kernels.cuda.device.pairs import count_above, largest_of_piece, unpack_again
 from gpusoftmax.kernels.cuda.device.piece_state import (
     gap_params,
     halved,
     is_near,
     of_cheap,
-    piece_max,
-    piece_state,
+    piece_sum,
     read_logits,
     second_look,
 )
 from gpusoftmax.kernels.cuda.device.reduce import (
     leads_block,
     publish,
+    publish_pair,
+    publish_pair_and,
     sum_of_warp,
     warp_count,
     warp_min,
-    warp_sum_pair,
+    warp_sum,
 )
 from gpusoftmax.kernels.cuda.device.row_state import (
     NO_COLUMN,
@@ -69,7 +70,6 @@ from gpusoftmax.kernels.cuda.device.row_state import (
     loss_numbers_with,
     numbers_for_probs,
     publish_second_look,
-    publish_state,
     ratio,
     row_place,
     state_place,
@@ -103,14 +103,6 @@ from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 
-class Asked(NamedTuple):
-    """What is asked for of a row besides its state."""
-
-    threshold: object  # above it, logits are counted, if is_counted
-    is_counted: bool
-    is_found: bool  # the first column of the maximum
-
-
 class Targets(NamedTuple):
     """The targets of all rows."""
 
@@ -118,6 +110,16 @@ class Targets(NamedTuple):
     count: int
     stride: int
     ignore_index: int
+
+
+class Asked(NamedTuple):
+    """What is asked for of a row besides its state."""
+
+    row: int
+    targets: Targets
+    rows: object
+    is_counted: bool  # the logits above that of the first target
+    is_found: bool  # the first column of the maximum
 
 
 @device
@@ -142,14 +144,27 @@ def distance_to(half, x, scale):
 
 
 @device
-def count_above(held, threshold, piece, split):
-    """Minus the number of this lane's columns that are above a threshold."""
-    count = int32(0)
-    for group in range(0, n_values(threshold), GROUP):
-        if has_columns(group, piece, split):
-            for k in range(group, group + GROUP):
-                count = int32(count + above(held[k], threshold))
-    return count
+def logit_of_first(source, asked, like):
+    """The logit of the first target; NaN, which none is above, where it is no class."""
+    if asked.row < asked.rows.n_rows:
+        label = label_of(asked.row, 0, asked.targets, asked.rows)
+        if is_class(label, asked.targets, asked.rows):
+            return transformed(load(source.pointer, label * source.stride, like), label, source.through)
+    return number(like, math.nan)
+
+
+@device
+def threshold_of(source, asked, team, split, like):
+    """What logits are counted above. One warp of a block looks it up for the others."""
+    if not is_long(split):
+        return logit_of_first(source, asked, like)
+    place = row_place(5, int32(0), split, like)
+    if leads_block():
+        threshold = logit_of_first(source, asked, like)
+        if team.lane == 0:
+            put(place, threshold)
+    cuda.syncthreads()  # it is there before any warp reads it
+    return get(place, like)
 
 
 @device
@@ -185,8 +200,7 @@ def merged_distances(row_max, team, split, params):
         distances = get(state_place(4, chunk, split, row_max), row_max)
         part = distances_as_part(distances, largest, exponentials, row_max, params)
         total, low = add_pair(total, low, part, number(row_max, 0.0))
-    total, low = warp_sum_pair(total, low)
-    return add(total, low)
+    return warp_sum(add(total, low), WARP_SIZE)
 
 
 @device
@@ -210,20 +224,21 @@ def token_numbers_with(with_entropy):
     _, finished_row = loss_numbers_with(numbers_for_probs, with_entropy)
 
     @device
-    def state_of_piece(held, sums, piece, split, params):
-        """(its state, its distances)"""
+    def state_of_piece(held, sums, is_finite, piece, source, split, params):
+        """(its state, its distances, is_finite as in `sum_and_distances`)"""
+        largest = largest_of_piece(held, piece, source, split, params)
+        unpack_again(held, source, split)
         if with_entropy:
-            largest = piece_max(held, piece, split, params)
-            total, distances = sum_and_distances(held, sums, largest, piece, split, params)
+            total, distances, is_finite = sum_and_distances(held, sums, largest, is_finite, piece, split, params)
         else:
-            largest, total = piece_state(held, sums, piece, split, params)
+            total = piece_sum(held, sums, largest, anchor(largest, params[2]), piece, split, params)
             distances = number(largest, 0.0)
         ties, rest = number(largest, 0.0), number(largest, 0.0)
         if not is_long(split):
             ties, rest = second_look(held, sums, largest, total, piece, split, params)
             if with_entropy:
                 distances = second_look_at_distances(held, largest, total, distances, piece, split, params)
-        return (largest, total, ties, rest), distances
+        return (largest, total, ties, rest), distances, is_finite
 
     @device
     def joined_distances(one, state, other, other_state, row_max, params):
@@ -240,19 +255,22 @@ def token_numbers_with(with_entropy):
         zero, least = number(params[0], 0.0), number(params[0], -math.inf)
         held, sums = piece_numbers(zero), granule_numbers(zero)
         state, distances = (least, zero, zero, zero), zero
-        count, best, column = int32(0), least, int32(0)
+        count, best, column, is_finite = int32(0), least, int32(0), True
         last_piece = int32((1 << split_piece_bits(split)) - 1)
         announce(split)
         open_row((source,), n_cols, team, split, least)
         meet(split)
+        threshold = zero
+        if asked.is_counted:
+            threshold = threshold_of(source, asked, team, split, zero)  # while the row is under way
         k = int32(0)
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
-            current, more = state_of_piece(held, sums, piece, split, params)
-            if asked.is_counted:
-                count = int32(count - count_above(held, asked.threshold, piece, split))
+            if asked.is_counted:  # first, while the words of pairs are in registers
+                count = int32(count + count_above(held, threshold, piece, source, split))
+            current, more, is_finite = state_of_piece(held, sums, is_finite, piece, source, split, params)
             # Where a warp has several rows, all of its lanes take part.
             if asked.is_found and (is_one_chunk(split) or current[0] > best):
                 first = first_with(held, current[0], piece, team, split, source)
@@ -265,11 +283,13 @@ def token_numbers_with(with_entropy):
                 distances = joined_distances(distances, state, more, current, merged[0], params)
                 state = merged
             if not is_one_chunk(split) and k & last_piece == last_piece:
-                publish_state(k, state, team, split)
+                place = state_place(0, chunk_of(k, team, split), split, zero)
+                if with_entropy:
+                    publish_pair_and(place, state[0], state[1], 4, distances, team, split)
+                else:
+                    publish_pair(place, state[0], state[1], team, split)
                 if not is_long(split):
                     publish_second_look(k, state, team, split)
-                if with_entropy:
-                    publish(state_place(4, chunk_of(k, team, split), split, zero), distances, team, split)
             k = int32(k + 1)
         if asked.is_counted:
             count = warp_count(count, split_lanes(split))
@@ -336,13 +356,8 @@ def token_logprobs_of(token_numbers):
         row = own_row(start, split)
         exists = row < rows.n_rows
         source = row_of(logits, row, rows)
-        threshold = number(scale, math.nan)
         is_counted = ranks.pointer != 0
-        if is_counted and exists:
-            label = label_of(row, 0, targets, rows)
-            if is_class(label, targets, rows):
-                threshold = transformed(load(source.pointer, label * source.stride, scale), label, source.through)
-        asked = Asked(threshold, is_counted, argmax.pointer != 0)
+        asked = Asked(row, targets, rows, is_counted, argmax.pointer != 0)
         n_cols = rows.n_cols if exists else 0
         numbers, mean, n_above, column = token_numbers(source, asked, n_cols, team, split, params)
         half, log, log_low, _ = numbers
@@ -501,7 +516,7 @@ def backward_with(token_numbers, with_entropy):
                 gradient = mul(gradient_of_target(row, 0, targets, dlogprobs, stride, rows, scale), per_logprob)
             if with_entropy:
                 slope = load(row_of(dentropy, row, rows).pointer, 0, scale)
-        asked = Asked(zero, False, False)
+        asked = Asked(row, targets, rows, False, False)
         found, mean, _, _ = token_numbers(source, asked, n_cols, team, split, params)
         if with_entropy:
             total = fma(slope, told_mean(mean, split), total)
