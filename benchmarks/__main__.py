@@ -4,7 +4,7 @@ python -m benchmarks cpu | gpu [--quick]                      the whole suite fo
 python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
 python -m benchmarks layer                                    a linear layer with its loss: seconds and memory
 python -m benchmarks launch                                   what a call on a GPU costs on the host; needs no GPU
-python -m benchmarks predict                                  what an H200 should do: predicted on paper, not measured
+python -m benchmarks predict [--op OP ...]                    what an H200 should do: predicted on paper, not measured
 python -m benchmarks report                                   tables and plots from the saved results
 """
 
@@ -22,7 +22,9 @@ _GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
 _WITHOUT_CASES = {
     "layer": lambda arguments: layer.run(arguments.attempts or 7, arguments.threads, arguments.save, print),
     "launch": lambda _: launch.run(print),
-    "predict": lambda _: importlib.import_module("benchmarks.predict").run(print),  # needs what links kernels
+    "predict": lambda arguments: importlib.import_module("benchmarks.predict").run(
+        print, arguments.op
+    ),  # links kernels
     "report": lambda _: report.write(),
 }
 _COMPILED = "torch.compile"
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", nargs="+", default=["4096x1024"], metavar="ROWSxCOLS")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--provider", nargs="+", default=[], help="these beside gpusoftmax instead of all")
+    parser.add_argument("--op", nargs="+", default=[], help="what is predicted anew (default: all)")
     parser.add_argument("--attempts", type=int, help="the quietest of so many is reported (default 5, quick 2)")
     parser.add_argument("--threads", type=int, default=2, help="of every provider on the CPU (default 2)")
     parser.add_argument("--budget", type=float, help="seconds after which no further case is begun")

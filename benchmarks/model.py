@@ -34,7 +34,7 @@ _SLOTS = 4
 _BYTES_A_CLOCK = 64
 _INTEGER = (
     *("IADD3", "VIADD", "LEA", "LOP3", "PLOP3", "SHF", "PRMT", "FLO", "POPC", "MOV", "P2R", "VOTE", "F2FP"),
-    *("ISETP", "SEL", "VIMNMX", "FSETP", "FSET", "FSEL", "FMNMX"),
+    *("ISETP", "SEL", "VIMNMX", "FSETP", "FSET", "FSEL", "FMNMX", "HSET2", "HMNMX2", "VHMNMX"),
 )
 _DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP")
 _SHARED = ("LDS", "STS", "LDGSTS", "SHFL")

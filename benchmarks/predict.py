@@ -35,17 +35,23 @@ _BEGIN, _END = "<!-- predictions: python -m benchmarks predict -->", "<!-- /pred
 _ARCH = "sm_90"
 _GIB = 2**30
 DTYPES = ("bfloat16", "float32")
-OPS = ("softmax", "log_softmax", "cross_entropy", "cross_entropy_with_grad")
+OPS = (
+    *("softmax", "log_softmax", "cross_entropy", "cross_entropy_with_grad"),
+    *("token_logprobs", "token_logprobs_and_entropy", "token_logprobs_and_rank"),  # with the rank there is the entropy
+)
 OTHERS = (
     "logsumexp",
     "softmax_backward",
     "log_softmax_backward",
-    "token_logprobs",
     "top_logprobs",
+    "sample",
     "kl_div",
     "kl_div_with_grad",
 )
-OPTIONS = {"token_logprobs": {"return_entropy": True, "return_rank": True}}
+OPTIONS = {
+    "token_logprobs_and_entropy": {"return_entropy": True},
+    "token_logprobs_and_rank": {"return_entropy": True, "return_rank": True},
+}
 _REGIMES = ("short", "held", "cluster", "online")
 TYPICAL = (32000, 128256, 8192, 1000, 1048576)
 """Each regime is shown at the first of these lengths that gets it."""
@@ -64,6 +70,11 @@ class Case(NamedTuple):
         return cls(*(record[field] for field in cls._fields))
 
     @property
+    def function(self) -> str:
+        """The public function that is called, with OPTIONS."""
+        return self.op.partition("_and_")[0]
+
+    @property
     def numpy_dtype(self) -> np.dtype:
         return BFLOAT16 if self.dtype == "bfloat16" else np.dtype(self.dtype)
 
@@ -74,17 +85,21 @@ class Case(NamedTuple):
     @property
     def copy_seconds(self) -> float:
         """Of as many bytes as the op has to move."""
-        one = ("cross_entropy", "logsumexp", "token_logprobs", "top_logprobs")
+        one = ("cross_entropy", "logsumexp", "token_logprobs", "top_logprobs", "sample")
         three = self.op.endswith("_backward") or self.op == "kl_div_with_grad"
-        arrays = 1 if self.op in one else 3 if three else 2
+        arrays = 1 if self.function in one else 3 if three else 2
         return arrays * self.n_rows * self.n_cols * self.numpy_dtype.itemsize / model.COPY_BYTES_PER_SECOND
 
 
-def run(report: Report) -> None:
+def run(report: Report, ops: Sequence[str] = ()) -> None:
+    """Predicts the cases of these ops, or of all, and writes the tables anew from what is saved of the others too."""
+    if unknown := sorted(set(ops) - {*OPS, *OTHERS}):
+        raise SystemExit(f"predict: no op {unknown[0]!r}, expected some of {', '.join((*OPS, *OTHERS))}")
     records = []
     for case in cases():
-        records.append(record(case))
-        report(line(records[-1]))
+        if not ops or case.op in ops:
+            records.append(record(case))
+            report(line(records[-1]))
     write(records)
 
 
@@ -107,10 +122,10 @@ def _gibibyte(op: str, dtype: str, n_cols: int) -> Case:
 def record(case: Case) -> dict:
     """What is predicted for a case, and from what. The loss is that of each row: the mean takes two kernels more."""
     shape = case.n_rows, case.n_cols
-    launches = _dry_run.launches(case.op, shape, case.dtype, _ARCH, **OPTIONS.get(case.op, {}))
+    launches = _dry_run.launches(case.function, shape, case.dtype, _ARCH, **OPTIONS.get(case.op, {}))
     whole = next(launch for launch in launches if launch.plan.regime != "single")
     facts = _dry_run.facts(whole)
-    row = gpusoftmax.explain(case.op, shape, dtype=case.dtype, arch=_ARCH)["row"]
+    row = gpusoftmax.explain(case.function, shape, dtype=case.dtype, arch=_ARCH)["row"]
     n_bytes = case.n_rows * (row["read"] + row["written"])
     stats, rows = _emulated(case, whole.plan)
     instructions = machine_code.executed(whole.image.ptx, _ARCH, stats.warp_lines)
@@ -158,7 +173,9 @@ def _emulated(case: Case, plan: Plan) -> tuple[Stats, int]:
             options["reduction"] = "none"
         if case.op == "top_logprobs":
             arguments.append(_dry_run.TOP)
-        getattr(gpusoftmax, case.op)(*arguments, **options)
+        if case.op == "sample":
+            options["rng"] = 0
+        getattr(gpusoftmax, case.function)(*arguments, **options)
         return gpu.stats[-1], rows
 
 
@@ -177,9 +194,11 @@ def write(records: Sequence[dict], directory: Path = DIRECTORY, readme: Path = R
     for op in dict.fromkeys(one["op"] for one in records):
         lines = [json.dumps(one) + "\n" for one in records if one["op"] == op]
         (directory / f"{op}.jsonl").write_text("".join(lines))
+    records = saved(directory)
+    commits = dict.fromkeys(one["commit"] for one in sorted(records, key=lambda one: one["date"]))
     head = (
-        f"Predicted, not measured: no kernel has run on a GPU yet. {records[0]['date'][:10]}, commit "
-        f"{records[0]['commit']}, for an H200: {model.MULTIPROCESSORS} multiprocessors (SM) at {model.CLOCK / 1e9} GHz "
+        f"Predicted, not measured: no kernel has run on a GPU yet. {max(one['date'] for one in records)[:10]}, commit "
+        f"{', '.join(commits)}, for an H200: {model.MULTIPROCESSORS} multiprocessors (SM) at {model.CLOCK / 1e9} GHz "
         f"and a copy of {model.COPY_BYTES_PER_SECOND / 1e12} TB/s. `benchmarks/model.py` says what is assumed, "
         f"`benchmarks/machine_code.py` how instructions are counted; `benchmarks/results/{DIRECTORY.name}/` has all "
         f"numbers."
@@ -188,6 +207,11 @@ def write(records: Sequence[dict], directory: Path = DIRECTORY, readme: Path = R
     after = rest.split(_END)[1]
     parts = [before + _BEGIN, head, *tables(records), _END]
     readme.write_text("\n\n".join(parts) + after)
+
+
+def saved(directory: Path = DIRECTORY) -> list[dict]:
+    """All records of a directory."""
+    return [one for path in sorted(directory.glob("*.jsonl")) for one in results.load(path)]
 
 
 def tables(records: Sequence[dict]) -> Iterator[str]:
@@ -202,7 +226,8 @@ def tables(records: Sequence[dict]) -> Iterator[str]:
         "those of the rows: a mean takes two kernels more."
     )
     big = {(one["op"], one["dtype"], one["n_cols"]): one for one in records if not Case.of(one).is_decode}
-    keys = [(op, dtype) for op in OPS for dtype in DTYPES]
+    known = {one["op"] for one in records}
+    keys = [(op, dtype) for op in OPS if op in known for dtype in DTYPES]
     yield table(_grid("", keys, VOCABULARIES, big, lambda one: f"{100 * one['copy_us'] / one['predicted_us']:.0f}"))
     yield f"softmax of few rows, microseconds, {1e6 * model.START_SECONDS:.0f} of them until the kernel has started."
     few = {(one["dtype"], one["n_rows"], one["n_cols"]): one for one in records if Case.of(one).is_decode}

@@ -9,7 +9,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("needs what links and disassembles kernels", allow_module_level=True)
 
-from benchmarks import model, predict, results
+from benchmarks import model, predict
 from benchmarks.model import Layout
 from benchmarks.predict import Case
 
@@ -57,6 +57,9 @@ def test_every_access_to_a_row_is_counted(records):
         ("cross_entropy", "bfloat16", 8192, 17),  # a warp has four chunks of such rows too
         ("cross_entropy", "bfloat16", 1000, 24),  # the logarithms of a block's rows are taken side by side
         ("cross_entropy_with_grad", "bfloat16", 8192, 29),
+        ("token_logprobs", "bfloat16", 32000, 16),
+        ("token_logprobs_and_entropy", "bfloat16", 32000, 18.5),
+        ("token_logprobs_and_rank", "bfloat16", 32000, 19.5),
     ],
 )
 def test_instructions_per_logit(op, dtype, n_cols, most):
@@ -121,9 +124,21 @@ def test_tables_stand_between_the_marks(records, tmp_path):
     assert [json.loads(one) for one in lines] == records
 
 
+def test_ops_that_are_not_predicted_anew_stay_in_the_tables(records, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{predict._BEGIN}{predict._END}")
+    predict.write(records, tmp_path, readme)
+    predict.write([{**records[0], "op": "logsumexp", "commit": "later", "date": "9999-01-01"}], tmp_path, readme)
+    text = readme.read_text()
+    assert "| softmax bfloat16 | short | 1000 |" in text and "| logsumexp bfloat16 | short | 1000 |" in text
+    assert f"9999-01-01, commit {records[0]['commit']}, later," in text
+    with pytest.raises(SystemExit, match="no op 'softmaxx', expected some of softmax, log_softmax"):
+        predict.run(print, ["softmax", "softmaxx"])
+
+
 def test_the_committed_predictions_are_the_ones_in_the_table():
     """Whoever changes one writes the other."""
-    saved = [one for path in sorted(predict.DIRECTORY.glob("*.jsonl")) for one in results.load(path)]
+    saved = predict.saved()
     assert saved and not any(one["measured"] for one in saved)
     text = predict.README.read_text()
     assert all(part in text for part in predict.tables(saved))

@@ -242,6 +242,19 @@ def test_arithmetic_of_halves():
     )
 
 
+def test_comparisons_of_pairs():
+    """A mask for each half; the larger of both halves, where a NaN loses."""
+    words = np.random.default_rng(7).integers(0, 2**32, (2, 1500), dtype=u32)
+    words[1, ::3] = words[0, ::3]
+    words[1, 1::5] = words[0, 1::5] ^ 0x7F800000  # other exponents, or NaN, in one half
+    for name, dtype in (("f16x2", f16), ("bf16x2", bf16)):
+        x, y = (word.view(dtype).astype(f32) for word in words)
+        got = emulate(f"set.gt.u32.{name} {{d}}, {{a}}, {{b}};", tuple(words), u32)
+        same(got.view(np.uint16), np.where(x > y, 0xFFFF, 0).astype(np.uint16))
+        got = emulate(f"max.{name} {{d}}, {{a}}, {{b}};", tuple(words), u32).view(dtype).astype(f32)
+        same(got, np.fmax(x, y))
+
+
 def _words(values, dtype=u32):
     mask = 2 ** (8 * np.dtype(dtype).itemsize) - 1
     return np.array([int(value) & mask for value in values], dtype)

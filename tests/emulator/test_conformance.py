@@ -71,6 +71,7 @@ def inputs(dtypes, text):
 
 HALVES = np.arange(65536, dtype=u16)
 F32, F64 = (f32,), (f64,)
+PAIRS = ("f16x2", "bf16x2")
 EXACT = [
     *[
         (f"{op}.{mode}.f32 {{d}}, {{a}}, {{b}};", F32 * 2, f32)
@@ -109,6 +110,7 @@ EXACT = [
         (f"setp.{op}.f32 %p1, {{a}}, {{b}}; selp.f32 {{d}}, {{a}}, {{b}}, %p1;", F32 * 2, f32)
         for op in ("eq", "ne", "lt", "ge", "equ", "neu", "ltu", "geu", "num", "nan")
     ],
+    *[(f"{op}.{pair} {{d}}, {{a}}, {{b}};", (u32, u32), u32) for op in ("max", "set.gt.u32") for pair in PAIRS],
     ("setp.lt.f64 %p1, {a}, {b}; selp.f64 {d}, {a}, {b}, %p1;", F64 * 2, f64),
     ("setp.hi.u32 %p1, {a}, {b}; selp.b32 {d}, {a}, {b}, %p1;", (u32, u32), u32),
     ("shl.b32 {d}, {a}, {b};", (u32, u32), u32),

@@ -145,6 +145,25 @@ def _cheap_from(a, x, exponent, lowest, c, c_low):
     return _ex2(a, a.fma(x, _per_logit(a, c), a.negative(exponent)))
 
 
+def _in_base_2(a, c):
+    return a.mul(c, a.number(1 / math.log(2))) if a.format is formulas.DOUBLE else c
+
+
+def _above_floor(a, exponent):
+    """The exponent, or a finite one where it is -inf: its product with the exponential is 0."""
+    return a.maximum(exponent, a.number(-(2.0**100)))
+
+
+def _exponent_from(a, x, exponent, c):
+    """log2 of cheap_exp_from."""
+    return a.fma(x, _per_logit(a, _in_base_2(a, c)), a.negative(exponent))
+
+
+def _exponent_of_gap(a, x, max_half, c):
+    """log2 of cheap_exp_gap."""
+    return a.mul(_half_gap(a, x, max_half), _in_base_2(a, c))
+
+
 def _low_of_cheap(a, c_low):
     """The c_low of cheap exponentials, for accurate ones that are compared with them."""
     return c_low if a.format is formulas.DOUBLE else a.number(0)
@@ -196,6 +215,9 @@ anchor = formula(_anchor)
 lowest_of = formula(_lowest)
 cheap_exp_from = formula(_cheap_from)
 accurate_exp_from = formula(_accurate_from)
+above_floor = formula(_above_floor)
+exponent_from = formula(_exponent_from)
+exponent_of_gap = formula(_exponent_of_gap)
 low_of_cheap = formula(_low_of_cheap)
 ordered_exp_from = formula(_ordered_from)
 unless_equal = formula(_unless_equal)

@@ -12,6 +12,7 @@ from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
+from gpusoftmax.kernels.cuda.device.memory import number_size
 from gpusoftmax.kernels.cuda.device.shared_numbers import put, put_in_block, put_pair, put_pair_in_block
 from gpusoftmax.kernels.cuda.device.split import split_cluster
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
@@ -38,6 +39,14 @@ def butterfly_with(combine):
 
 warp_max = butterfly_with(maximum)  # NaN loses against any number
 warp_sum = butterfly_with(add)
+
+
+@device
+def plus(x, y):
+    return int32(x + y)
+
+
+warp_count = butterfly_with(plus)
 
 
 @device
@@ -95,6 +104,19 @@ def publish_pair(at, first, second, team, split):
 
 
 @device
+def publish_pair_and(at, first, second, k, other, team, split):
+    """As `publish_pair`, and `publish` of one more, k numbers behind the first."""
+    other_at = at + k * number_size(first)
+    if split_cluster(split) > 1:
+        if team.lane < split_cluster(split):
+            put_pair_in_block(at, team.lane, first, second)
+            put_in_block(other_at, team.lane, other)
+    elif team.lane == 0:
+        put_pair(at, first, second)
+        put(other_at, other)
+
+
+@device
 def leads_block():
     """Whether this is the warp that does what one warp of a block is enough for."""
     return cuda.threadIdx.x < WARP_SIZE
@@ -139,14 +161,18 @@ def first_of_block(row, scratch):
 
 
 @device
-def sum_of_block(value, scratch):
-    """The sum of the block's integers (int64)."""
-    for offset in (16, 8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(FULL_WARP, value, offset)
-    value = exchange(value, scratch, value - value)
+def sum_of_warp(value):
+    """The sum of the warp's integers (int64)."""
     for offset in (16, 8, 4, 2, 1):
         value += cuda.shfl_xor_sync(FULL_WARP, value, offset)
     return value
+
+
+@device
+def sum_of_block(value, scratch):
+    """The sum of the block's integers (int64)."""
+    value = exchange(sum_of_warp(value), scratch, value - value)
+    return sum_of_warp(value)
 
 
 @device

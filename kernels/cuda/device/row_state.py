@@ -36,6 +36,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     reference,
 )
 from gpusoftmax.kernels.cuda.device.columns import own_states
+from gpusoftmax.kernels.cuda.device.distances import distances_one_by_one
 from gpusoftmax.kernels.cuda.device.exponential import (
     accurate_exp_from,
     anchor,
@@ -52,7 +53,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     second_look,
     settled,
 )
-from gpusoftmax.kernels.cuda.device.reduce import leads_block, publish_pair, warp_max, warp_min, warp_sum
+from gpusoftmax.kernels.cuda.device.reduce import leads_block, publish, publish_pair, warp_max, warp_min, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
@@ -324,28 +325,38 @@ sums_of_chunks = first_pass_with(second_looks=False)
 states_of_chunks = first_pass_with(second_looks=True)
 
 
-@device
-def look_again(source, n_cols, row_max, team, split, params):
-    """The second look at those of this warp's chunks that have the maximum of the row."""
-    held, sums = piece_numbers(row_max), granule_numbers(row_max)
-    zero = number(row_max, 0.0)
-    state = (row_max, zero, zero, zero)
-    last_piece = int32((1 << split_piece_bits(split)) - 1)
-    k = int32(0)
-    while k < team.n_pieces:
-        if saved_max(chunk_of(k, team, split), split, row_max) == row_max:
-            fetch_again(k, source, n_cols, team, split, number(row_max, -math.inf))
-            piece = read_logits(held, source, k, n_cols, team, split, params)
-            largest, total = piece_state(held, sums, piece, split, params)
-            ties, rest = second_look(held, sums, largest, total, piece, split, params)
-            if k & last_piece == 0:
-                state = largest, total, ties, rest
-            else:
-                state = joined(state, (largest, total, ties, rest), params)
-            if k & last_piece == last_piece:
-                publish_second_look(k, state, team, split)
-            put_back(k, source, n_cols, team, split, number(row_max, -math.inf))
-        k = int32(k + 1)
+def look_again_with(with_distances):
+    """A device function for the second look at those of this warp's chunks that have the maximum of the row: at what
+    else they sum up and, where they have distances (distances.py), at these.
+    """
+
+    @device
+    def look_again(source, n_cols, row_max, team, split, params):
+        held, sums = piece_numbers(row_max), granule_numbers(row_max)
+        zero = number(row_max, 0.0)
+        state, distances = (row_max, zero, zero, zero), zero
+        last_piece = int32((1 << split_piece_bits(split)) - 1)
+        k = int32(0)
+        while k < team.n_pieces:
+            if saved_max(chunk_of(k, team, split), split, row_max) == row_max:
+                fetch_again(k, source, n_cols, team, split, number(row_max, -math.inf))
+                piece = read_logits(held, source, k, n_cols, team, split, params)
+                largest, total = piece_state(held, sums, piece, split, params)
+                ties, rest = second_look(held, sums, largest, total, piece, split, params)
+                if k & last_piece == 0:
+                    state, distances = (largest, total, ties, rest), zero
+                else:
+                    state = joined(state, (largest, total, ties, rest), params)
+                if with_distances:
+                    distances = add(distances, distances_one_by_one(held, row_max, piece, split, params))
+                if k & last_piece == last_piece:
+                    publish_second_look(k, state, team, split)
+                    if with_distances:
+                        publish(state_place(4, chunk_of(k, team, split), split, zero), distances, team, split)
+                put_back(k, source, n_cols, team, split, number(row_max, -math.inf))
+            k = int32(k + 1)
+
+    return look_again
 
 
 @device
@@ -400,12 +411,15 @@ def told_row(part, split, like):
     return one, two, three, four
 
 
-def loss_numbers_with(finish):
-    """A device function for the first pass of a loss: finish(state, params), four numbers, for all threads of a row.
+def loss_numbers_with(finish, with_distances=False):
+    """A device function for the first pass of a loss: finish(state, params), four numbers, for all threads of a row;
+    and what it does when the chunks have met.
 
     `state` is that of `formulas`. Divisions and logarithms cost as much for one row as for thirty-two: those of a block
     are finished side by side by its first warp, one in each lane.
     """
+
+    look_again = look_again_with(with_distances)
 
     @device
     def finished(largest, total, ties, rest, params):

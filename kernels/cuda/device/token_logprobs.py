@@ -1,8 +1,9 @@
 """Log-probabilities of tokens with what else a read of their rows tells, and the gradient. The mathematics stands in
 kernels/cpu/token_logprobs.py.
 
-The sum of distances goes beside the state of a row (row_state.py): of a piece relative to its own maximum and anchor,
-then brought to those of the chunk and of the row. Whoever counts, a number of larger logits is exact.
+The sum of distances (distances.py) goes beside the state of a row (row_state.py): of a piece relative to its own
+maximum and anchor, then brought to those of the chunk and of the row; it takes a second look where the state does.
+Whoever counts, a number of larger logits is exact.
 """
 
 import math
@@ -10,71 +11,96 @@ from typing import NamedTuple
 
 from numpy import int32, int64
 
-from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
     add_pair,
     fma,
-    is_above,
     logsumexp_of,
     mul,
     number,
     weighted,
 )
+from gpusoftmax.kernels.cuda.device.distances import in_nats, second_look_at_distances, sum_and_distances
 from gpusoftmax.kernels.cuda.device.exponential import (
     anchor,
     cheap_exp_from,
     cheap_exp_gap,
+    exponent_of_gap,
     half_gap,
     lowest_of,
     negative_log_probability,
 )
-from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import (
+    granule_numbers,
+    integer_of,
     is_null,
     load,
     load_label,
+    n_values,
+    number_of,
+    piece_numbers,
     store,
     store_integer,
 )
+from gpusoftmax.kernels.cuda.device.pairs import count_above, largest_of_piece, unpack_again
 from gpusoftmax.kernels.cuda.device.piece_state import (
     gap_params,
     halved,
     is_near,
     of_cheap,
+    piece_sum,
+    read_logits,
+    second_look,
 )
-from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.reduce import (
+    leads_block,
+    publish,
+    publish_pair,
+    publish_pair_and,
+    sum_of_warp,
+    warp_count,
+    warp_min,
+    warp_sum,
+)
 from gpusoftmax.kernels.cuda.device.row_state import (
     NO_COLUMN,
-    as_part,
-    numbers_beside_with,
+    first_chunk_with,
+    joined,
+    loss_numbers_with,
+    numbers_for_probs,
+    publish_second_look,
     ratio,
-    saved_beside,
+    row_place,
     state_place,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
+    announce,
+    chunk_of,
+    col_of,
+    has_columns,
+    meet,
+    open_row,
     own_row,
     row_of,
     row_offset,
     row_writer,
+    stage_next,
     team_of,
+    wait_for_piece,
 )
-from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair
+from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair, put
 from gpusoftmax.kernels.cuda.device.split import (
+    is_columns,
+    is_long,
     is_one_chunk,
+    remainder,
     split_chunks,
     split_lanes,
+    split_piece_bits,
 )
 from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed
-from gpusoftmax.kernels.cuda.plan import WARP_SIZE
-
-
-class Asked(NamedTuple):
-    """What is asked for of a row besides its state."""
-
-    threshold: object  # above it, logits are counted, if is_counted
-    is_counted: bool
-    is_found: bool  # the first column of the maximum
+from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 
 class Targets(NamedTuple):
@@ -84,6 +110,16 @@ class Targets(NamedTuple):
     count: int
     stride: int
     ignore_index: int
+
+
+class Asked(NamedTuple):
+    """What is asked for of a row besides its state."""
+
+    row: int
+    targets: Targets
+    rows: object
+    is_counted: bool  # the logits above that of the first target
+    is_found: bool  # the first column of the maximum
 
 
 @device
@@ -107,48 +143,41 @@ def distance_to(half, x, scale):
     return mul(-half_gap(x, half), scale)
 
 
-def beside_with(with_entropy):
-    """A device function for what is summed, counted and found beside the state of a piece: (distances, above, column)
-    of a lane's columns, relative to the piece's maximum and anchor. They come from the slot again, one granule after
-    the other: beside a whole piece, registers run out.
-    """
+@device
+def logit_of_first(source, asked, like):
+    """The logit of the first target; NaN, which none is above, where it is no class."""
+    if asked.row < asked.rows.n_rows:
+        label = label_of(asked.row, 0, asked.targets, asked.rows)
+        if is_class(label, asked.targets, asked.rows):
+            return transformed(load(source.pointer, label * source.stride, like), label, source.through)
+    return number(like, math.nan)
 
-    @device
-    def beside(result, values, col, width, source, split, numbers):
-        largest, exponent, half, lowest, asked, params = numbers
-        scale, scale_low, c, c_low = params
-        distances, above, column = result
-        for k in range(width):
-            x = values[k]
-            if with_entropy:
-                if is_near(exponent):
-                    e = cheap_exp_from(x, exponent, lowest, c, c_low)
-                else:
-                    e = cheap_exp_gap(x, half, scale, scale_low, c, c_low)
-                distances = add(distances, weighted(e, distance_to(half, x, scale)))
-            if asked.is_counted:
-                above = add(above, is_above(x, asked.threshold))
-            if asked.is_found and x == largest:
-                column = min(column, int32(col + k))
-        return distances, above, column
 
-    of_granules = granules_with(beside)
+@device
+def threshold_of(source, asked, team, split, like):
+    """What logits are counted above. One warp of a block looks it up for the others."""
+    if not is_long(split):
+        return logit_of_first(source, asked, like)
+    place = row_place(5, int32(0), split, like)
+    if leads_block():
+        threshold = logit_of_first(source, asked, like)
+        if team.lane == 0:
+            put(place, threshold)
+    cuda.syncthreads()  # it is there before any warp reads it
+    return get(place, like)
 
-    @device
-    def beside_piece(source, at, piece, largest, asked, team, split, params):
-        zero, exponent = number(largest, 0.0), anchor(largest, params[2])
-        numbers = largest, exponent, halved(largest), lowest_of(exponent, params[2]), asked, params
-        result = zero, zero, int32(NO_COLUMN)
-        distances, above, column = of_granules(result, source, at, piece, team, split, numbers, zero)
-        if with_entropy:
-            distances = warp_sum(distances, split_lanes(split))
-        if asked.is_counted:
-            above = warp_sum(above, split_lanes(split))
-        if asked.is_found:
-            column = warp_min(column, split_lanes(split))
-        return distances, above, column
 
-    return beside_piece
+@device
+def first_with(held, value, piece, team, split, source):
+    """The first column of a piece that has this value."""
+    first = int32(NO_COLUMN)
+    for j in range(n_values(value)):
+        k = n_values(value) - 1 - j
+        if has_columns(k // GROUP * GROUP, piece, split) and held[k] == value:
+            first = int32(k)
+    if first != NO_COLUMN:
+        first = int32(piece.first + col_of(first, team, split, source))
+    return warp_min(first, split_lanes(split))
 
 
 @device
@@ -158,8 +187,8 @@ def distances_as_part(distances, largest, total, row_max, params):
         return distances
     if not largest > number(row_max, -math.inf):
         return number(row_max, 0.0)
-    rise = distance_to(halved(row_max), largest, params[0])
-    return add(mul(distances, ratio(largest, row_max, params)), mul(as_part(largest, total, row_max, params), rise))
+    rise = -exponent_of_gap(largest, halved(row_max), params[2])
+    return mul(fma(total, rise, distances), ratio(largest, row_max, params))
 
 
 @device
@@ -168,56 +197,151 @@ def merged_distances(row_max, team, split, params):
     total, low = number(row_max, 0.0), number(row_max, 0.0)
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
         largest, exponentials = get_pair(state_place(0, chunk, split, row_max), row_max)
-        distances, _ = saved_beside(chunk, split, row_max)
+        distances = get(state_place(4, chunk, split, row_max), row_max)
         part = distances_as_part(distances, largest, exponentials, row_max, params)
         total, low = add_pair(total, low, part, number(row_max, 0.0))
-    total, low = warp_sum_pair(total, low)
-    return add(total, low)
+    return warp_sum(add(total, low), WARP_SIZE)
 
 
 @device
-def merged_above(team, split, like):
-    """How many logits of the row are counted, as a pair: float32 holds no more than 2^24 of them."""
-    total, low = number(like, 0.0), number(like, 0.0)
-    for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
-        _, above = saved_beside(chunk, split, like)
-        total, low = add_pair(total, low, above, number(like, 0.0))
-    return warp_sum_pair(total, low)
+def merged_count(team, split, like):
+    """How many logits of the row are above the threshold, from the counts of its parts, see `publish_count`."""
+    total = int64(0)
+    for rank in range(team.lane, min(team.size, split_chunks(split)), WARP_SIZE):
+        total += int64(integer_of(get(state_place(5, rank, split, like), like)))
+    return sum_of_warp(total)
+
+
+@device
+def publish_count(count, team, split, like):
+    """Beside the state of the first of this part's chunks."""
+    if team.n_pieces > 0:
+        publish(state_place(5, team.rank, split, like), number_of(count, like), team, split)
 
 
 def token_numbers_with(with_entropy):
-    """A device function for the first pass; `with_entropy` is a constant, since the other has half the work."""
+    """A device function for the first pass; `with_entropy` is a constant, since the other has less work."""
+    _, finished_row = loss_numbers_with(numbers_for_probs, with_entropy)
 
     @device
-    def joined_beside(one, state, other, other_state, row_max, asked, params):
-        distances, more = one[0], other[0]
+    def state_of_piece(held, sums, is_finite, piece, source, split, params):
+        """(its state, its distances, is_finite as in `sum_and_distances`)"""
+        largest = largest_of_piece(held, piece, source, split, params)
+        unpack_again(held, source, split)
         if with_entropy:
-            distances = distances_as_part(distances, state[0], state[1], row_max, params)
-            more = distances_as_part(more, other_state[0], other_state[1], row_max, params)
-        return add(distances, more), add(one[1], other[1])
+            total, distances, is_finite = sum_and_distances(held, sums, largest, is_finite, piece, split, params)
+        else:
+            total = piece_sum(held, sums, largest, anchor(largest, params[2]), piece, split, params)
+            distances = number(largest, 0.0)
+        ties, rest = number(largest, 0.0), number(largest, 0.0)
+        if not is_long(split):
+            ties, rest = second_look(held, sums, largest, total, piece, split, params)
+            if with_entropy:
+                distances = second_look_at_distances(held, largest, total, distances, piece, split, params)
+        return (largest, total, ties, rest), distances, is_finite
 
-    numbers_beside = numbers_beside_with(beside_with(with_entropy), joined_beside)
+    @device
+    def joined_distances(one, state, other, other_state, row_max, params):
+        if not with_entropy:
+            return one
+        one = distances_as_part(one, state[0], state[1], row_max, params)
+        return add(one, distances_as_part(other, other_state[0], other_state[1], row_max, params))
+
+    @device
+    def first_pass(source, asked, n_cols, team, split, params):
+        """(state, distances) of the one chunk, while those of several lie in shared memory; how many columns of this
+        part are above the threshold, and the first of them that has its maximum.
+        """
+        zero, least = number(params[0], 0.0), number(params[0], -math.inf)
+        held, sums = piece_numbers(zero), granule_numbers(zero)
+        state, distances = (least, zero, zero, zero), zero
+        count, best, column, is_finite = int32(0), least, int32(0), True
+        last_piece = int32((1 << split_piece_bits(split)) - 1)
+        announce(split)
+        open_row((source,), n_cols, team, split, least)
+        meet(split)
+        threshold = zero
+        if asked.is_counted:
+            threshold = threshold_of(source, asked, team, split, zero)  # while the row is under way
+        k = int32(0)
+        while k < team.n_pieces:
+            wait_for_piece(k, team, split)
+            piece = read_logits(held, source, k, n_cols, team, split, params)
+            stage_next(k, (source,), n_cols, team, split, least)
+            if asked.is_counted:  # first, while the words of pairs are in registers
+                count = int32(count + count_above(held, threshold, piece, source, split))
+            current, more, is_finite = state_of_piece(held, sums, is_finite, piece, source, split, params)
+            # Where a warp has several rows, all of its lanes take part.
+            if asked.is_found and (is_one_chunk(split) or current[0] > best):
+                first = first_with(held, current[0], piece, team, split, source)
+                if current[0] > best:
+                    best, column = current[0], first
+            if k & last_piece == 0:
+                state, distances = current, more
+            else:
+                merged = joined(state, current, params)
+                distances = joined_distances(distances, state, more, current, merged[0], params)
+                state = merged
+            if not is_one_chunk(split) and k & last_piece == last_piece:
+                place = state_place(0, chunk_of(k, team, split), split, zero)
+                if with_entropy:
+                    publish_pair_and(place, state[0], state[1], 4, distances, team, split)
+                else:
+                    publish_pair(place, state[0], state[1], team, split)
+                if not is_long(split):
+                    publish_second_look(k, state, team, split)
+            k = int32(k + 1)
+        if asked.is_counted:
+            count = warp_count(count, split_lanes(split))
+            if not is_one_chunk(split):
+                publish_count(count, team, split, zero)
+        return state, distances, count, column
 
     @device
     def token_numbers(source, asked, n_cols, team, split, params):
-        """(numbers, D, above, column): the numbers of the row that `finish` gives, the mean distance, how many logits
-        are larger than the threshold, as a pair, and the first column of the maximum, which only the part that holds it
-        knows: -1 elsewhere.
+        """(numbers, D, count, column): the numbers of the row that `numbers_for_probs` gives, to all its threads; to
+        the leading warp of a block the mean distance in nats and, if they are asked for, how many logits are above the
+        threshold; and the first column of the maximum, which only the part that holds it knows: -1 elsewhere.
         """
-        numbers, (distances, above), column = numbers_beside(source, asked, n_cols, team, split, params)
-        above_low = number(above, 0.0)
+        params = of_cheap(params)
+        state, distances, count, column = first_pass(source, asked, n_cols, team, split, params)
+        numbers = finished_row(state, source, n_cols, team, split, params)
+        row_max, above_threshold = mul(numbers[0], number(numbers[0], 2.0)), int64(count)
         if not is_one_chunk(split):
-            if with_entropy:
-                distances = merged_distances(mul(numbers[0], number(above, 2.0)), team, split, of_cheap(params))
-            if asked.is_counted:
-                above, above_low = merged_above(team, split, above)
-        return numbers, mul(distances, numbers[3]), (above, above_low), column
+            if leads_row(split):
+                if with_entropy:
+                    distances = merged_distances(row_max, team, split, params)
+                if asked.is_counted:
+                    above_threshold = merged_count(team, split, row_max)
+            if asked.is_found:
+                owner = remainder(first_chunk_with(row_max, team, split), team.size)
+                column = column if owner == team.rank else int32(-1)
+        return numbers, in_nats(mul(distances, numbers[3])), above_threshold, column
 
     return token_numbers
 
 
+@device
+def leads_row(split):
+    """Whether this warp is the one of its block that does for a row what one warp is enough for."""
+    return is_columns(split) or leads_block()
+
+
 plain_numbers = token_numbers_with(with_entropy=False)
 numbers_and_distances = token_numbers_with(with_entropy=True)
+
+
+@device
+def told_mean(mean, split):
+    """What the leading warp of a block knows, for all threads of the row."""
+    if not is_long(split):
+        return mean
+    place = row_place(4, int32(0), split, mean)
+    cuda.syncthreads()  # every warp has read what lay there before
+    if cuda.threadIdx.x == 0:
+        put(place, mean)
+    cuda.syncthreads()  # it is there before any warp reads it
+    return get(place, mean)
 
 
 # ---------------------------------------------------------------- results of a row
@@ -232,15 +356,10 @@ def token_logprobs_of(token_numbers):
         row = own_row(start, split)
         exists = row < rows.n_rows
         source = row_of(logits, row, rows)
-        threshold = number(scale, math.nan)
         is_counted = ranks.pointer != 0
-        if is_counted and exists:
-            label = label_of(row, 0, targets, rows)
-            if is_class(label, targets, rows):
-                threshold = transformed(load(source.pointer, label * source.stride, scale), label, source.through)
-        asked = Asked(threshold, is_counted, argmax.pointer != 0)
+        asked = Asked(row, targets, rows, is_counted, argmax.pointer != 0)
         n_cols = rows.n_cols if exists else 0
-        numbers, mean, above, column = token_numbers(source, asked, n_cols, team, split, params)
+        numbers, mean, n_above, column = token_numbers(source, asked, n_cols, team, split, params)
         half, log, log_low, _ = numbers
         if not exists:
             return
@@ -264,7 +383,7 @@ def token_logprobs_of(token_numbers):
                     # Times -1, as in log_softmax.py.
                     value = mul(negative_log_probability(x, half, log, scale), number(scale, -1.0))
                     if value == value:
-                        rank = 1 + int64(above[0]) + int64(above[1])
+                        rank = 1 + n_above
                 elif label != targets.ignore_index:
                     value = number(scale, math.nan)
                 store(row_of(logprobs, row, rows).pointer, j, value)
@@ -397,10 +516,10 @@ def backward_with(token_numbers, with_entropy):
                 gradient = mul(gradient_of_target(row, 0, targets, dlogprobs, stride, rows, scale), per_logprob)
             if with_entropy:
                 slope = load(row_of(dentropy, row, rows).pointer, 0, scale)
-        asked = Asked(zero, False, False)
+        asked = Asked(row, targets, rows, False, False)
         found, mean, _, _ = token_numbers(source, asked, n_cols, team, split, params)
         if with_entropy:
-            total = fma(slope, mean, total)
+            total = fma(slope, told_mean(mean, split), total)
         # 2. the gradient
         half, _, _, inverse = found
         row_max = mul(half, number(scale, 2.0))

@@ -5,7 +5,7 @@ import numpy as np
 from tests.emulator.errors import Unsupported
 from tests.emulator.instructions.registry import assign, ordinary
 from tests.emulator.operands import bits_type
-from tests.emulator.ptx_types import PRED, TYPES, f32
+from tests.emulator.ptx_types import PRED, TYPES, f32, u16
 from tests.emulator.rounding import flush
 
 ORDERED = {
@@ -54,6 +54,8 @@ def setp(m, ins):
         x, y = a[lanes], b[lanes]
         return compare(flush(x), flush(y)) if ftz else compare(x, y)
 
+    if ins.base == "set" and ptx_type.lanes > 1:
+        return _set_pairs(m, ins, value, combine)
     if ins.base == "set":
         return _set(m, ins, value, combine, c)
     if ptx_type.lanes > 1:
@@ -88,6 +90,14 @@ def _set(m, ins, value, combine, c):
         d[lanes] = np.where(result, true, dtype.type(0))
 
     return run
+
+
+def _set_pairs(m, ins, value, combine):
+    """set of pairs: all ones in each half for which the comparison holds"""
+    if combine or ins.type.is_float:
+        raise Unsupported(str(ins))
+    d = m.destination(ins.args[0], TYPES["u16x2"])
+    return assign(d, lambda s: np.where(value(s), u16(0xFFFF), u16(0)))
 
 
 @ordinary("selp")
