@@ -735,7 +735,7 @@ MUTANTS = [
         samples_of_rows_alone,
         AssertionError,
         "samples differ",
-        _edit(f"{CPU}.sample", "row_offset(labels, row, rows), labels.code)", "0, labels.code)"),
+        _edit(f"{CPU}.threshold", "row_offset(labels, row, rows), labels.code)", "0, labels.code)"),
         ("sample_rows",),
     ),
     Mutant(
