@@ -14,6 +14,7 @@ from gpusoftmax._arrays import numpy_dtype
 from gpusoftmax._recipe import Read, Recipe, Start
 
 LINE_BYTES = 64
+"""Where in a cache line a large array starts decides how it is written."""
 _recipes: dict[tuple, Recipe | None] = {}
 """None: takes the ordinary way."""
 
@@ -39,7 +40,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
             addresses.append(address)
             # And which other one it is, in a call that works in place.
             key += array.dtype, array.shape, array.strides, addresses.index(address)
-            flags = array.flags
+            flags = array.flags  # elements that are not aligned are copied first
             key += flags.writeable, flags.aligned
             if is_large:
                 key.append(address % LINE_BYTES)
@@ -115,10 +116,10 @@ def with_makers(recipe: Recipe, new: Callable, dtype_of: Callable[[str], Any]) -
     """The recipe with (function, shape, dtype) for what it makes: results are arrays of the caller's library, and what
     nobody sees, if it is small, is memory as NumPy has it, in a fifth of the time.
     """
-    results = recipe.results if isinstance(recipe.results, tuple) else (recipe.results,)
+    seen = recipe.results if isinstance(recipe.results, tuple) else (recipe.results,)
     made = []
     for number, (shape, dtype) in enumerate(recipe.made, recipe.n_given):
-        is_seen = number in results or math.prod(shape) * numpy_dtype(dtype).itemsize > _SMALL
+        is_seen = number in seen or math.prod(shape) * numpy_dtype(dtype).itemsize > _SMALL
         made.append((new, shape, dtype_of(dtype)) if is_seen else (np.empty, shape, numpy_dtype(dtype)))
     return recipe._replace(made=tuple(made))
 

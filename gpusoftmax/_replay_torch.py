@@ -29,9 +29,9 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     for new, shape, dtype in known.made:
         array = new(shape, dtype)
         if new is _empty:
-            if type(array) is not torch.Tensor:  # a mode in which tensors are fake
+            address = array.data_ptr() if type(array) is torch.Tensor else 0
+            if not address:  # a mode in which tensors are fake or functional; or nothing is in it
                 return function(*arrays, *options)
-            address = array.data_ptr()
             _memory.in_huge_pages(address, array.nbytes)
         else:
             address = _memory.address(array)

@@ -118,6 +118,7 @@ class Everything(NamedTuple):
 N_ROWS, N_COLS = 12, 40
 _MADE = {
     "logits": lambda rng: 5 * rng.standard_normal((N_ROWS, N_COLS), np.float32),
+    "close": lambda rng: rng.standard_normal((N_ROWS, N_COLS), np.float32) / 2,
     "probs": lambda rng: rng.dirichlet(np.ones(N_COLS), N_ROWS).astype(np.float32),
     "images": lambda rng: 5 * rng.standard_normal((N_ROWS, 5, 8), np.float32),
     "points": lambda rng: rng.random((N_ROWS, 2), np.float32),
@@ -125,6 +126,7 @@ _MADE = {
     "of rows": lambda rng: 0.25 + rng.random(N_ROWS, np.float32),
     "doubles": lambda rng: 0.25 + rng.random(N_ROWS),
     "parts": lambda rng: rng.random(N_ROWS, np.float32),
+    "most": lambda rng: 1 - rng.random(N_ROWS, np.float32) / 4,
     "one": lambda rng: 1 + rng.random((1, 1)),
     "pixels": lambda rng: rng.random((5, 8)) < 0.8,
     "bools": lambda rng: rng.random((N_ROWS, N_COLS)) < 0.8,
@@ -151,7 +153,7 @@ EVERYTHING = {
     "softmax": Everything(gpusoftmax.softmax, {"x": "logits", **_THROUGH}, {"empty_row": "zero"}),
     "log_softmax": Everything(gpusoftmax.log_softmax, {"x": "logits", **_THROUGH, "mask": "bools"}, {"softcap": 9.0}),
     "logsumexp": Everything(gpusoftmax.logsumexp, {"x": "logits", **_THROUGH}, {}),
-    "argmax": Everything(gpusoftmax.argmax, {"x": "logits", **_THROUGH}, {}),
+    "argmax": Everything(gpusoftmax.argmax, {"x": "close", **_THROUGH}, {}),
     "soft_argmax": Everything(gpusoftmax.soft_argmax, {"x": "logits", **_THROUGH}, {}),
     "softmax_backward": Everything(
         gpusoftmax.softmax_backward, {"probs": "probs", "dprobs": "logits", "temperature": "doubles"}, {}
@@ -219,12 +221,12 @@ EVERYTHING = {
     "sample": Everything(
         _sample,
         {
-            "logits": "logits",
+            "logits": "close",
             "seeds": "seeds",
             "steps": "few",
             **_THROUGH,
             "top_k": "few",
-            "top_p": "parts",
+            "top_p": "most",
             "min_p": "parts",
         },
         {},

@@ -116,13 +116,10 @@ def test_each_array_is_that_of_the_call(target, monkeypatch, name):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("argument", sorted({argument for call in EVERYTHING.values() for argument in call.arrays}))
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name, argument", [(name, one) for name, call in EVERYTHING.items() for one in call.arrays])
 def test_one_array_is_another_one(monkeypatch, name, argument):
     """And all others have the same values: those of each array count."""
     call, one, other = EVERYTHING[name], with_everything(name, 1), with_everything(name, 2)
-    if argument not in call.arrays:
-        pytest.skip("not an argument")
     check_replayed(OnCpu(), monkeypatch, call.function, [one, one | {argument: other[argument]}], call.options)
 
 

@@ -555,8 +555,16 @@ def test_tensors_without_memory():
         x = torch.zeros(3, 4)
         def functionalized():  # x has memory, the result would have none
             torch.func.functionalize(lambda y: y * gpusoftmax.softmax(x))(torch.zeros(3, 4))
-        gpusoftmax.softmax(x)
-        for call, start in ((lambda: gpusoftmax.softmax(fake), "x "), (under_vmap, "x "), (functionalized, "torch ")):
+        def functional():
+            torch._enable_functionalization(reapply_views=True)
+            try:
+                gpusoftmax.softmax(x)
+            finally:
+                torch._disable_functionalization()
+        def of_fake():
+            gpusoftmax.softmax(fake)
+        gpusoftmax.softmax(x), gpusoftmax.softmax(x)  # replayed
+        for call, start in ((of_fake, "x "), (under_vmap, "x "), (functionalized, "torch "), (functional, "torch ")):
             try:
                 call()
             except TypeError as error:
