@@ -213,6 +213,19 @@ def test_regimes_agree(monkeypatch, name):
         assert found == expected, (cluster, warps, slots)
 
 
+def test_distances_do_not_depend_on_who_has_met_a_masked_logit(monkeypatch):
+    """Whoever has, gives exponents a floor from there on."""
+    logits = inputs.make("spread", (2, 17 * 1024 + 77), "bfloat16", seed=2)
+    logits[0, 3000] = -np.inf
+    found = []
+    for cluster, warps, slots in WAYS:
+        force(monkeypatch, cluster, warps, slots)
+        results, _, _, _ = run("token_logprobs", logits, track=False)
+        found.append([part.tobytes() for part in results])
+    assert found.count(found[0]) == len(WAYS)
+    tolerances.check_entropy(results[2], logits)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_schedule_of_a_cluster(monkeypatch, name):
     """Warps and blocks in an order drawn anew with each seed; slots are filled twice."""
@@ -245,14 +258,20 @@ def test_chunks_of_several_pieces(monkeypatch):
     try:
         logits = inputs.make("spread", (3, 9 * 1024 + 3), "float32", seed=4)
         logits[2, 3333] = 60
+        target = inputs.targets(*logits.shape)
         with emulated_gpu("sm_90", track=False) as gpu:
-            lse = gpu.get(gpusoftmax.logsumexp(gpu.array(logits)))
+            x = gpu.array(logits)
+            lse = gpu.get(gpusoftmax.logsumexp(x))
+            scores = gpu.get(gpusoftmax.token_logprobs(x, gpu.array(target), **EVERY_FIELD))
             chosen = gpu.stats[-1].plan
     finally:
         plan.tree_of.cache_clear()
         row_plan.cache_clear()
     assert chosen.split.piece_bits == 2
     tolerances.check_logsumexp(lse, logits)
+    tolerances.check_entropy(scores[2], logits)
+    assert np.array_equal(scores[3], 1 + (logits > logits[np.arange(3), target][:, None]).sum(axis=1))
+    assert np.array_equal(scores[4], logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize("n_cols", [200, 2000])
