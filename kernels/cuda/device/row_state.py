@@ -53,7 +53,15 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     second_look,
     settled,
 )
-from gpusoftmax.kernels.cuda.device.reduce import leads_block, publish, publish_pair, warp_max, warp_min, warp_sum
+from gpusoftmax.kernels.cuda.device.reduce import (
+    any_lane,
+    leads_block,
+    publish,
+    publish_pair,
+    warp_max,
+    warp_min,
+    warp_sum,
+)
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
     chunk_of,
@@ -325,6 +333,17 @@ sums_of_chunks = first_pass_with(second_looks=False)
 states_of_chunks = first_pass_with(second_looks=True)
 
 
+@device
+def has_chunk_with(row_max, team, split):
+    """Whether a chunk of this warp has the maximum of the row."""
+    found, turn, step = False, team.lane, hidden(int32(WARP_SIZE))
+    while int32(team.rank + turn * team.size) < split_chunks(split):
+        if saved_max(int32(team.rank + turn * team.size), split, row_max) == row_max:
+            found = True
+        turn = int32(turn + step)
+    return any_lane(found)
+
+
 def look_again_with(with_distances):
     """A device function for the second look at those of this warp's chunks that have the maximum of the row: at what
     else they sum up and, where they have distances (distances.py), at these.
@@ -336,7 +355,7 @@ def look_again_with(with_distances):
         zero = number(row_max, 0.0)
         state, distances = (row_max, zero, zero, zero), zero
         last_piece = int32((1 << split_piece_bits(split)) - 1)
-        k = int32(0)
+        k = int32(0) if has_chunk_with(row_max, team, split) else team.n_pieces  # most warps have none
         while k < team.n_pieces:
             if saved_max(chunk_of(k, team, split), split, row_max) == row_max:
                 fetch_again(k, source, n_cols, team, split, number(row_max, -math.inf))
