@@ -841,8 +841,13 @@ OVERLAPPING = {
 }
 
 
+OF_ITS_MEMORY = ("read-only out", "out that repeats a row", "out with rows that overlap")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_message(target, case):
+    if target.name == "gpu" and case in OF_ITS_MEMORY:
+        pytest.skip("CuPy copies what it is given, to ordinary memory")
     kind, text, call = CASES[case]
     host = host_arrays()
     placed = SimpleNamespace(**{name: target.array(array) for name, array in host.items()})
