@@ -100,6 +100,11 @@ _NEWER = {
     *("test_argmax", "test_kl_div", "test_logsumexp_state", "test_mask_logits", "test_sample", "test_soft_argmax"),
     *("test_spatial_softmax", "test_token_logprobs", "test_top_logprobs", "test_topk_softmax", "test_transform"),
 }
+_FOR_THE_CPU = {
+    *("test_sampling", "test_gradients_of_soft_argmax", "test_no_valid_columns", "test_experts"),
+    *("test_strides_change_no_bit", "test_the_batch_changes_no_bit", "test_log_probability_of_what_was_drawn"),
+}
+"""By default. Of test_transform: each compiles kernels for the GPU that nothing else takes."""
 _NEWER_OPERATIONS = ("soft_cross_entropy", "cross_entropy_backward")
 
 
@@ -131,8 +136,8 @@ _OLDER_OPS = {
 def pytest_collection_modifyitems(items):
     """The emulator's bits are asked of float32. float16 and float64 take the paths of bfloat16 and float32, and each is
     a kernel to compile for every way to walk rows: the marker `matrix` has them, for the emulated GPU and, of the newer
-    ops, for the CPU, also where something is asked of every op by its name. Of newer ops on the emulator it has all of
-    bfloat16 but what is held against the oracle.
+    ops, for the CPU, also where something is asked of every op by its name. Of newer ops on the emulator it has
+    bfloat16 too, and what many kernels are compiled for.
     """
     items.sort(key=_is_for_the_gpu)
     for item in items:
@@ -150,5 +155,5 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.matrix)
         if (is_newer or on_emulator) and dtypes & {"float16", "float64"}:
             item.add_marker(pytest.mark.matrix)
-        if is_newer and on_emulator and "bfloat16" in dtypes and "oracle" not in item.name:
+        if is_newer and on_emulator and ("bfloat16" in dtypes or item.originalname in _FOR_THE_CPU):
             item.add_marker(pytest.mark.matrix)
