@@ -197,7 +197,7 @@ def write(records: Sequence[dict], directory: Path = DIRECTORY, readme: Path = R
     records = saved(directory)
     commits = dict.fromkeys(one["commit"] for one in sorted(records, key=lambda one: one["date"]))
     head = (
-        f"Predicted, not measured: for an H200. {max(one['date'] for one in records)[:10]}, commit "
+        f"Predicted, not measured: {max(one['date'] for one in records)[:10]}, commit "
         f"{', '.join(commits)}, for an H200: {model.MULTIPROCESSORS} multiprocessors (SM) at {model.CLOCK / 1e9} GHz "
         f"and a copy of {model.COPY_BYTES_PER_SECOND / 1e12} TB/s. `benchmarks/model.py` says what is assumed, "
         f"`benchmarks/machine_code.py` how instructions are counted; `benchmarks/results/{DIRECTORY.name}/` has all "

@@ -38,6 +38,7 @@ CHUNKS_PER_PART = 8
 STREAM_BYTES = 16 << 20
 LATE_STREAM_BYTES = 40 << 20
 FIRST_LEVEL_BYTES = 16 << 10
+_WIDEST = np.dtype(np.float64).itemsize
 # Rows that share cache lines with their neighbours have to be long (Zen 4: twice as slow at 1000 columns, 1.2 times as
 # fast at 50257).
 LONG_ROW_BYTES = 64 << 10
@@ -261,7 +262,7 @@ def threads_for(n_logits: int) -> int:
 
 def may_be_streamed(n_logits: int) -> bool:
     """Whether a result of a call on so many logits can be large enough to be written past the caches."""
-    return n_logits * 8 >= STREAM_BYTES
+    return n_logits * _WIDEST >= STREAM_BYTES
 
 
 def _way(rows: Rows, lines: list[Operand], in_blocks: bool) -> Way:
