@@ -718,8 +718,16 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        ("aot_eager", torch.float32),
+        ("aot_eager", torch.bfloat16),
+        ("inductor", torch.float32),
+        pytest.param("inductor", torch.bfloat16, marks=pytest.mark.matrix),  # as float32, around the same operators
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", FULL)
 def test_compiled_whole(name, backend, dtype):
     x = X.to(dtype, copy=True).requires_grad_()
