@@ -180,11 +180,24 @@ def chunk_of(k, team, split):
 @device
 def piece_of(k, n_cols, team, split, like):
     """This part's piece number k. A chunk at the end of the row may have pieces without columns."""
-    cols = int32(split_lanes(split) * n_values(like))
     number = int32(0)
     if not is_short(split):
         pieces = shifted_up(int32(1), split_piece_bits(split))
         number = int32(shifted_up(chunk_of(k, team, split), split_piece_bits(split)) + (k & int32(pieces - 1)))
+    return piece_of_row(number, n_cols, split, like)
+
+
+@device
+def behind(number, k, team, split):
+    """The number in the row of this part's piece k + 1, from that of its piece k."""
+    pieces = shifted_up(int32(1), split_piece_bits(split))
+    others = int32(shifted_up(int32(team.size - 1), split_piece_bits(split)))  # pieces of the other parts
+    return int32(number + 1 + (others if int32(k + 1) & int32(pieces - 1) == 0 else int32(0)))
+
+
+@device
+def piece_of_row(number, n_cols, split, like):
+    cols = int32(split_lanes(split) * n_values(like))
     first = int64(number) * cols
     left = int32(min(n_cols - first, int64(VERY_MANY)))
     return Piece(first, max(min(left, cols), int32(0)), left)
@@ -229,6 +242,16 @@ def lone_columns(shift, count, low, high, bits):
 
 
 @device
+def is_whole(source, piece, n_cols, split, like):
+    """Whether all granules of a slot lie inside the row."""
+    if is_short(split) or source.stride != 1:
+        return False
+    bits = vector_bits(source.pointer)
+    first = piece.first - source.shift
+    return first >= 0 and first + (n_granules(source.shift, read_cols(piece, split, like), bits) << bits) <= n_cols
+
+
+@device
 def stage_granules(source, at, piece, n_cols, team, split, padding):
     """Starts the copies of the granules of a slot that lie inside the row, and fills those beyond it."""
     if source.stride == 1:
@@ -236,7 +259,7 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
         width = 1 << bits
         first = piece.first - source.shift
         n = n_granules(source.shift, read_cols(piece, split, padding), bits)
-        if not is_short(split) and first >= 0 and int32(piece.left + source.shift) >= int32(n << bits):
+        if is_whole(source, piece, n_cols, split, padding):
             col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
             for k in range(n_values(padding) >> bits):
                 copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
@@ -344,27 +367,26 @@ def open_row(sources, n_cols, team, split, padding):
         for k in range(n_staged):
             stage_walked(int32(k), sources, team, split, padding)
         return
+    # Each place is made from the one before: a warp does so for every thousand logits.
+    number = int32(shifted_up(team.rank, split_piece_bits(split)))
+    at, step = team.slots, int32(len(sources) * split.slot_bytes)
+    all_whole = True
     k = int32(0)
     while k < n_staged:
-        piece = piece_of(k, n_cols, team, split, padding)
-        at = slot_of(k, team, split, len(sources))
+        piece = piece_of_row(number, n_cols, split, padding)
         for i in range(len(sources)):
             stage_granules(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
+            all_whole = all_whole and is_whole(sources[i], piece, n_cols, split, padding)
         end_copies()
-        k = int32(k + 1)
-    # Only now: what these wait for, the copies of all slots do not wait for. Where granules are copied, a row's first
-    # and last piece may have them.
-    ends_alone = split_piece_bits(split) == 0
-    for i in range(len(sources)):
-        ends_alone = ends_alone and sources[i].stride == 1
-    step = max(int32(n_staged - 1), int32(1)) if ends_alone else int32(1)
-    k = int32(0)
+        number, at, k = behind(number, k, team, split), int32(at + step), int32(k + 1)
+    # Only now: what these wait for, the copies of all slots do not wait for. Most warps have none.
+    k = n_staged if all_whole else int32(0)
     while k < n_staged:
         piece = piece_of(k, n_cols, team, split, padding)
         at = slot_of(k, team, split, len(sources))
         for i in range(len(sources)):
             stage_lone_columns(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
-        k = int32(k + step)
+        k = int32(k + 1)
 
 
 @device
