@@ -15,8 +15,7 @@ import collections
 import functools
 import re
 
-from cuda.core import Linker, LinkerOptions, ObjectCode
-
+from gpusoftmax.kernels.cuda import compile
 from tests import codegen
 
 _MARK = re.compile(r'\s*//## File "\.nv_debug_ptx_txt[^"]*", line (\d+)')
@@ -38,8 +37,8 @@ def executed(ptx: str, arch: str, warp_lines: dict[int, int]) -> collections.Cou
 @functools.lru_cache(maxsize=64)
 def _opcodes(ptx: str, arch: str) -> dict[int, list[str]]:
     """The machine instructions that come from each line."""
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, lineinfo=True))
-    text = codegen.sass(bytes(linker.link("cubin").code), "--print-line-info-ptx")
+    cubin, _ = compile.link(ptx, arch, lineinfo=True)
+    text = codegen.sass(cubin, "--print-line-info-ptx")
     kernel = re.search(r"\.entry\s+([\w$]+)", ptx)[1]
     parted = set(_PARTED.findall(text))
     found, section, line, together = collections.defaultdict(list), None, None, True

@@ -24,7 +24,7 @@ from benchmarks.report import table
 from benchmarks.suites import DECODE_ROWS, DECODE_VOCABULARIES, VOCABULARIES
 from gpusoftmax import _dry_run
 from gpusoftmax.kernels.cuda import launch
-from gpusoftmax.kernels.cuda.plan import Plan, Short
+from gpusoftmax.kernels.cuda.plan import OF_A_BATCH, Plan, Short
 from tests import inputs
 from tests.emulator import emulated_gpu
 from tests.emulator.launch import Stats
@@ -123,7 +123,7 @@ def record(case: Case) -> dict:
     """What is predicted for a case, and from what. The loss is that of each row: the mean takes two kernels more."""
     shape = case.n_rows, case.n_cols
     launches = _dry_run.launches(case.function, shape, case.dtype, _ARCH, **OPTIONS.get(case.op, {}))
-    whole = next(launch for launch in launches if launch.plan.regime != "single")
+    whole = next(launch for launch in launches if launch.plan.regime not in OF_A_BATCH)
     facts = _dry_run.facts(whole)
     row = gpusoftmax.explain(case.function, shape, dtype=case.dtype, arch=_ARCH)["row"]
     n_bytes = case.n_rows * (row["read"] + row["written"])

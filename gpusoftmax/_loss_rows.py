@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays
+from gpusoftmax import _arrays, _totals
 from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import (
     NO_LABELS,
@@ -49,12 +49,8 @@ class LossRows(NamedTuple):
     def kernels(self) -> Any:
         return _arrays.kernels(self.x.place, "cross_entropy")
 
-    @property
-    def of_batch(self) -> Any:
-        return _arrays.kernels(self.x.place, "batch")
-
     def numbers(self, array: Array | None) -> Numbers:
-        return Numbers(0, self.dtype) if array is None else _arrays.numbers(array)
+        return _totals.numbers_of(array, self.dtype)
 
     def operand(self, operands: dict[str, Operand | Labels], name: str) -> Operand:
         return operands.get(name, Operand(0, 0, 0, 0, self.dtype))
@@ -125,14 +121,12 @@ def measure(rows: LossRows, over: Sums, of_rows: dict[str, Array], grad_scale: f
 
 def finished(rows: LossRows, over: Sums, made: Results) -> list[Any]:
     """Loss, z_loss, lse and n_correct as the caller gets them, None for what is not wanted."""
-    place = rows.x.place
     for name, total in made.totals.items():
-        each, result = made.of_rows[name], _arrays.numbers(total)
+        each = made.of_rows[name]
         if name == "correct":
-            rows.of_batch.count(each.size, _arrays.numbers(each), result, place)
+            _totals.count(each, total)
         else:
-            numbers = _arrays.numbers(each), rows.numbers(over.divisor), result
-            rows.of_batch.total(each.size, *numbers, place, over.divide_by)
+            _totals.total(each, rows.numbers(over.divisor), total, over.divide_by)
     found = {**made.of_rows, **made.totals}
     arrays = [found.get(name) for name in ("losses", "z_losses", "lses", "correct")]
     return [None if array is None else _arrays.result(array) for array in arrays]
@@ -143,8 +137,7 @@ def weight_sum(rows: LossRows) -> Array | None:
     if rows.weight is None or not rows.label_smoothing:
         return None
     weight_sum = _arrays.empty(rows.x, (1,), rows.dtype)
-    numbers = rows.numbers(rows.weight), rows.numbers(None), _arrays.numbers(weight_sum)
-    rows.of_batch.total(rows.weight.size, *numbers, rows.x.place)
+    _totals.total(rows.weight, rows.numbers(None), weight_sum)
     return weight_sum
 
 
@@ -157,8 +150,9 @@ def _normalise(rows: LossRows, normaliser: Array) -> None:
         n_labels = rows.n_labels
         geometry, labels, held = _arrays.all_labels(rows.labels, n_cols)
     weight = rows.numbers(rows.weight if rows.probs is None and rows.shares is None else None)
-    place = rows.x.place
-    rows.of_batch.normalise(geometry, labels, n_labels, weight, row_weight, result, rows.ignore_index, place)
+    room = _totals.scratch(rows.x, math.prod(rows.batch_shape), rows.dtype)
+    numbers = weight, row_weight, result, rows.ignore_index, rows.numbers(room)
+    _arrays.kernels(rows.x.place, "batch").normalise(geometry, labels, n_labels, *numbers, rows.x.place)
     del held  # a copy of the labels, perhaps: held until here
 
 

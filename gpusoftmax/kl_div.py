@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _totals
 from gpusoftmax._loss import normalizer_array, split_normalizer
 from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
@@ -179,7 +179,7 @@ def _kl_div(
     dtype = _arrays.compute_dtype(x, gradient)
     _checks.temperature_fits(temperature, dtype)
     weights = None if row_weight is None else _row_weights(row_weight, x, batch_shape, axis, gradient, dtype)
-    kernels, of_batch = _arrays.kernels(x.place, "kl_div"), _arrays.kernels(x.place, "batch")
+    kernels = _arrays.kernels(x.place, "kl_div")
 
     # What "mean" divides by: a number, or an array of one. The small results that later kernels read stay referenced
     # until those have been started.
@@ -191,7 +191,7 @@ def _kl_div(
         divisor = float(math.prod(batch_shape)) if normalizer is None else normalizer
     elif reduction == "mean":
         divisors = _arrays.empty(x, (1,), dtype)
-        of_batch.total(weights.size, _arrays.numbers(weights), nothing, _arrays.numbers(divisors), x.place)
+        _totals.total(weights, nothing, divisors)
     normaliser = nothing if divisors is None else _arrays.numbers(divisors)
     upstream = grad_scale / divisor if divisor else 0.0  # no rows
 
@@ -219,7 +219,7 @@ def _kl_div(
     per_row = _arrays.per_row(losses, axes, x.ndim)
     _arrays.for_rows(divergences, axes, reads, [per_row, gradient] if with_grad else [per_row])
     if reduction != "none":
-        of_batch.total(losses.size, _arrays.numbers(losses), normaliser, _arrays.numbers(loss), x.place, divisor)
+        _totals.total(losses, normaliser, loss, divisor)
     return (
         _arrays.result(loss),
         None if gradient is None else _arrays.result(gradient, out),

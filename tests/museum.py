@@ -497,7 +497,7 @@ def _ptx(kernel, check):
 
 def _links(ptx):
     entry = codegen.compile.entry_of(ptx)
-    codegen.check_link(codegen.link_ptx(ptx, "sm_90"), entry, "sm_90", MAX_THREADS, 1)
+    codegen.check_link(codegen.link_ptx(ptx, "sm_90"), entry, "sm_90", MAX_THREADS, None)
 
 
 # ---- the collection
@@ -1134,7 +1134,11 @@ MUTANTS = [
         _ptx("normalise_rows", codegen.check_no_double),
         AssertionError,
         "uses of float64",
-        _edit(f"{GPU}.device.batch", "store(normaliser, 0, total)", "store(normaliser, 0, total + 1e-300)"),
+        _edit(
+            f"{GPU}.device.batch",
+            "store(normaliser, 0, add(total[0], total[1]))",
+            "store(normaliser, 0, add(total[0], total[1]) + 1e-300)",
+        ),
         ("normalise_rows",),
     ),
     Mutant(

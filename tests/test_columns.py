@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 import gpusoftmax
 from gpusoftmax import _dry_run
 from gpusoftmax.kernels.cuda import launch, plan
-from gpusoftmax.kernels.cuda.plan import SECTOR_BYTES, row_plan, tree_of
+from gpusoftmax.kernels.cuda.plan import OF_A_BATCH, SECTOR_BYTES, row_plan, tree_of
 from tests import inputs, oracle, tolerances
 from tests.calls import same_bits
 from tests.emulator import emulated_gpu
@@ -85,7 +85,7 @@ def run(name, arrays, axis, arch="sm_90", **options):
     with emulated_gpu(arch, **options) as gpu:
         given = [gpu.array(array) for array in arrays]
         results = tuple(np.asarray(gpu.get(part)) for part in OPERATIONS[name](*given, axis))
-        rows = next(k for k, stats in enumerate(gpu.stats) if stats.plan.regime != "single")
+        rows = next(k for k, stats in enumerate(gpu.stats) if stats.plan.regime not in OF_A_BATCH)
         reads = gpu.reads(given[0], rows) if options.get("track", True) else None
         return results, gpu.stats[rows].plan, reads, gpu.stats[rows]
 

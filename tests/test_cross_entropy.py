@@ -8,6 +8,7 @@ import pytest
 
 import gpusoftmax
 from gpusoftmax.cross_entropy import _with_divisor
+from gpusoftmax.kernels.cuda.plan import PART_ROWS
 from tests import inputs, oracle, tolerances
 
 N_COLS = [
@@ -211,6 +212,24 @@ def test_mean_of_many_rows(target):
     for reduction in ("mean", "sum"):
         loss = run_loss(target, logits, labels, reduction=reduction)
         tolerances.check_loss(loss, logits, labels, reduction=reduction)
+
+
+def test_sums_of_more_rows_than_one_block_adds_up(target):
+    """What several blocks have found, of very different size, is added up by one more."""
+    n_rows = 2 * PART_ROWS + 37
+    logits = inputs.make("confident", (n_rows, 2), np.float32)
+    labels = inputs.targets(n_rows, 2, share_ignored=0.3)
+    row_weight = np.random.default_rng(0).random(n_rows).astype(np.float32)
+    loss, dlogits = run(target, logits, labels)
+    check(loss, dlogits, logits, labels)
+    found = gpusoftmax.cross_entropy(
+        target.array(logits), target.array(labels), row_weight=target.array(row_weight), return_correct=True
+    )
+    want = oracle.full_cross_entropy(logits, labels, row_weight=row_weight)
+    counted = labels != -100
+    mean = want.loss.sum() / row_weight[counted].sum(dtype=np.longdouble)
+    np.testing.assert_allclose(float(target.get(found.loss)), float(mean), rtol=1e-6)
+    assert int(target.get(found.n_correct)) == (oracle.argmax(logits) == labels)[counted].sum()
 
 
 # ---------------------------------------------------------------- layouts

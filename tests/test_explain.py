@@ -9,6 +9,7 @@ import pytest
 import gpusoftmax
 from gpusoftmax import _dry_run, cli
 from gpusoftmax.kernels.cuda import compile
+from gpusoftmax.kernels.cuda.plan import OF_A_BATCH
 from tests import codegen, inputs
 from tests.calls import CALLS, arguments
 from tests.emulator import emulated_gpu
@@ -41,7 +42,7 @@ def test_explained_is_what_an_emulated_device_does(name, shape, arch, monkeypatc
         )
         call(*given.values())
         plans = [(stats.plan.regime, stats.plan.blocks, stats.plan.threads, stats.plan.cluster) for stats in gpu.stats]
-        rows_launch = next(k for k, stats in enumerate(gpu.stats) if stats.plan.regime != "single")
+        rows_launch = next(k for k, stats in enumerate(gpu.stats) if stats.plan.regime not in OF_A_BATCH)
         rows = [array for array in given.values() if array.shape == shape]
         read = sum(4 * int(gpu.reads(array, rows_launch).sum()) for array in rows)
     found = [(kernel["regime"], kernel["grid"], kernel["block"], kernel["cluster"]) for kernel in explained["kernels"]]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gpusoftmax
+from gpusoftmax.kernels.cuda.plan import OF_A_BATCH
 from tests.calls import CALLS, Call, arguments
 from tests.emulator import emulated_gpu
 from tests.test_regimes import force
@@ -37,7 +38,7 @@ def moved(operation, n_cols):
         given = {argument: gpu.array(array) for argument, array in host.items()}
         results = operation.function(*given.values())
         results = results if isinstance(results, tuple) else (results,)
-        number = next(k for k, stats in enumerate(gpu.stats) if stats.plan.regime != "single")
+        number = next(k for k, stats in enumerate(gpu.stats) if stats.plan.regime not in OF_A_BATCH)
         sources = [given[argument] for argument in operation.rows]
         targets = [array for array in results if array is not None and array.shape == shape]
         reads = [gpu.reads(array, number) for array in sources]

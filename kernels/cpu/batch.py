@@ -10,6 +10,11 @@ from gpusoftmax.kernels.cpu.vector import add, add_pair, div, load, mul, number,
 from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Place, Rows
 
 
+def scratch_size(n: int) -> int:
+    """How many numbers these functions need room for, in the format of what they add up: none on the CPU."""
+    return 0
+
+
 def normalise(
     rows: Rows,
     labels: Labels,
@@ -18,6 +23,7 @@ def normalise(
     row_weight: Numbers,
     normaliser: Numbers,
     ignore_index: int,
+    scratch: Numbers,
     place: Place,
 ) -> None:
     """normaliser[0] = the sum of weight[label] row_weight over the rows that count; ones where there are no weights.
@@ -29,13 +35,15 @@ def normalise(
     run_alone(normalise_rows, rows, labels, n_labels, weight, row_weight, normaliser, ignore_index, zero)
 
 
-def total(n: int, values: Numbers, normaliser: Numbers, result: Numbers, place: Place, divisor: float = 1.0) -> None:
+def total(
+    n: int, values: Numbers, normaliser: Numbers, result: Numbers, scratch: Numbers, place: Place, divisor: float = 1.0
+) -> None:
     """result[0] = sum(values), in their order, divided by normaliser[0] or, where there is none, by `divisor`."""
     tags = STORAGE[values.dtype](0), STORAGE[result.dtype](0), STORAGE[normaliser.dtype](divisor)
     run_alone(total_rows, n, values, normaliser, result, *tags)
 
 
-def count(n: int, values: Numbers, result: Numbers, place: Place) -> None:
+def count(n: int, values: Numbers, result: Numbers, scratch: Numbers, place: Place) -> None:
     """result[0] = sum(values), of int64."""
     run_alone(count_rows, n, values, result)
 

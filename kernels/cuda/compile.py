@@ -11,7 +11,16 @@ import re
 import numpy as np
 
 from gpusoftmax.kernels.cuda import cache
-from gpusoftmax.kernels.cuda.plan import MAX_THREADS, MIN_BLOCKS, Columns, Long, Short, columns_threads
+from gpusoftmax.kernels.cuda.plan import (
+    FEW_BYTES,
+    MAX_THREADS,
+    MORE_REGISTERS,
+    REGISTERS,
+    Columns,
+    Long,
+    Short,
+    columns_threads,
+)
 from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Rows, Transform
 
 _SPLITS = {"short": Short, "long": Long, "columns": Columns}
@@ -76,11 +85,26 @@ def entry_of(ptx: str) -> str:
     return re.search(r"\.entry\s+([\w$]+)", ptx)[1]
 
 
-def link(ptx: str, arch: str) -> tuple[bytes, str]:
-    """PTX -> (cubin, the assembler's report on registers and spills). Needs no GPU."""
+def link(ptx: str, arch: str, lineinfo: bool = False) -> tuple[bytes, str]:
+    """PTX -> (cubin, the assembler's report on registers and spills). Needs no GPU.
+
+    A kernel that would spill gets more registers than its bound (plan.REGISTERS), where that is faster.
+    """
+    cubin, report = _link(ptx, arch, lineinfo)
+    bound = re.search(r"\.maxnreg (\d+)", ptx)
+    for registers in MORE_REGISTERS.get(int(bound[1]), ()) if bound else ():
+        spilled = re.search(r"(\d+) bytes spill stores", report)  # no report: the driver has linked it before
+        if spilled is None or int(spilled[1]) <= FEW_BYTES:
+            break
+        cubin, report = _link(ptx.replace(bound[0], f".maxnreg {registers}"), arch, lineinfo)
+    return cubin, report
+
+
+def _link(ptx: str, arch: str, lineinfo: bool) -> tuple[bytes, str]:
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
+    options = LinkerOptions(arch=arch, lineinfo=lineinfo, ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     cubin = bytes(linker.link("cubin").code)
     return cubin, linker.get_info_log()
 
@@ -93,14 +117,18 @@ def resources(image: Image) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", report)[1]), int(shared[1]) if shared else 0
 
 
-def launch_bounds(signature: tuple[str, ...], arch: str) -> tuple[int, int]:
-    """(threads of a block at most, how many such blocks the registers of a kernel must leave room for)"""
+def launch_bounds(signature: tuple[str, ...], arch: str) -> tuple[int, int | None]:
+    """(threads of a block at most, registers of a thread at most, None: what they need)"""
     is_double, threads = "float64" in " ".join(signature), MAX_THREADS
-    if "columns" in signature:
-        source = next(word for word in signature if word.startswith("strided ")).split()[1]
-        itemsize = np.dtype(STORAGE[source]).itemsize
-        threads = columns_threads(itemsize, "float64" if is_double else "float32")
-    return threads, 1 if arch != "sm_90" or is_double else MIN_BLOCKS * MAX_THREADS // threads
+    split = next((word for word in signature if word in _SPLITS), "")
+    source = next((word.split()[1] for word in signature if word.startswith("strided ")), "")
+    if split == "columns":
+        threads = columns_threads(np.dtype(STORAGE[source]).itemsize, "float64" if is_double else "float32")
+    if arch != "sm_90" or is_double:
+        return threads, None
+    if split == "long":
+        split = f"long {np.dtype(STORAGE[source]).itemsize}"
+    return threads, REGISTERS.get(split)
 
 
 @functools.cache
@@ -118,7 +146,7 @@ def _ptx(kernel: str, signature: tuple[str, ...], arch: str) -> str:
         function,
         tuple(_numba_type(types, word) for word in signature),
         (compute // 10, compute % 10),
-        launch_bounds(signature, arch),
+        *launch_bounds(signature, arch),
     )
     cache.put(key, ptx.encode())
     return ptx

@@ -12,6 +12,7 @@ format alone, and with it the bits. `row_plan` decides who computes what, and ma
               threads read and write together, sector by sector; its warps sum them up one by one. `held` tells whether
               the rows are read once
     single    one block, for numbers of all rows
+    parts     a block for each 8192 rows, for the same; one more adds up what they have found
     warps     a warp for each row, where a row is a few numbers
 
 The regimes walk one tree: a row has the same bits in each.
@@ -37,11 +38,23 @@ MAX_CHUNKS = 1024
 MAX_THREADS = 256
 SECTOR_BYTES = 32
 """What a multiprocessor gets from memory at the least."""
-MIN_BLOCKS = 2
-"""Blocks of MAX_THREADS that the registers must leave room for: one loads while the other computes. 128 registers are
-what the kernels take without spilling (kernels/README.md); float64 takes up to twice as many and runs alone.
+REGISTERS = {"short": 64, "long 2": 80, "long 4": 96, "columns": 128}
+"""Of a thread, at most, on sm_90: of kernels whose rows are split so, by the bytes of an element. A warp mostly waits,
+for memory, barriers and shuffles; the fewer registers it has, the more of them there are: 32, 24 and 20 on a
+multiprocessor (measured: kernels/README.md, 2026-11-26). float64 takes what it needs.
 """
-WARP_BYTES = 8 * 1024
+MORE_REGISTERS = {80: (96, 128), 96: (128,)}
+"""What a kernel gets instead that would spill more than FEW_BYTES, which cost less than warps. Not short ones."""
+FEW_BYTES = 64
+ONE_PASS = {2: (128, 6), 4: (128, 5), 8: (256, 2)}
+"""(threads of a block at most, blocks on a multiprocessor) where long rows are read once, by the bytes of an element
+(float64: 8). Of several blocks, one loads while another computes.
+"""
+TWO_PASSES = {2: ((256, 3), (256, 2)), 4: ((128, 5), (128, 3), (256, 2)), 8: ((256, 2), (256, 1))}
+"""The same where a row is read twice: the first for which the shared memory of a cluster holds the row."""
+ONLINE = {2: (256, 3), 4: (256, 2), 8: (256, 1)}
+"""The same where none does. The second time, most of the row comes from the second-level cache."""
+WARP_CHUNKS = 4
 """Of a row, what a warp takes at least where there are rows for all warps: what it pays for a row (addresses, the state
 of the chunks, the logarithm) is as much as for two thousand logits.
 """
@@ -51,9 +64,6 @@ the first ones wait for, is an eighth of a block's time.
 """
 MAX_BLOCKS = 2**31 - 1
 """The launch limit of the grid's first axis; further rows take further launches."""
-RING_BYTES = 66 * 1024
-"""Slots of a block that reads its rows once and need not keep them: two such blocks have 132 KiB under way, five times
-what 4.3 TB/s and 800 ns ask of each of 132 multiprocessors."""
 
 
 class Limits(NamedTuple):
@@ -199,8 +209,21 @@ class Plan:
         return self.shared_bytes - self.split.first_slot if isinstance(self.split, Long) else 0
 
 
+OF_A_BATCH = ("single", "parts")
+"""The regimes of kernels that find a number of all rows."""
+PART_ROWS = 8192
+"""Rows that one block sums up where a number is wanted of a whole batch: 32 for each of its threads."""
 SINGLE_BLOCK = Plan(regime="single", threads=MAX_THREADS, blocks=1, chunk_cols=0)
 """For the small kernels around a loss: a sum over all rows in a fixed order."""
+
+
+def parts_plan(n_rows: int) -> Plan:
+    """A block for each PART_ROWS rows, for a number of all of them."""
+    return Plan(regime="parts", threads=MAX_THREADS, blocks=n_parts(n_rows), chunk_cols=0)
+
+
+def n_parts(n_rows: int) -> int:
+    return max(_ratio(n_rows, PART_ROWS), 1)
 
 
 def warps_plan(n_rows: int) -> Plan:
@@ -274,59 +297,64 @@ def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors
 
 def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
     pieces = tree.chunk_cols // tree.piece_cols
-    number_bytes = _number_bytes(compute)
-    first_slot = _rounded((tree.n_chunks + 1) * STATE_NUMBERS * number_bytes)  # one for the row
+    first_slot = _rounded((tree.n_chunks + 1) * STATE_NUMBERS * _number_bytes(compute))  # one for the row
     slot_bytes_of_all = n_sources * slot_bytes
-    most_warps = min(MAX_THREADS // WARP_SIZE, (limits.block_bytes - first_slot) // slot_bytes_of_all)
-    shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
-
-    least = min(max(WARP_BYTES // (n_sources * tree.chunk_cols * itemsize), 1), tree.n_chunks)
-    if n_rows * _ratio(tree.n_chunks, least) < multiprocessors * MIN_BLOCKS * MAX_THREADS // WARP_SIZE:
-        least = 1  # warps would go without
-
-    def turns(cluster):
-        """Chunks of the busiest warp; as few warps as that takes are used."""
-        return _ratio(tree.n_chunks, cluster * min(most_warps, _ratio(tree.n_chunks, cluster * least)))
-
-    def warps(cluster):
-        return _ratio(tree.n_chunks, cluster * turns(cluster))
-
-    def bytes_of(cluster, slots):
-        return first_slot + warps(cluster) * slots * slot_bytes_of_all
-
-    def fitting_slots(cluster, room):
-        return max((min(room, limits.block_bytes) - first_slot) // (warps(cluster) * slot_bytes_of_all), 1)
-
     clusters = [size for size in (1, 2, 4, 8, 16) if size <= limits.cluster and size <= tree.n_chunks]
-    if passes == 1:
-        fits = [1]
-    else:
-        # Two blocks on a multiprocessor, if a cluster is large enough for that; one, if not.
-        fits = [size for size in clusters if bytes_of(size, turns(size) * pieces) <= shared]
-        fits = fits or [size for size in clusters if bytes_of(size, turns(size) * pieces) <= limits.block_bytes]
-    cluster = fits[0] if fits else clusters[-1]
+
+    def most_warps(threads):
+        return min(threads // WARP_SIZE, (limits.block_bytes - first_slot) // slot_bytes_of_all)
+
+    def least_chunks(threads, blocks):
+        """Of a warp."""
+        least = min(max(WARP_CHUNKS // (n_sources * pieces), 1), tree.n_chunks)
+        if n_rows * _ratio(tree.n_chunks, least) < multiprocessors * blocks * threads // WARP_SIZE:
+            return 1  # warps would go without
+        return least
+
+    def turns(cluster, way):
+        """Chunks of the busiest warp; as few warps as that takes are used."""
+        most = min(most_warps(way[0]), _ratio(tree.n_chunks, cluster * least_chunks(*way)))
+        return _ratio(tree.n_chunks, cluster * most)
+
+    def warps(cluster, way):
+        return _ratio(tree.n_chunks, cluster * turns(cluster, way))
+
+    def bytes_of(cluster, way, slots):
+        return first_slot + warps(cluster, way) * slots * slot_bytes_of_all
+
+    def room(way):
+        """Shared memory of each block."""
+        return min(limits.multiprocessor_bytes // way[1] - BLOCK_RESERVE, limits.block_bytes)
+
+    def fitting_slots(cluster, way):
+        return max((room(way) - first_slot) // (warps(cluster, way) * slot_bytes_of_all), 1)
+
+    def holds(cluster, way):
+        return passes == 1 or bytes_of(cluster, way, turns(cluster, way) * pieces) <= room(way)
+
+    size = 8 if compute == "float64" else itemsize
+    ways = TWO_PASSES[size] if passes == 2 else (ONE_PASS[size],)
+    if n_rows <= multiprocessors:  # whose blocks would have the multiprocessors for themselves
+        ways = ((MAX_THREADS, 2),)
+    found = ((cluster, way) for way in ways for cluster in clusters if holds(cluster, way))
+    cluster, way = next(found, (clusters[-1], ONLINE[size]))
     # Few rows: more blocks for each, down to two chunks for each warp.
-    while cluster * 2 in clusters and n_rows * cluster * 2 <= multiprocessors and turns(cluster) > 2:
+    while cluster * 2 in clusters and n_rows * cluster * 2 <= multiprocessors and turns(cluster, way) > 2:
         cluster *= 2
-    most = tree.n_chunks // (most_warps * max(least, 2))  # blocks that have work for all their warps
-    while cluster * 2 in clusters and cluster * 2 <= most and n_rows * cluster < WAVES * MIN_BLOCKS * multiprocessors:
+    # Blocks that have work for all their warps.
+    most = tree.n_chunks // (most_warps(way[0]) * max(least_chunks(*way), 2))
+    while cluster * 2 in clusters and cluster * 2 <= most and n_rows * cluster < WAVES * way[1] * multiprocessors:
         cluster *= 2
-    needed = turns(cluster) * pieces
-    if passes == 1:
-        slots = min(needed, max(RING_BYTES // (warps(cluster) * slot_bytes_of_all), 2), fitting_slots(cluster, shared))
-    elif fits:
-        slots = needed
-    else:
-        # All of a multiprocessor where that keeps most of the row; two blocks where it is read twice anyway.
-        slots = min(needed, fitting_slots(cluster, limits.block_bytes if cluster > 1 else shared))
+    needed = turns(cluster, way) * pieces
+    slots = min(needed, fitting_slots(cluster, way))
     held = passes == 1 or slots >= needed
     return Plan(
         regime="online" if not held else "cluster" if cluster > 1 else "held",
-        threads=warps(cluster) * WARP_SIZE,
+        threads=warps(cluster, way) * WARP_SIZE,
         blocks=min(n_rows, MAX_BLOCKS // cluster) * cluster,
         chunk_cols=tree.chunk_cols,
         rows=min(n_rows, MAX_BLOCKS // cluster),
-        shared_bytes=bytes_of(cluster, slots),
+        shared_bytes=bytes_of(cluster, way, slots),
         cluster=cluster,
         held=held,
         split=Long(tree.n_chunks, pieces.bit_length() - 1, cluster, slots, slot_bytes, first_slot),
@@ -339,7 +367,7 @@ def _columns(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, mul
     number_bytes = _number_bytes(compute)
     states = tree.n_chunks * STATE_NUMBERS * number_bytes if tree.n_chunks > 1 else 0
     wanted = pieces if passes == 2 else min(pieces, 2)
-    shared = limits.multiprocessor_bytes // MIN_BLOCKS - BLOCK_RESERVE
+    shared = limits.multiprocessor_bytes // 2 - BLOCK_RESERVE  # one block loads while the other computes
 
     def first_slot(rows):
         return _rounded(rows * (ENTRY_BYTES + states))

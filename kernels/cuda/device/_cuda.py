@@ -1,5 +1,6 @@
 """The only place that imports numba.cuda: it is in maintenance, and moving to its successor must cost one file."""
 
+import re
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,9 +21,9 @@ _compiling = threading.Lock()
 
 
 def compile_to_ptx(
-    kernel: Callable, signature: tuple, compute_capability: tuple[int, int], bounds: tuple[int, int]
+    kernel: Callable, signature: tuple, compute_capability: tuple[int, int], threads: int, registers: int | None
 ) -> str:
-    """PTX for one architecture; bounds = (threads of a block, blocks on a multiprocessor). Needs no driver."""
+    """PTX for one architecture, for so many threads of a block, with so many registers, at most. Needs no driver."""
     # A helper is compiled for the current device, which asks the driver; here it is told. The helpers are LLVM code and
     # know no architecture, so those of an earlier kernel serve a later one of another architecture.
     every_pass, every_module = CUDACompiler.define_pipelines, CUDACodeLibrary.modules
@@ -48,11 +49,17 @@ def compile_to_ptx(
                 device=False,
                 abi="numba",
                 cc=compute_capability,
-                launch_bounds=bounds,
+                launch_bounds=threads,
             )
         finally:
             dispatcher.get_current_device = ask_the_driver
             CUDACompiler.define_pipelines, CUDACodeLibrary.modules = every_pass, every_module
+    if registers is None:
+        return ptx
+    # Numba has no word for it.
+    ptx, count = re.subn(r"^\.maxntid .*\n", rf"\g<0>.maxnreg {registers}\n", ptx, flags=re.M)
+    if count != 1:
+        raise RuntimeError(f"no launch bound in the PTX of {kernel.__name__}")
     return ptx
 
 

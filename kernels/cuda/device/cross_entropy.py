@@ -47,15 +47,17 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     weight_of_row,
 )
 from gpusoftmax.kernels.cuda.device.memory import element_size, is_null, load, store, store_integer
-from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
 from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import (
     NO_COLUMN,
     above_anchor,
-    loss_numbers,
+    begin_row,
+    finished_row,
     numbers_beside_with,
     saved_beside,
     saved_max,
+    states_of_chunks,
 )
 from gpusoftmax.kernels.cuda.device.rows import (
     fetch_last,
@@ -412,6 +414,7 @@ def losses_with(has_mass, is_soft):
         if is_long(split) and not counts:
             return
         n_cols = rows.n_cols if counts else 0
+        begin_row(source, n_cols, team, split, params)
         s = mass_of_label(label, row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
         looked = looked_up(
             label, row, counts, writes_loss, source, rows, loss, team, split, scale, loss.shares, loss.probs
@@ -423,7 +426,9 @@ def losses_with(has_mass, is_soft):
             asked = Asked(loss, begin, is_wanted(results.correct))
             found, distances, mass, column = numbers_and_masses(source, asked, n_cols, team, split, params)
         else:
-            found = loss_numbers(source, n_cols, team, split, params)
+            sums = of_cheap(params)
+            state = states_of_chunks(source, n_cols, team, split, sums)
+            found = finished_row(state, source, n_cols, team, split, sums)
             distances, mass, column = zero, zero, int32(-1)
         half, log, log_low, inverse = found
         all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))

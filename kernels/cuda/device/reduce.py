@@ -138,11 +138,10 @@ def exchange(value, scratch, identity):
 
 @device
 def block_sum_pair(total, low, scratch, identity):
-    """The sum over the block of total + low."""
+    """The sum over the block of total + low, in two numbers, too."""
     total, low = warp_sum_pair(total, low)
     total, low = exchange(total, scratch, identity), exchange(low, scratch, identity)
-    total, low = warp_sum_pair(total, low)
-    return add(total, low)
+    return warp_sum_pair(total, low)
 
 
 @device

@@ -213,8 +213,16 @@ def row_second_look(row_max, team, split, params):
     return warp_sum(ties, WARP_SIZE), warp_sum(rest, WARP_SIZE)
 
 
+@device
+def begin_row(source, n_cols, team, split, params):
+    """Before a first pass: the row is on its way. What else is needed of it is better waited for after that."""
+    announce(split)
+    open_row((source,), n_cols, team, split, number(params[0], -math.inf))
+
+
 def first_pass_with(second_looks):
-    """A device function that publishes the states of all chunks of a row; the state of the one chunk is its result.
+    """A device function that publishes the states of all chunks of a row that has begun; the state of the one chunk is
+    its result.
 
     With second looks, rows that are not known to be confident until their chunks have met have theirs later.
     """
@@ -225,8 +233,6 @@ def first_pass_with(second_looks):
         zero, least = number(params[0], 0.0), number(params[0], -math.inf)
         state = (least, zero, zero, zero)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
-        announce(split)
-        open_row((source,), n_cols, team, split, least)
         meet(split)
         k = int32(0)
         while k < team.n_pieces:
@@ -255,8 +261,8 @@ NO_COLUMN = 2**31 - 1
 
 
 def numbers_beside_with(beside_piece, joined_beside):
-    """A device function for the first pass of an op that sums two more numbers, and may look for the first column of
-    the maximum.
+    """A device function for the first pass, over a row that has begun, of an op that sums two more numbers, and may
+    look for the first column of the maximum.
 
     beside_piece(source, at, piece, largest, asked, team, split, params) -> (one, two, column) of a piece, from its
     slot, since beside a whole piece registers run out. joined_beside(one, state, other, other_state, row_max, asked,
@@ -274,8 +280,6 @@ def numbers_beside_with(beside_piece, joined_beside):
         state, beside = (least, zero, zero, zero), (zero, zero)
         best, column = least, int32(0)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
-        announce(split)
-        open_row((source,), n_cols, team, split, least)
         meet(split)
         k = int32(0)
         while k < team.n_pieces:
@@ -382,6 +386,7 @@ def look_again_with(with_distances):
 def softmax_state(source, n_cols, team, split, params):
     """(max, sum) of a row, the same for all threads that share it."""
     params = of_cheap(params)
+    begin_row(source, n_cols, team, split, params)
     largest, total, _, _ = sums_of_chunks(source, n_cols, team, split, params)
     if is_one_chunk(split):
         return largest, total
@@ -502,6 +507,7 @@ def loss_numbers_with(finish, with_distances=False):
     @device
     def loss_numbers(source, n_cols, team, split, params):
         params = of_cheap(params)
+        begin_row(source, n_cols, team, split, params)
         state = states_of_chunks(source, n_cols, team, split, params)
         return finished_row(state, source, n_cols, team, split, params)
 
@@ -520,4 +526,4 @@ def numbers_for_probs(state, params):
     return half, log, log_low, inverse
 
 
-loss_numbers, finished_row = loss_numbers_with(numbers_for_probs)
+_, finished_row = loss_numbers_with(numbers_for_probs)
