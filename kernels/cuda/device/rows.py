@@ -46,6 +46,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     load,
     misalignment,
     n_values,
+    piece_numbers,
     row_offset,
     store,
     store_vector,
@@ -84,10 +85,15 @@ from gpusoftmax.kernels.cuda.device.staging import (
     staged_vector,
     wait_for_copies,
 )
-from gpusoftmax.kernels.cuda.device.transform import through_of, transform
+from gpusoftmax.kernels.cuda.device.transform import (
+    VERY_MANY,
+    fetch_masks,
+    is_changed,
+    through_of,
+    transform,
+    transform_runs,
+)
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
-
-VERY_MANY = 1 << 30  # columns: more than a slot has
 
 
 class Strided(NamedTuple):
@@ -319,6 +325,7 @@ def stage(k, sources, n_cols, team, split, padding):
     at = slot_of(k, team, split, len(sources))
     for i in range(len(sources)):
         stage_granules(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
+        fetch_masks(sources[i].through, piece.first, piece.count, team.lane)
     end_copies()
     for i in range(len(sources)):
         stage_lone_columns(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
@@ -350,6 +357,7 @@ def open_row(sources, n_cols, team, split, padding):
         at = slot_of(k, team, split, len(sources))
         for i in range(len(sources)):
             stage_granules(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
+            fetch_masks(sources[i].through, piece.first, piece.count, team.lane)
         end_copies()
         k = int32(k + 1)
     # Only now: what these wait for, the copies of all slots do not wait for. Where granules are copied, a row's first
@@ -518,14 +526,31 @@ def piece_writer(results, own_columns=False, results_of_run=None):
     results_of_run = results_of_run or results
 
     @device
+    def write_changed(target, source, place, col, numbers, like):
+        """write_whole of logits that go through a transform: what it reads from memory is read at once."""
+        held, others = piece_numbers(like), granule_numbers(like)
+        bits = vector_bits(target.pointer)
+        width, n_runs, step = 1 << bits, n_values(like) >> bits, WARP_SIZE << bits
+        for k in range(n_runs):
+            values = advance(held, k << bits)
+            staged_vector(source.pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
+        transform_runs(held, col, width, n_runs, step, source.through)
+        for k in range(n_runs):
+            values = advance(held, k << bits)
+            results_of_run(values, others, col + k * step, width, numbers)
+            store_vector(target.pointer, col + k * step, values)
+
+    @device
     def write_whole(target, sources, at, first, team, split, numbers, like):
         """Granules of a whole piece that begin where those of the slot do, at column `first`."""
         values, others = granule_numbers(like), granule_numbers(like)
         bits = vector_bits(target.pointer)
         col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
+        if is_changed(sources[0].through.transform):
+            write_changed(target, sources[0], place, col, numbers, like)
+            return
         for k in range(n_values(like) >> bits):
             staged_vector(sources[0].pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
-            transform(values, col + k * (WARP_SIZE << bits), 1 << bits, sources[0].through)
             if len(sources) == 2:
                 other = int32(place + split.slot_bytes + k * WARP_SIZE * VECTOR_BYTES)
                 staged_vector(sources[1].pointer, other, others)
