@@ -234,9 +234,14 @@ def _inverse_cap(a, cap):
     return inverse if a.format is formulas.DOUBLE else a.minimum(inverse, a.number(MAX))
 
 
-def _in_caps(a, x, inverse):
-    """|x / cap|: from 1 on, `softcap` takes an exponential. 0 in float64, whose formula does not ask."""
-    return a.number(0) if a.format is formulas.DOUBLE else a.magnitude(a.mul(x, inverse))
+def _size(a, x):
+    """|x|, which an instruction takes for nothing."""
+    return a.call("llvm.nvvm.fabs.f", x)
+
+
+def _size_for_cap(a, x):
+    """|x|: from the cap on, `softcap` takes an exponential. 0 in float64, whose formula does not ask."""
+    return a.number(0) if a.format is formulas.DOUBLE else _size(a, x)
 
 
 def _near_softcap(a, x, cap, inverse):
@@ -255,10 +260,10 @@ def _softcap(a, x, cap, inverse):
     near = _near_softcap(a, x, cap, inverse)
     if a.format is formulas.DOUBLE:
         return near
-    e = _ex2(a, a.mul(a.magnitude(x), a.mul(inverse, a.number(-2 * math.log2(math.e)))))
+    e = _ex2(a, a.mul(_size(a, x), a.mul(inverse, a.number(-2 * math.log2(math.e)))))
     far = a.fma(a.mul(e, _reciprocal(a, a.add(a.number(1), e))), a.mul(cap, a.number(-2)), cap)
     far = a.select(a.less(x, a.number(0)), a.negative(far), far)
-    return a.select(a.less(_in_caps(a, x, inverse), a.number(1)), near, far)
+    return a.select(a.less(_size(a, x), cap), near, far)
 
 
 def _pulled_through_softcap(a, gradient, capped, inverse):
@@ -299,7 +304,7 @@ ordered_exp_from = formula(_ordered_from)
 of_one_sign = formula(_of_one_sign, n_results=2)
 scaled = formula(_scaled)
 inverse_cap = formula(_inverse_cap)
-in_caps = formula(_in_caps)
+size_for_cap = formula(_size_for_cap)
 near_softcap = formula(_near_softcap)
 softcap = formula(_softcap)
 pulled_through_softcap = formula(_pulled_through_softcap)

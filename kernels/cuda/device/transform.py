@@ -19,12 +19,12 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     zero_where_empty,
 )
 from gpusoftmax.kernels.cuda.device.exponential import (
-    in_caps,
     inverse_cap,
     near_softcap,
     of_one_sign,
     pulled_through_softcap,
     scaled,
+    size_for_cap,
     softcap,
 )
 from gpusoftmax.kernels.cuda.device.memory import (
@@ -239,7 +239,7 @@ def cap_runs(values, cap, through, width, n_runs):
     for first in range(0, width * n_runs, width):
         far = False
         for k in range(width):
-            far = far or in_caps(values[first + k], inverse) >= number(inverse, 1.0)
+            far = far | (size_for_cap(values[first + k]) >= cap)
         if far:  # few logits are, and exponentials take as long as all the rest
             for k in range(width):
                 values[first + k] = softcap(values[first + k], cap, inverse)
