@@ -87,8 +87,12 @@ from gpusoftmax.kernels.cuda.device.staging import (
 )
 from gpusoftmax.kernels.cuda.device.transform import (
     VERY_MANY,
+    ends_with_row,
     fetch_masks,
     is_changed,
+    left_to_read,
+    n_to_read,
+    padding_for,
     through_of,
     transform,
     transform_runs,
@@ -241,8 +245,9 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
         bits = vector_bits(source.pointer)
         width = 1 << bits
         first = piece.first - source.shift
+        to_read = left_to_read(piece, source.through)
         n = n_granules(source.shift, read_cols(piece, split, padding), bits)
-        if not is_short(split) and first >= 0 and int32(piece.left + source.shift) >= int32(n << bits):
+        if not is_short(split) and first >= 0 and int32(to_read + source.shift) >= int32(n << bits):
             col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
             for k in range(n_values(padding) >> bits):
                 copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
@@ -250,9 +255,7 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
                 k = n_values(padding) >> bits
                 copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
         else:
-            left = int32(
-                max(piece.left + source.shift, 0)
-            )  # a piece behind the row's end is padding from its beginning
+            left = int32(max(to_read + source.shift, 0))  # a piece behind the row's end is padding from its beginning
             begin, whole, end = int32(1 if first < 0 else 0), int32(left >> bits), int32((left + width - 1) >> bits)
             step = split_lanes(split)
             col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
@@ -274,6 +277,7 @@ def stage_lone_columns(source, at, piece, n_cols, team, split, padding):
     """
     size = element_size(source.pointer)
     cols = read_cols(piece, split, padding)
+    n_cols = n_to_read(n_cols, source.through)
     k, step = team.lane, hidden(split_lanes(split))
     if source.stride != 1:
         while k < cols:
@@ -283,7 +287,7 @@ def stage_lone_columns(source, at, piece, n_cols, team, split, padding):
     bits = vector_bits(source.pointer)
     width = int32(1 << bits)
     first = piece.first - source.shift
-    left = int32(piece.left + source.shift)
+    left = int32(left_to_read(piece, source.through) + source.shift)
     last = int32(left >> bits)
     head = first < 0
     tail = int32(left & (width - 1)) != 0 and last >= (1 if head else 0)
@@ -364,7 +368,7 @@ def open_row(sources, n_cols, team, split, padding):
     # and last piece may have them.
     ends_alone = split_piece_bits(split) == 0
     for i in range(len(sources)):
-        ends_alone = ends_alone and sources[i].stride == 1
+        ends_alone = ends_alone and sources[i].stride == 1 and ends_with_row(sources[i].through)
     step = max(int32(n_staged - 1), int32(1)) if ends_alone else int32(1)
     k = int32(0)
     while k < n_staged:
@@ -660,7 +664,7 @@ def row_writer(results, results_of_run=None):
         while k >= 0:
             wait_for_last(k, team, split)
             write_number(k, target, sources, n_cols, team, split, numbers, like)
-            stage_before(k, sources, n_cols, team, split, like)
+            stage_before(k, sources, n_cols, team, split, padding_for(sources[0].through, like))
             k = int32(k - 1)
 
     return write_row

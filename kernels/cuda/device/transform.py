@@ -151,6 +151,65 @@ def is_changed(transform):
     return transform is not None
 
 
+@device
+def left_to_read(piece, through):
+    """Of a row's columns from a piece on, how many need be read at all; below 0 if n_valid ends before."""
+    return left_to_read_by(piece, through.transform, through)
+
+
+@device
+def left_to_read_by(piece, transform, through):
+    if transform is None:
+        return piece.left
+    return left_of_valid(piece, transform.n_valid, through)
+
+
+@device
+def left_of_valid(piece, n_valid, through):
+    if n_valid is None:
+        return piece.left
+    return min(piece.left, left_of(piece.first, through))
+
+
+@device
+def n_to_read(n_cols, through):
+    """How many columns of a row need be read."""
+    return n_to_read_by(n_cols, through.transform, through)
+
+
+@device
+def n_to_read_by(n_cols, transform, through):
+    if transform is None:
+        return n_cols
+    return min(n_cols, through.n_valid)
+
+
+@device
+def padding_for(through, any_number):
+    """What a last pass has behind the columns that are read: no result depends on it unless n_valid ends there."""
+    return padding_by(through.transform, any_number)
+
+
+@device
+def padding_by(transform, any_number):
+    if transform is None:
+        return any_number
+    return number(any_number, -math.inf)
+
+
+@device
+def ends_with_row(through):
+    """Whether what is read of a row ends where the row does."""
+    return ends_with_row_by(through.transform)
+
+
+@device
+def ends_with_row_by(transform):
+    if transform is None:
+        return True
+    return transform.n_valid is None
+
+
 # ---------------------------------------------------------------- of runs of neighbouring columns
 
 
@@ -168,7 +227,7 @@ def transform_by(values, col, width, transform, through):
     flags = run_flags(values[0])
     read_flags(flags, transform.mask, through, col, left, width, 1, 0)
     change(values, transform, through, col, left, width, 1, 0)
-    mask_runs(values, flags, transform.mask, transform.n_valid, transform.softcap, left, width, 1, 0)
+    mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, 1, 0)
 
 
 @device
@@ -184,14 +243,15 @@ def transform_runs_by(values, col, width, n_runs, step, transform, through):
     left = left_of(col, through)
     flags = run_flags(values[0])
     read_flags(flags, transform.mask, through, col, left, width, n_runs, step)  # first: it is waited for longest
-    change(values, transform, through, col, left, width, n_runs, step)
-    mask_runs(values, flags, transform.mask, transform.n_valid, transform.softcap, left, width, n_runs, step)
+    if transform.n_valid is None or left > 0:
+        change(values, transform, through, col, left, width, n_runs, step)
+    mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, n_runs, step)
 
 
 @device
 def left_of(col, through):
-    """How many columns there are from one on that are not masked by n_valid; very many, or less than 0."""
-    return int32(max(min(through.n_valid - col, int64(VERY_MANY)), int64(-1)))
+    """How many columns there are from one on that are not masked by n_valid; less than 0 behind them."""
+    return int32(max(min(through.n_valid - col, int64(VERY_MANY)), int64(-VERY_MANY)))
 
 
 @device
@@ -249,10 +309,10 @@ def cap_runs(values, cap, through, width, n_runs):
 
 
 @device
-def mask_runs(values, flags, mask, n_valid, cap, left, width, n_runs, step):
-    """Needs flags where there is a mask."""
+def mask_runs(values, flags, mask, temperature, cap, left, width, n_runs, step):
+    """Needs flags where there is a mask. Slots have -inf from n_valid on, which nothing changes but a cap or NaN."""
     if mask is None:
-        if n_valid is not None or cap is not None:  # what padding is must stay
+        if temperature is not None or cap is not None:
             for first in range(0, width * n_runs, width):
                 mask_end(advance(values, first), int32(left - first // width * step), width)
     else:
@@ -370,6 +430,7 @@ def transformed_by(x, col, transform, through):
     values = granule_numbers(x)
     values[0] = x
     transform_by(values, col, 1, transform, through)
+    mask_end(values, left_of(col, through), 1)
     return values[0]
 
 
