@@ -14,6 +14,7 @@ from gpusoftmax.kernels.operands import NO_BAD_LABEL
 if TYPE_CHECKING:
     from gpusoftmax.kernels.cuda.compile import Image
     from gpusoftmax.kernels.cuda.launch import Launch
+    from gpusoftmax.kernels.cuda.plan import Plan
 
 OPS = (
     "softmax",
@@ -177,6 +178,13 @@ _MAPS = (
     ((4, 100, 1000), (10**6, 10**4, 1)),
     ((64, 8, 8), (1, 512, 64)),
 )
+
+
+def plan_of_rows(launches: "list[Launch]") -> "Plan":
+    """How the rows are read, by the first of the launches that does not find a number of all of them."""
+    from gpusoftmax.kernels.cuda.plan import OF_A_BATCH
+
+    return next(launch.plan for launch in launches if launch.plan.regime not in OF_A_BATCH)
 
 
 def facts(launch: "Launch") -> dict[str, Any]:

@@ -74,9 +74,7 @@ def _traffic(op: str, n_cols: int, dtype: str, launches) -> dict[str, Any]:
     label = 8 if op.startswith(("cross_entropy", "token_logprobs", "sample")) else 0  # or the seed
     top = min(_dry_run.TOP, n_cols) if op in _dry_run.OF_THE_LARGEST else 0
     sources = 2 if op in _TWO_SOURCES else 1
-    from gpusoftmax.kernels.cuda.plan import OF_A_BATCH
-
-    plan = next(launch.plan for launch in launches if launch.plan.regime not in OF_A_BATCH)
+    plan = _dry_run.plan_of_rows(launches)
     again = 0 if plan.held else max(sources * row - plan.cluster * plan.kept_bytes, 0)
     results = 8 if op in ("argmax", "sample") else 0 if op in _NO_ROWS else row
     return {

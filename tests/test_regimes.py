@@ -237,6 +237,27 @@ def test_distances_do_not_depend_on_who_has_met_a_masked_logit(monkeypatch):
     tolerances.check_entropy(results[2], logits)
 
 
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_columns_from_n_valid_on_are_not_read(monkeypatch, softcap):
+    """Whoever has them, and where the row is read twice: they are -inf in the slots."""
+    n_cols, n_valid = 17 * 1024 + 77, np.array([5005, 17 * 1024 + 70])
+    logits = inputs.make("spread", (2, n_cols), "float32", seed=4)
+    logits[:, n_valid[1] :] = np.nan
+    logits[0, n_valid[0] :] = np.nan
+    found = []
+    for cluster, warps, slots in WAYS:
+        force(monkeypatch, cluster, warps, slots)
+        with emulated_gpu("sm_90") as gpu:
+            x = gpu.array(logits)
+            probs = gpu.get(gpusoftmax.softmax(x, n_valid=gpu.array(n_valid), softcap=softcap))
+            reads = gpu.reads(x)
+        for row, count in enumerate(n_valid):
+            assert (reads[row, :count] >= 1).all() and (reads[row, count:] == 0).all(), (cluster, warps, slots)
+            assert (probs[row, count:] == 0).all() and probs[row].sum() == pytest.approx(1)
+        found.append(probs.tobytes())
+    assert found.count(found[0]) == len(WAYS)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_schedule_of_a_cluster(monkeypatch, name):
     """Warps and blocks in an order drawn anew with each seed; slots are filled twice."""

@@ -50,6 +50,17 @@ TERMS = (
 )
 
 
+# tanh(u) = u + u^3 q(u^2) for |u| < 1, minimax: relative error 0.93 u.
+TANH_TERMS = (
+    -0.3333298677849443,
+    0.13326408862240174,
+    -0.053498707057731354,
+    0.02035975823560698,
+    -0.00625933828703225,
+    0.0010582642893443297,
+)
+
+
 def _ex2(a, x):
     """2^x within 2 ulp; subnormal results are flushed to 0."""
     approximate = ir.InlineAsm(ir.FunctionType(a.type, [a.type]), "ex2.approx.ftz.f32 $0, $1;", "=f,f")
@@ -191,6 +202,76 @@ def _ordered_from(a, x, exponent, lowest, c, c_low):
     return _power_from(a, a.maximum(x, lowest), exponent, c, c_low)
 
 
+# ---------------------------------------------------------------- scale and softcap
+
+
+def _of_one_sign(a, high, low):
+    """A positive pair as one whose low part is above 0: an infinity times both is that infinity.
+
+    The least number instead of 0 breaks ties of products that are subnormal.
+    """
+    one = a.builder.sub(a.builder.bitcast(high, a.integers), a.integer(1))
+    below = a.select(a.less(low, a.number(0)), a.builder.bitcast(one, a.type), high)
+    low = a.add(low, a.sub(high, below))
+    least = a.builder.bitcast(a.integer(1), a.type)
+    return below, a.select(a.less(least, low), low, least)
+
+
+def _scaled(a, x, high, low):
+    """x (high + low), rounded once as nearly as matters; the pair is `of_one_sign`."""
+    return a.fma(x, high, a.mul(x, low))
+
+
+def _reciprocal(a, x):
+    """1 / x within 1 ulp; subnormal results are flushed to 0."""
+    approximate = ir.InlineAsm(ir.FunctionType(a.type, [a.type]), "rcp.approx.ftz.f32 $0, $1;", "=f,f")
+    return a.builder.call(approximate, [x])
+
+
+def _inverse_cap(a, cap):
+    """1 / cap; finite, so that 0 is capped to 0."""
+    inverse = a.div(a.number(1), cap)
+    return inverse if a.format is formulas.DOUBLE else a.minimum(inverse, a.number(MAX))
+
+
+def _size(a, x):
+    """|x|, which an instruction takes for nothing."""
+    return a.call("llvm.nvvm.fabs.f", x)
+
+
+def _size_for_cap(a, x):
+    """|x|: from the cap on, `softcap` takes an exponential. 0 in float64, whose formula does not ask."""
+    return a.number(0) if a.format is formulas.DOUBLE else _size(a, x)
+
+
+def _near_softcap(a, x, cap, inverse):
+    """cap tanh(x / cap) for |x / cap| < 1: x and what is small beside it, so that x / cap need not be exact."""
+    if a.format is formulas.DOUBLE:
+        return formulas.softcap(a, x, cap)
+    u = a.mul(x, inverse)
+    square = a.mul(u, u)
+    return a.fma(a.mul(x, square), a.polynomial(square, TANH_TERMS), x)
+
+
+def _softcap(a, x, cap, inverse):
+    """cap tanh(x / cap) within 3 ulp. Far from 0 it is cap - 2 cap e / (1 + e), e = exp(-2 |x| / cap): the errors of e
+    count a third at 1, and less beyond.
+    """
+    near = _near_softcap(a, x, cap, inverse)
+    if a.format is formulas.DOUBLE:
+        return near
+    e = _ex2(a, a.mul(_size(a, x), a.mul(inverse, a.number(-2 * math.log2(math.e)))))
+    far = a.fma(a.mul(e, _reciprocal(a, a.add(a.number(1), e))), a.mul(cap, a.number(-2)), cap)
+    far = a.select(a.less(x, a.number(0)), a.negative(far), far)
+    return a.select(a.less(_size(a, x), cap), near, far)
+
+
+def _pulled_through_softcap(a, gradient, capped, inverse):
+    """`formulas.pulled_through_softcap`, without its division."""
+    t = a.mul(capped, inverse)
+    return a.mul(gradient, a.fma(a.negative(t), t, a.number(1)))
+
+
 def _unless_equal(a, e, x, max):
     """e, or 0 where the logit equals the maximum."""
     return a.select(a.equal(x, max), a.number(0), e)
@@ -220,5 +301,12 @@ exponent_from = formula(_exponent_from)
 exponent_of_gap = formula(_exponent_of_gap)
 low_of_cheap = formula(_low_of_cheap)
 ordered_exp_from = formula(_ordered_from)
+of_one_sign = formula(_of_one_sign, n_results=2)
+scaled = formula(_scaled)
+inverse_cap = formula(_inverse_cap)
+size_for_cap = formula(_size_for_cap)
+near_softcap = formula(_near_softcap)
+softcap = formula(_softcap)
+pulled_through_softcap = formula(_pulled_through_softcap)
 unless_equal = formula(_unless_equal)
 corrected_inverse = formula(_corrected)

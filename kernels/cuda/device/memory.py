@@ -13,6 +13,7 @@ from gpusoftmax.kernels.operands import ONE_VALUE
 
 GLOBAL_SPACE, SHARED_SPACE = 1, 3
 VECTOR_BYTES = 16
+MAX_RUNS = 8  # values_per_lane numbers of the computation format
 STORED_DTYPE = {types.int16: "float16", types.uint16: "bfloat16", types.float32: "float32", types.float64: "float64"}
 
 
@@ -135,6 +136,50 @@ def load_stored(typingctx, pointer, index):
         return builder.load(address, align=pointer.dtype.bitwidth // 8)
 
     return pointer.dtype(pointer, types.int64), codegen
+
+
+@intrinsic
+def load_vector(typingctx, pointer, index, values):
+    """values[:vector_width] = pointer[index:], sixteen aligned bytes."""
+    dtype = STORED_DTYPE[pointer.dtype]
+
+    def codegen(context, builder, signature, args):
+        stored = context.get_value_type(pointer.dtype)
+        address = global_address(builder, args[0], args[1], vector_type(stored))
+        lanes = lanes_of_vector(builder, builder.load(address, align=VECTOR_BYTES), stored)
+        for k, lane in enumerate(lanes):
+            number = conversion.widen(builder, lane, dtype, context.get_value_type(values.dtype))
+            builder.store(number, builder.gep(args[2], [ir.Constant(ir.IntType(64), k)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, values), codegen
+
+
+@intrinsic
+def load_bytes(typingctx, pointer, index, count):
+    """The 2, 4 or 8 (a literal) aligned bytes from pointer[index] on, in one access; the first is the lowest."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None  # Numba asks again with the literal
+    n_bytes = count.literal_value
+
+    def codegen(context, builder, signature, args):
+        address = global_address(builder, args[0], args[1], ir.IntType(8 * n_bytes))
+        return builder.zext(builder.load(address, align=n_bytes), ir.IntType(64))
+
+    return types.uint64(pointer, types.int64, count), codegen
+
+
+@intrinsic
+def prefetch(typingctx, pointer, index):
+    """The line of pointer[index] on its way into the second-level cache; nobody waits for it."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.ptrtoint(global_address(builder, args[0], args[1], ir.IntType(8)), ir.IntType(64))
+        function = ir.FunctionType(ir.VoidType(), [address.type])
+        builder.call(ir.InlineAsm(function, "prefetch.global.L2 [$0];", "l", True), [address])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
 
 
 @intrinsic
@@ -286,6 +331,16 @@ def granule_numbers(typingctx, like):
         return _numbers(context, builder, like, VECTOR_BYTES // 2)
 
     return types.CPointer(like)(like), codegen
+
+
+@intrinsic
+def run_flags(typingctx, like):
+    """A word for each run of sixteen bytes that a lane holds of a piece, whatever the format; in registers."""
+
+    def codegen(context, builder, signature, args):
+        return _numbers(context, builder, types.uint64, MAX_RUNS)
+
+    return types.CPointer(types.uint64)(like), codegen
 
 
 @intrinsic

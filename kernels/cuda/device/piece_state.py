@@ -22,10 +22,9 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     scale_in_base_2,
     unless_equal,
 )
-from gpusoftmax.kernels.cuda.device.memory import granule_numbers, n_values
+from gpusoftmax.kernels.cuda.device.memory import granule_numbers, n_values, vector_bits
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import (
-    col_of,
     has_columns,
     piece_of,
     read_piece,
@@ -34,7 +33,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
 )
-from gpusoftmax.kernels.cuda.device.transform import biased, capped, divided, masked
+from gpusoftmax.kernels.cuda.device.transform import transform_runs
 from gpusoftmax.kernels.cuda.plan import GROUP
 
 
@@ -50,15 +49,9 @@ def read_logits(held, source, k, n_cols, team, split, params):
     """held = piece k, transformed; padding never becomes a maximum and adds nothing to a sum."""
     piece = piece_of(k, n_cols, team, split, params[0])
     read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
-    # One step after the other: LLVM unrolls no loop that does all of them, and `held` would not stay in registers.
-    for j in range(n_values(params[0])):
-        held[j] = divided(held[j], source.through)
-    for j in range(n_values(params[0])):
-        held[j] = biased(held[j], piece.first + col_of(j, team, split, source), source.through)
-    for j in range(n_values(params[0])):
-        held[j] = capped(held[j], source.through)
-    for j in range(n_values(params[0])):
-        held[j] = masked(held[j], piece.first + col_of(j, team, split, source), source.through)
+    bits, lanes = vector_bits(source.pointer), split_lanes(split)
+    col, step = piece.first + (team.lane << bits), lanes << bits
+    transform_runs(held, col, 1 << bits, n_values(params[0]) >> bits, step, source.through)
     return piece
 
 

@@ -46,6 +46,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     load,
     misalignment,
     n_values,
+    piece_numbers,
     row_offset,
     store,
     store_vector,
@@ -84,10 +85,18 @@ from gpusoftmax.kernels.cuda.device.staging import (
     staged_vector,
     wait_for_copies,
 )
-from gpusoftmax.kernels.cuda.device.transform import through_of, transform
+from gpusoftmax.kernels.cuda.device.transform import (
+    VERY_MANY,
+    fetch_masks,
+    is_changed,
+    left_to_read,
+    n_to_read,
+    padding_for,
+    through_of,
+    transform,
+    transform_runs,
+)
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
-
-VERY_MANY = 1 << 30  # columns: more than a slot has
 
 
 class Strided(NamedTuple):
@@ -243,12 +252,13 @@ def lone_columns(shift, count, low, high, bits):
 
 @device
 def is_whole(source, piece, n_cols, split, like):
-    """Whether all granules of a slot lie inside the row."""
+    """Whether all granules of a slot lie inside what is read of the row."""
     if is_short(split) or source.stride != 1:
         return False
     bits = vector_bits(source.pointer)
     first = piece.first - source.shift
-    return first >= 0 and first + (n_granules(source.shift, read_cols(piece, split, like), bits) << bits) <= n_cols
+    end = first + (n_granules(source.shift, read_cols(piece, split, like), bits) << bits)
+    return first >= 0 and end <= n_to_read(n_cols, source.through)
 
 
 @device
@@ -258,6 +268,7 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
         bits = vector_bits(source.pointer)
         width = 1 << bits
         first = piece.first - source.shift
+        to_read = left_to_read(piece, source.through)
         n = n_granules(source.shift, read_cols(piece, split, padding), bits)
         if is_whole(source, piece, n_cols, split, padding):
             col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
@@ -267,9 +278,7 @@ def stage_granules(source, at, piece, n_cols, team, split, padding):
                 k = n_values(padding) >> bits
                 copy_vector(source.pointer, col + k * (WARP_SIZE << bits), int32(place + k * WARP_SIZE * VECTOR_BYTES))
         else:
-            left = int32(
-                max(piece.left + source.shift, 0)
-            )  # a piece behind the row's end is padding from its beginning
+            left = int32(max(to_read + source.shift, 0))  # a piece behind the row's end is padding from its beginning
             begin, whole, end = int32(1 if first < 0 else 0), int32(left >> bits), int32((left + width - 1) >> bits)
             step = split_lanes(split)
             col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
@@ -291,6 +300,7 @@ def stage_lone_columns(source, at, piece, n_cols, team, split, padding):
     """
     size = element_size(source.pointer)
     cols = read_cols(piece, split, padding)
+    n_cols = n_to_read(n_cols, source.through)
     k, step = team.lane, hidden(split_lanes(split))
     if source.stride != 1:
         while k < cols:
@@ -300,7 +310,7 @@ def stage_lone_columns(source, at, piece, n_cols, team, split, padding):
     bits = vector_bits(source.pointer)
     width = int32(1 << bits)
     first = piece.first - source.shift
-    left = int32(piece.left + source.shift)
+    left = int32(left_to_read(piece, source.through) + source.shift)
     last = int32(left >> bits)
     head = first < 0
     tail = int32(left & (width - 1)) != 0 and last >= (1 if head else 0)
@@ -342,6 +352,7 @@ def stage(k, sources, n_cols, team, split, padding):
     at = slot_of(k, team, split, len(sources))
     for i in range(len(sources)):
         stage_granules(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
+        fetch_masks(sources[i].through, piece.first, piece.count, team.lane)
     end_copies()
     for i in range(len(sources)):
         stage_lone_columns(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
@@ -376,6 +387,7 @@ def open_row(sources, n_cols, team, split, padding):
         piece = piece_of_row(number, n_cols, split, padding)
         for i in range(len(sources)):
             stage_granules(sources[i], int32(at + i * split.slot_bytes), piece, n_cols, team, split, padding)
+            fetch_masks(sources[i].through, piece.first, piece.count, team.lane)
             all_whole = all_whole and is_whole(sources[i], piece, n_cols, split, padding)
         end_copies()
         number, at, k = behind(number, k, team, split), int32(at + step), int32(k + 1)
@@ -540,14 +552,31 @@ def piece_writer(results, own_columns=False, results_of_run=None):
     results_of_run = results_of_run or results
 
     @device
+    def write_changed(target, source, place, col, numbers, like):
+        """write_whole of logits that go through a transform: what it reads from memory is read at once."""
+        held, others = piece_numbers(like), granule_numbers(like)
+        bits = vector_bits(target.pointer)
+        width, n_runs, step = 1 << bits, n_values(like) >> bits, WARP_SIZE << bits
+        for k in range(n_runs):
+            values = advance(held, k << bits)
+            staged_vector(source.pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
+        transform_runs(held, col, width, n_runs, step, source.through)
+        for k in range(n_runs):
+            values = advance(held, k << bits)
+            results_of_run(values, others, col + k * step, width, numbers)
+            store_vector(target.pointer, col + k * step, values)
+
+    @device
     def write_whole(target, sources, at, first, team, split, numbers, like):
         """Granules of a whole piece that begin where those of the slot do, at column `first`."""
         values, others = granule_numbers(like), granule_numbers(like)
         bits = vector_bits(target.pointer)
         col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
+        if is_changed(sources[0].through.transform):
+            write_changed(target, sources[0], place, col, numbers, like)
+            return
         for k in range(n_values(like) >> bits):
             staged_vector(sources[0].pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
-            transform(values, col + k * (WARP_SIZE << bits), 1 << bits, sources[0].through)
             if len(sources) == 2:
                 other = int32(place + split.slot_bytes + k * WARP_SIZE * VECTOR_BYTES)
                 staged_vector(sources[1].pointer, other, others)
@@ -657,7 +686,7 @@ def row_writer(results, results_of_run=None):
         while k >= 0:
             wait_for_last(k, team, split)
             write_number(k, target, sources, n_cols, team, split, numbers, like)
-            stage_before(k, sources, n_cols, team, split, like)
+            stage_before(k, sources, n_cols, team, split, padding_for(sources[0].through, like))
             k = int32(k - 1)
 
     return write_row

@@ -7,7 +7,7 @@ given are None, which is a type: kernels are compiled without them.
 import math
 from typing import NamedTuple
 
-from numpy import float32, int64
+from numpy import float32, int32, int64, uint32, uint64
 
 from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
 from gpusoftmax.kernels.cuda.device.arithmetic import (
@@ -16,12 +16,36 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     mul,
     number,
     pulled_through_mask,
-    pulled_through_softcap,
-    scaled,
-    softcap,
     zero_where_empty,
 )
-from gpusoftmax.kernels.cuda.device.memory import load, load_stored, row_offset, word_of
+from gpusoftmax.kernels.cuda.device.exponential import (
+    inverse_cap,
+    near_softcap,
+    of_one_sign,
+    pulled_through_softcap,
+    scaled,
+    size_for_cap,
+    softcap,
+)
+from gpusoftmax.kernels.cuda.device.memory import (
+    advance,
+    granule_numbers,
+    load,
+    load_bytes,
+    load_stored,
+    load_vector,
+    misalignment,
+    prefetch,
+    row_offset,
+    run_flags,
+    vector_bits,
+    vector_width,
+    word_of,
+)
+from gpusoftmax.kernels.cuda.device.staging import hidden
+
+VERY_MANY = 1 << 30  # columns: more than a piece has
+LINE_BYTES = 128
 
 
 class Through(NamedTuple):
@@ -29,7 +53,8 @@ class Through(NamedTuple):
 
     transform: object
     n_valid: int  # columns from here on are masked; of a row that does not exist all
-    scale: tuple  # (high, low)
+    scale: tuple  # (high, low), of_one_sign
+    inverse_cap: float
     bias_start: int  # where the row begins in the arrays of the transform, in elements
     mask_start: int
 
@@ -44,6 +69,7 @@ def through_of(transform, row, rows):
         transform,
         valid_columns_of(transform, row, rows),
         scale_of(transform, row, rows),
+        inverse_cap_of(transform),
         bias_start_of(transform, row, rows),
         mask_start_of(transform, row, rows),
     )
@@ -74,14 +100,29 @@ def scale_of(transform, row, rows):
 def scale_of_row(scale, temperature, row, rows):
     if temperature is None:
         return scale_of_all(scale)
-    return inverse_temperature(load_stored(temperature.pointer, row_offset(temperature, row, rows)))
+    high, low = inverse_temperature(load_stored(temperature.pointer, row_offset(temperature, row, rows)))
+    return of_one_sign(high, low)
 
 
 @device
 def scale_of_all(scale):
     if scale is None:
         return float32(1), float32(0)
-    return scale[0], scale[1]
+    return of_one_sign(scale[0], scale[1])
+
+
+@device
+def inverse_cap_of(transform):
+    if transform is None:
+        return float32(0)
+    return inverse_of_cap(transform.softcap)
+
+
+@device
+def inverse_of_cap(cap):
+    if cap is None:
+        return float32(0)
+    return inverse_cap(cap)
 
 
 @device
@@ -105,14 +146,260 @@ def start_of(array, row, rows):
     return int64(row_offset(array, row, rows))
 
 
-# ---------------------------------------------------------------- of a column
+@device
+def is_changed(transform):
+    return transform is not None
+
+
+@device
+def left_to_read(piece, through):
+    """Of a row's columns from a piece on, how many need be read at all; below 0 if n_valid ends before."""
+    return left_to_read_by(piece, through.transform, through)
+
+
+@device
+def left_to_read_by(piece, transform, through):
+    if transform is None:
+        return piece.left
+    return left_of_valid(piece, transform.n_valid, through)
+
+
+@device
+def left_of_valid(piece, n_valid, through):
+    if n_valid is None:
+        return piece.left
+    return min(piece.left, left_of(piece.first, through))
+
+
+@device
+def n_to_read(n_cols, through):
+    """How many columns of a row need be read."""
+    return n_to_read_by(n_cols, through.transform, through)
+
+
+@device
+def n_to_read_by(n_cols, transform, through):
+    if transform is None:
+        return n_cols
+    return min(n_cols, through.n_valid)
+
+
+@device
+def padding_for(through, any_number):
+    """What a last pass has behind the columns that are read: no result depends on it unless n_valid ends there."""
+    return padding_by(through.transform, any_number)
+
+
+@device
+def padding_by(transform, any_number):
+    if transform is None:
+        return any_number
+    return number(any_number, -math.inf)
+
+
+# ---------------------------------------------------------------- of runs of neighbouring columns
 
 
 @device
 def transform(values, col, width, through):
-    """values[:width] = the columns col, col + 1, ... transformed."""
-    for k in range(width):
-        values[k] = transformed(values[k], col + k, through)
+    """values[:width] = the columns col, col + 1, ... transformed; from the last column on they are not touched."""
+    transform_by(values, col, width, through.transform, through)
+
+
+@device
+def transform_by(values, col, width, transform, through):
+    if transform is None:
+        return
+    left = left_of(col, through)
+    flags = run_flags(values[0])
+    read_flags(flags, transform.mask, through, col, left, width, 1, 0)
+    change(values, transform, through, col, left, width, 1, 0)
+    mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, 1, 0)
+
+
+@device
+def transform_runs(values, col, width, n_runs, step, through):
+    """As `transform`, of several runs one behind the other in `values`, whose first columns are `step` apart."""
+    transform_runs_by(values, col, width, n_runs, step, through.transform, through)
+
+
+@device
+def transform_runs_by(values, col, width, n_runs, step, transform, through):
+    if transform is None:
+        return
+    left = left_of(col, through)
+    flags = run_flags(values[0])
+    read_flags(flags, transform.mask, through, col, left, width, n_runs, step)  # first: it is waited for longest
+    if transform.n_valid is None or left > 0:
+        change(values, transform, through, col, left, width, n_runs, step)
+    mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, n_runs, step)
+
+
+@device
+def left_of(col, through):
+    """How many columns there are from one on that are not masked by n_valid; less than 0 behind them."""
+    return int32(max(min(through.n_valid - col, int64(VERY_MANY)), int64(-VERY_MANY)))
+
+
+@device
+def change(values, transform, through, col, left, width, n_runs, step):
+    """All but masks."""
+    scale_runs(values, transform.temperature, transform.scale, through.scale, width * n_runs)
+    add_bias(values, transform.bias, through, col, left, width, n_runs, step)
+    cap_runs(values, transform.softcap, through, width, n_runs)
+
+
+@device
+def scale_runs(values, temperature, scale, inverse, count):
+    if temperature is None and scale is None:
+        return
+    for k in range(count):
+        values[k] = scaled(values[k], inverse[0], inverse[1])
+
+
+@device
+def add_bias(values, bias, through, col, left, width, n_runs, step):
+    if bias is None:
+        return
+    index, last = through.bias_start + col * bias.col_stride, (n_runs - 1) * step + width
+    pointer = advance(bias.pointer, index)
+    in_vectors = width >= vector_width(pointer) and misalignment(pointer) == 0
+    if bias.col_stride == 1 and in_vectors and step % vector_width(pointer) == 0 and left >= last:
+        numbers = granule_numbers(values[0])
+        for j in range(width * n_runs >> vector_bits(pointer)):
+            first = j << vector_bits(pointer)
+            load_vector(pointer, first // width * step + first % width, numbers)
+            for k in range(vector_width(pointer)):
+                values[first + k] = add(values[first + k], numbers[k])
+    else:
+        for j in range(width * n_runs):
+            k = j // width * step + j % width
+            if k < left:
+                values[j] = add(values[j], load(pointer, k * bias.col_stride, values[j]))
+
+
+@device
+def cap_runs(values, cap, through, width, n_runs):
+    if cap is None:
+        return
+    inverse = through.inverse_cap
+    for first in range(0, width * n_runs, width):
+        far = False
+        for k in range(width):
+            far = far | (size_for_cap(values[first + k]) >= cap)
+        if far:  # few logits are, and exponentials take as long as all the rest
+            for k in range(width):
+                values[first + k] = softcap(values[first + k], cap, inverse)
+        else:
+            for k in range(width):
+                values[first + k] = near_softcap(values[first + k], cap, inverse)
+
+
+@device
+def mask_runs(values, flags, mask, temperature, cap, left, width, n_runs, step):
+    """Needs flags where there is a mask. Slots have -inf from n_valid on, which nothing changes but a cap or NaN."""
+    if mask is None:
+        if temperature is not None or cap is not None:
+            for first in range(0, width * n_runs, width):
+                mask_end(advance(values, first), int32(left - first // width * step), width)
+    else:
+        for j in range(width * n_runs):
+            if not has_flag(mask.pointer, flags[j // width], j % width):
+                values[j] = number(values[j], -math.inf)
+
+
+@device
+def mask_end(values, left, width):
+    if left < width:
+        for k in range(width):
+            if k >= left:
+                values[k] = number(values[k], -math.inf)
+
+
+# ---------------------------------------------------------------- of masks
+
+
+@device
+def read_flags(flags, mask, through, col, left, width, n_runs, step):
+    """flags[r] = which columns of run r are kept; no others than the first `left`, counted from `col` on."""
+    if mask is None:
+        return
+    pointer = advance(mask.pointer, through.mask_start)
+    whole = width > 1 and left >= (n_runs - 1) * step + width
+    if has_bits(pointer):
+        if whole and col & (width - 1) == 0 and step & 31 == 0:
+            first = (col >> 5) * mask.col_stride
+            for r in range(n_runs):
+                word = load_stored(pointer, first + (r * step >> 5) * mask.col_stride)
+                flags[r] = uint64(word >> uint32(col & 31))
+            return
+    elif whole and mask.col_stride == 1 and is_aligned(advance(pointer, col), width) and step & (width - 1) == 0:
+        for r in range(n_runs):
+            flags[r] = bytes_of_run(pointer, col + r * step, width)
+        return
+    for r in range(n_runs):
+        flags[r] = flags_one_by_one(mask, through.mask_start, col + r * step, min(int32(left - r * step), int32(width)))
+
+
+@device
+def fetch_masks(through, first, count, lane):
+    """Starts to read what the mask has for so many columns; a long row's mask is waited for as its logits are."""
+    fetch_masks_by(through.transform, through, first, count, lane)
+
+
+@device
+def fetch_masks_by(transform, through, first, count, lane):
+    if transform is None:
+        return
+    fetch_masks_of(transform.mask, through, first, count, lane)
+
+
+@device
+def fetch_masks_of(mask, through, first, count, lane):
+    if mask is None:
+        return
+    bits = 5 if has_bits(mask.pointer) else 0
+    line = LINE_BYTES * 8 if has_bits(mask.pointer) else LINE_BYTES  # columns
+    if mask.col_stride == 1 and lane * line < count:
+        prefetch(mask.pointer, through.mask_start + (first + lane * line >> bits))
+
+
+@device
+def is_aligned(pointer, width):
+    return misalignment(pointer) & (width - 1) == 0
+
+
+@device
+def bytes_of_run(pointer, index, width):
+    if width == 8:
+        return load_bytes(pointer, index, 8)
+    if width == 4:
+        return load_bytes(pointer, index, 4)
+    return load_bytes(pointer, index, 2)
+
+
+@device
+def flags_one_by_one(mask, start, col, count):
+    flags, k, step = uint64(0), int32(0), hidden(int32(1))
+    while k < count:
+        if is_kept(mask, start, col + k):
+            flags |= uint64(1) << flag_place(mask.pointer, k)
+        k = int32(k + step)
+    return flags
+
+
+@device
+def flag_place(pointer, k):
+    return uint64(k if has_bits(pointer) else k * 8)
+
+
+@device
+def has_flag(pointer, flags, k):
+    one = uint64(1) if has_bits(pointer) else uint64(255)
+    return flags & (one << flag_place(pointer, k)) != 0
+
+
+# ---------------------------------------------------------------- of a column
 
 
 @device
@@ -120,95 +407,18 @@ def transformed(x, col, through):
     """The logit x of a column. It is not yet multiplied by the scale that all rows have: exponential.py does that to
     differences, so that the maximum is subtracted first.
     """
-    x = biased(divided(x, through), col, through)
-    return masked(capped(x, through), col, through)
+    return transformed_by(x, col, through.transform, through)
 
 
 @device
-def divided(x, through):
-    return divided_by(x, through.transform, through.scale)
-
-
-@device
-def divided_by(x, transform, inverse):
+def transformed_by(x, col, transform, through):
     if transform is None:
         return x
-    return of_scale(of_temperature(x, transform.temperature, inverse), transform.scale, inverse)
-
-
-@device
-def of_temperature(x, temperature, inverse):
-    if temperature is None:
-        return x
-    return scaled(x, inverse[0], inverse[1])
-
-
-@device
-def of_scale(x, scale, inverse):
-    if scale is None:
-        return x
-    return scaled(x, inverse[0], inverse[1])
-
-
-@device
-def biased(x, col, through):
-    return biased_by(x, col, through.transform, through)
-
-
-@device
-def biased_by(x, col, transform, through):
-    if transform is None:
-        return x
-    return with_bias(x, col, transform.bias, through)
-
-
-@device
-def with_bias(x, col, bias, through):
-    if bias is None:
-        return x
-    if col >= through.n_valid:  # there may be none
-        return x
-    return add(x, load(bias.pointer, through.bias_start + col * bias.col_stride, x))
-
-
-@device
-def capped(x, through):
-    return capped_by(x, through.transform)
-
-
-@device
-def capped_by(x, transform):
-    if transform is None:
-        return x
-    return with_cap(x, transform.softcap)
-
-
-@device
-def with_cap(x, cap):
-    if cap is None:
-        return x
-    return softcap(x, cap)
-
-
-@device
-def masked(x, col, through):
-    return masked_by(x, col, through.transform, through)
-
-
-@device
-def masked_by(x, col, transform, through):
-    if transform is None:
-        return x
-    if col >= through.n_valid:
-        return number(x, -math.inf)
-    return with_mask(x, col, transform.mask, through.mask_start)
-
-
-@device
-def with_mask(x, col, mask, start):
-    if mask is None:
-        return x
-    return x if is_kept(mask, start, col) else number(x, -math.inf)
+    values = granule_numbers(x)
+    values[0] = x
+    transform_by(values, col, 1, transform, through)
+    mask_end(values, left_of(col, through), 1)
+    return values[0]
 
 
 @device
@@ -234,23 +444,23 @@ def has_bits(typingctx, pointer):
 @device
 def pulled_back(gradient, x, through):
     """The gradient with respect to a logit, from that with respect to the transformed one, x."""
-    return pulled_back_by(gradient, x, through.transform, through.scale)
+    return pulled_back_by(gradient, x, through.transform, through)
 
 
 @device
-def pulled_back_by(gradient, x, transform, inverse):
+def pulled_back_by(gradient, x, transform, through):
     if transform is None:
         return gradient
-    pulled = pulled_through_cap(gradient, x, transform.softcap)
+    pulled, inverse = pulled_through_cap(gradient, x, transform.softcap, through.inverse_cap), through.scale
     pulled = times_inverse(times_inverse(pulled, transform.temperature, inverse), transform.scale, inverse)
     return pulled_through_mask(pulled, gradient, x)
 
 
 @device
-def pulled_through_cap(gradient, x, cap):
+def pulled_through_cap(gradient, x, cap, inverse):
     if cap is None:
         return gradient
-    return pulled_through_softcap(gradient, x, cap)
+    return pulled_through_softcap(gradient, x, inverse)
 
 
 @device
