@@ -5,6 +5,7 @@ import pytest
 
 import gpusoftmax
 from tests import inputs, tolerances
+from tests.emulator import emulated_gpu
 
 N_COLS = [
     1,  # a row of one class: exactly 1
@@ -32,6 +33,15 @@ def test_matches_oracle(target, dtype, n_cols):
 def test_meets_the_goal_of_four_ulp(target, dtype, n_cols, family):
     logits = inputs.make(family, (2, n_cols), dtype, seed=1)
     tolerances.check_softmax(target.get(gpusoftmax.softmax(target.array(logits))), logits, ulp=GOAL_ULP)
+
+
+@pytest.mark.parametrize("family", ["peaked", "sorted"])
+def test_float64_meets_the_goal_on_the_emulator(family):
+    """Nothing else asks that of it by default. Fifteen additions, each rounded, put some of these rows 1.7 ulp off."""
+    logits = np.concatenate([inputs.make(family, (8, 4099), "float64", seed=seed) for seed in range(3)])
+    with emulated_gpu("sm_90", track=False) as gpu:
+        probs = gpu.get(gpusoftmax.softmax(gpu.array(logits)))
+    tolerances.check_softmax(probs, logits, ulp=GOAL_ULP)
 
 
 @pytest.mark.parametrize("temperature", [1e-37, 0.7, 3.0, 1e30])

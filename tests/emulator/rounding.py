@@ -102,6 +102,14 @@ def from_bfloat16(bits):
     return (np.asarray(bits).astype(u32) << u32(16)).view(f32)
 
 
+def _zero_of_sum(total, a, b, mode):
+    """a + b with the sign of an exact 0: rounding down, it is -0 unless both are +0."""
+    if mode != "rm":
+        return total
+    both_plus = (a == 0) & (b == 0) & ~np.signbit(a) & ~np.signbit(b)
+    return np.where((total == 0) & ~both_plus, -0.0, total)
+
+
 def fma(a, b, c, mode="rn"):
     """a * b + c rounded once; arrays of one float dtype. (Plain fma.rn is in native.py.)"""
     dtype = np.result_type(a, b, c).type
@@ -110,7 +118,8 @@ def fma(a, b, c, mode="rn"):
     product, c = a.astype(f64) * b.astype(f64), c.astype(f64)  # the product of two float32 is exact
     total = product + c
     if mode != "rn" or dtype == f16:
-        return narrow(round_to_odd(total, two_sum_error(product, c, total)), dtype, mode)
+        exact = round_to_odd(total, two_sum_error(product, c, total))
+        return narrow(_zero_of_sum(exact, product, c, mode), dtype, mode)
     result = total.astype(f32)
     # Rounding twice goes wrong only where the float64 sum lies half-way between two float32: its last 28 bits are 0.
     suspect = (total.view(u64) & u64(0x0FFFFFFF)) == 0
@@ -199,9 +208,7 @@ def arithmetic(name, mode):
         result = nearest(*wide)
         if name in ("add", "sub"):
             a, b = wide[0], wide[1] if name == "add" else -wide[1]
-            result = round_to_odd(result, two_sum_error(a, b, result))
-            if mode == "rm":
-                result = np.where((result == 0) & ((a != 0) | (b != 0)), -0.0, result)
+            result = _zero_of_sum(round_to_odd(result, two_sum_error(a, b, result)), a, b, mode)
         return narrow(result, dtype, mode)
 
     return directed

@@ -135,6 +135,27 @@ def test_float_semantics():
     same(emulate("min.f32 {d}, {a}, {b};", (zeros, others), f32), np.array([-0.0, -0.0, -0.0, 0], f32))
 
 
+def test_signs_of_zero():
+    """As on an H100: an exact 0 is +0, rounded down -0, but for the sum of two zeros of one sign."""
+    a, b = np.array([0.0, 0.0, -0.0, -0.0, 3.0], f32), np.array([0.0, -0.0, 0.0, -0.0, -3.0], f32)
+    for mode, different in (("rn", 0.0), ("rz", 0.0), ("rm", -0.0), ("rp", 0.0)):
+        expected = np.array([0.0, different, different, -0.0, different], f32)
+        same(emulate(f"add.{mode}.f32 {{d}}, {{a}}, {{b}};", (a, b), f32), expected)
+        same(emulate(f"sub.{mode}.f32 {{d}}, {{a}}, {{b}};", (a, -b), f32), expected)
+        same(emulate(f"fma.{mode}.f32 {{d}}, {{a}}, 0f3F800000, {{b}};", (a, b), f32), expected)
+
+
+def test_nan_of_conversions():
+    """As on an H100: what fits of the payload goes from float64 and bfloat16 to float32, nothing from float16."""
+    x = np.array([0x7FF92C0B321CE233, 0xFFF8000020000000], u64)
+    for mode in ("rn", "rz", "rm", "rp"):
+        got = emulate(f"cvt.{mode}.f32.f64 {{d}}, {{a}};", (x.view(f64),), f32)
+        assert list(got.view(u32)) == [0x7FC96059, 0xFFC00001]
+    halves = np.array([0x7F81, 0xFFC0], np.uint16)
+    assert list(emulate("cvt.f32.bf16 {d}, {a};", (halves,), f32).view(u32)) == [0x7F810000, 0xFFC00000]
+    assert list(emulate("cvt.f32.f16 {d}, {a};", (halves,), f32).view(u32)) == [0x7FFFFFFF, 0x7FFFFFFF]
+
+
 def test_comparisons():
     x = special_floats(200)
     y = np.where(np.arange(len(x)) % 3 == 0, x, np.roll(x, 7))

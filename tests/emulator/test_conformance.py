@@ -1,5 +1,7 @@
 """The emulator against a GPU: same PTX, same inputs, equal bits, but for approximate instructions (pytest -m gpu).
 
+Results that approximate instructions take part in are held to what those are documented to be off by.
+
 A wrong emulator would hide what it should find, so these are the first tests to run wherever there is a device.
 """
 
@@ -66,6 +68,8 @@ def inputs(dtypes, text):
         with np.errstate(all="ignore"):
             a, b, c = columns
             c[::5] = -(a[::5] * b[::5])
+    if text.startswith(("div.s", "rem.u")):  # PTX leaves open what x / 0 is: an H100 has 0 % 0 = -1 in 64 bits, 0 in 32
+        columns[1] = np.where(columns[1] == 0, columns[1].dtype.type(3), columns[1])
     return columns
 
 
@@ -167,13 +171,13 @@ def both(cupy, arch, text, columns, output):
 
 
 def assert_equal_bits(ours, theirs, columns, text):
-    """Equal bits. NaN of float64 and halves may carry any payload: the manual leaves it open."""
-    nan = is_nan(ours, text)
+    """Equal bits. NaN of float64 and halves, or of a sign changed, may carry any payload: the manual leaves it open."""
+    nan = is_nan(ours, text) & is_nan(theirs, text)
     ours, theirs = ours.view(f"u{ours.itemsize}"), theirs.view(f"u{theirs.itemsize}")
     if nan.shape != ours.shape:  # two halves in a word
         ours, theirs = ours.view(u16), theirs.view(u16)
-    free = nan & is_nan(theirs.view(ours.dtype), text) if ours.itemsize == 2 else nan & (ours.itemsize == 8)
-    wrong = np.flatnonzero((ours != theirs) & ~free)
+    is_open = ours.itemsize != 4 or text.startswith(("neg", "abs"))
+    wrong = np.flatnonzero((ours != theirs) & ~(nan & is_open))
     if len(wrong):
         k = wrong[0]
         row = k * len(columns[0]) // len(ours)
@@ -348,11 +352,57 @@ CALLS = [
 ]
 
 
+# What results of float32 kernels may be off by is relative to these magnitudes: where terms cancel, to the terms.
+
+
+def _of_itself(result, x):
+    return np.abs(result)
+
+
+def _of_itself_or_one(result, x):
+    return np.maximum(np.abs(result), 1)
+
+
+def _of_loss_and_gradient(result, x):
+    """The gradient is below 0 at labels alone: a probability minus 1, over the number of rows."""
+    return np.abs(result) + ((result < 0) / len(x) if result.ndim == 2 else 0)
+
+
+def _of_gradient_on_map(result, x):
+    """Of an expected position, whose own gradient comes from above: a probability times terms of up to 1."""
+    return _probabilities(x, None)
+
+
+def _of_gradient_on_row(result, x):
+    return _probabilities(x, -1) * x.shape[1] ** 2
+
+
+def _probabilities(x, axis):
+    exponentials = np.exp(x.astype(f64) - x.max(axis=axis, keepdims=True))
+    return exponentials / exponentials.sum(axis=axis, keepdims=True)
+
+
+SCALES = {
+    _softmax: _of_itself,
+    _log_softmax: _of_itself,
+    _logsumexp: _of_itself_or_one,
+    _soft_argmax: _of_itself,
+    _spatial_softmax: _of_itself_or_one,
+    _soft_argmax_backward: _of_gradient_on_row,
+    _spatial_softmax_backward: _of_gradient_on_map,
+    _cross_entropy: _of_itself,
+    _cross_entropy_with_grad: _of_loss_and_gradient,
+}
+"""Kernels that have approximate instructions in float32; all others, and all of float64, have equal bits."""
+APART = 8 * 2.0**-23
+"""Between two runs of the emulator, one with every approximate instruction off by its bound, half of that was seen."""
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (3, 1000), (2, 4099), (2, 50_257)])
 @pytest.mark.parametrize("dtype", [f16, f32, f64])
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__[1:])
 def test_library_kernels(cupy, arch, call, dtype, shape):
-    """One public call on both. 16-bit results come from ex2.approx and may differ in the last place."""
+    """One public call on both."""
     random = np.random.default_rng(0)
     x = (random.standard_normal(shape) * 5).astype(dtype)
     x[0, 1] = -np.inf
@@ -364,10 +414,16 @@ def test_library_kernels(cupy, arch, call, dtype, shape):
     for mine, other in pairs:
         other = cupy.asnumpy(other)
         assert mine.dtype == other.dtype and mine.shape == other.shape
-        if dtype == f16:
-            ulp = np.maximum(np.spacing(np.abs(mine)).astype(f64), 2.0**-24)
-            assert (np.isnan(mine) == np.isnan(other)).all()
-            close = np.abs(mine.astype(f64) - other) <= ulp
-            assert (close | np.isnan(mine) | (mine == other)).all()
-        else:
+        if dtype == f64 or mine.dtype.kind != "f" or call not in SCALES:
             assert np.array_equal(mine.view(f"u{mine.itemsize}"), other.view(f"u{other.itemsize}"))
+            continue
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(mine.astype(f64) - other)
+            if mine.dtype == f16:
+                tolerance = np.maximum(np.spacing(np.abs(mine)).astype(f64), 2.0**-24)
+            else:
+                tolerance = APART * SCALES[call](mine.astype(f64), x) + np.finfo(f32).tiny
+        assert (np.isnan(mine) == np.isnan(other)).all()
+        same = np.isnan(mine) | (mine == other)
+        print(f"{mine.dtype}: at most {np.where(same, 0, apart / tolerance).max():.3g} of what is allowed")
+        assert (same | (apart <= tolerance)).all()

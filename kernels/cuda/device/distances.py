@@ -23,8 +23,9 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     exponent_of_gap,
     lowest_of,
 )
+from gpusoftmax.kernels.cuda.device.exponential_sums import begin, end, sum_of_lanes, with_group
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, n_values
-from gpusoftmax.kernels.cuda.device.piece_state import group_sum, halved, is_near, is_settled
+from gpusoftmax.kernels.cuda.device.piece_state import group_sum, halved, is_near, is_settled, members
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import has_columns
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes
@@ -48,10 +49,9 @@ def exponent_of_maximum(largest, exponent, params):
 
 def group_sums_with(near, floored=True):
     @device
-    def group_sums(held, first, largest, exponent, params):
-        """(sum e, sum e g) of a group."""
+    def group_sums(values, held, first, largest, exponent, params):
+        """(sum e, sum e g) of a group, whose exponentials are left in `values`."""
         scale, scale_low, c, c_low = params
-        values = granule_numbers(scale)
         lowest, half = lowest_of(exponent, c), halved(largest)
         exponents = number(scale, 0.0)
         for k in range(GROUP):
@@ -69,12 +69,14 @@ def group_sums_with(near, floored=True):
 def piece_sums_with(group_sums):
     @device
     def piece_sums(held, sums, largest, exponent, piece, split, params):
-        total, exponents = number(largest, 0.0), number(largest, 0.0)
+        values, begun, low = granule_numbers(largest), begin(number(largest, 1.0)), number(largest, 0.0)
+        total, exponents = begun, number(largest, 0.0)
         for group in range(0, n_values(largest), GROUP):
             if has_columns(group, piece, split):
-                sums[group // GROUP], more = group_sums(held, group, largest, exponent, params)
-                total, exponents = add(total, sums[group // GROUP]), add(exponents, more)
-        return total, exponents
+                sums[group // GROUP], more = group_sums(values, held, group, largest, exponent, params)
+                total, low = with_group(total, low, sums[group // GROUP], members(values))
+                exponents = add(exponents, more)
+        return end(total, begun), low, exponents
 
     return piece_sums
 
@@ -94,15 +96,16 @@ def sum_and_distances(held, sums, largest, is_finite, piece, split, params):
     exponent = anchor(largest, params[2])
     top = exponent_of_maximum(largest, exponent, params)
     if is_long(split) and is_finite and is_near(exponent):
-        total, exponents = swift_sums(held, sums, largest, exponent, piece, split, params)
-        total, exponents = warp_sum(total, split_lanes(split)), warp_sum(exponents, split_lanes(split))
+        total, low, exponents = swift_sums(held, sums, largest, exponent, piece, split, params)
+        total, exponents = sum_of_lanes(total, low, split_lanes(split)), warp_sum(exponents, split_lanes(split))
         if exponents == exponents:
             return total, fma(top, total, -exponents), True
     if is_near(exponent):
-        total, exponents = near_sums(held, sums, largest, exponent, piece, split, params)
+        total, low, exponents = near_sums(held, sums, largest, exponent, piece, split, params)
     else:
-        total, exponents = far_sums(held, sums, largest, exponent, piece, split, params)
-    total, exponents = warp_sum(total, split_lanes(split)), warp_sum(exponents, split_lanes(split))
+        total, low, exponents = far_sums(held, sums, largest, exponent, piece, split, params)
+    # Not above: short rows of one warp may go either way.
+    total, exponents = sum_of_lanes(total, low, split_lanes(split)), warp_sum(exponents, split_lanes(split))
     return total, fma(top, total, -exponents), False
 
 

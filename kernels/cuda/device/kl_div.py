@@ -31,6 +31,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
 )
 from gpusoftmax.kernels.cuda.device.columns import tell_results
 from gpusoftmax.kernels.cuda.device.exponential import anchor, cheap_exp_from, cheap_exp_gap, lowest_of
+from gpusoftmax.kernels.cuda.device.exponential_sums import difference_pair
 from gpusoftmax.kernels.cuda.device.granules import granule_sum
 from gpusoftmax.kernels.cuda.device.memory import (
     VECTOR_BYTES,
@@ -159,8 +160,8 @@ def log_of(largest, total, params):
     """log s, relative to the maximum, as a pair. Its relative error may be large where it is small; what it is off by
     moves all log-ratios alike, which the divergence does not show.
     """
-    others = sub(total, at_maximum(largest, anchor(largest, params[2]), params))
-    return log_sum(relative((largest, number(total, 1.0), others), params))
+    others, low = difference_pair(total, at_maximum(largest, anchor(largest, params[2]), params))
+    return log_sum(relative((largest, number(total, 1.0), others, low), params))
 
 
 @device

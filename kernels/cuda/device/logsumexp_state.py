@@ -51,11 +51,11 @@ def at_maximum(half, shift, exponent, scale, scale_low):
 @device
 def state_of_chunk(state, params):
     """From the state of `formulas`, whose sum is relative to the maximum."""
-    half, ties, tail, _ = state
+    half, ties, tail, tail_low = state
     shift, exponent = anchor_of_formulas(half, params[0])
     own = at_maximum(half, shift, exponent, params[0], params[1])
     total = mul(tail, own)
-    low = finite_or_zero(fma(tail, own, negative(total)), total)
+    low = finite_or_zero(fma(tail_low, own, fma(tail, own, negative(total))), total)
     return mul(half, number(half, 2.0)), total, low, ties
 
 

@@ -22,6 +22,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     scale_in_base_2,
     unless_equal,
 )
+from gpusoftmax.kernels.cuda.device.exponential_sums import begin, difference_pair, end, sum_of_lanes, with_group
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, n_values, vector_bits
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import (
@@ -63,6 +64,12 @@ def group_sum(values, first):
 
 
 @device
+def members(values):
+    """A group as a tuple."""
+    return values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7]
+
+
+@device
 def group_max(values, first):
     largest = values[first]
     for k in range(first + 1, first + GROUP):
@@ -80,14 +87,13 @@ def piece_max(held, piece, split, params):
 
 
 def group_sum_with(near, with_maximum=True, lift=0):
-    """A device function that sums the exponentials of a group, or of what is less than the maximum. With a lift it is
-    2^lift times as much, so that terms far below the maximum are not lost.
+    """A device function that sums the exponentials of a group, or of what is less than the maximum, and leaves them in
+    `values`. With a lift they are 2^lift times as much, so that terms far below the maximum are not lost.
     """
 
     @device
-    def group_sum_of(held, first, largest, exponent, params):
+    def group_sum_of(values, held, first, largest, exponent, params):
         scale, scale_low, c, c_low = params
-        values = granule_numbers(scale)
         lifted = sub(exponent, number(scale, lift)) if lift else exponent
         lowest, half = lowest_of(lifted, c), halved(largest)
         for k in range(GROUP):
@@ -111,18 +117,19 @@ def piece_sum_with(with_maximum=True, lift=0):
 
     @device
     def piece_sum(held, sums, largest, exponent, piece, split, params):
-        total = number(exponent, 0.0)
+        values, begun, low = granule_numbers(exponent), begin(number(exponent, 2.0**lift)), number(exponent, 0.0)
+        total = begun
         if is_near(exponent):
             for group in range(0, n_values(exponent), GROUP):
                 if has_columns(group, piece, split):
-                    sums[group // GROUP] = near_sum(held, group, largest, exponent, params)
-                    total = add(total, sums[group // GROUP])
+                    sums[group // GROUP] = near_sum(values, held, group, largest, exponent, params)
+                    total, low = with_group(total, low, sums[group // GROUP], members(values))
         else:
             for group in range(0, n_values(exponent), GROUP):
                 if has_columns(group, piece, split):
-                    sums[group // GROUP] = far_sum(held, group, largest, exponent, params)
-                    total = add(total, sums[group // GROUP])
-        return warp_sum(total, split_lanes(split))
+                    sums[group // GROUP] = far_sum(values, held, group, largest, exponent, params)
+                    total, low = with_group(total, low, sums[group // GROUP], members(values))
+        return sum_of_lanes(end(total, begun), low, split_lanes(split))
 
     return piece_sum
 
@@ -178,6 +185,7 @@ def without_maximum(held, sums, largest, exponent, piece, split, params):
     no maximum in any lane and keep their sums.
     """
     ties, rest = number(largest, 0.0), number(largest, 0.0)
+    values = granule_numbers(largest)
     for group in range(0, n_values(largest), GROUP):
         reached = has_columns(group, piece, split)
         found = False
@@ -186,9 +194,9 @@ def without_maximum(held, sums, largest, exponent, piece, split, params):
         if any_lane(found) and reached:  # the warp's rows may have ended, but all its lanes must be asked
             ties = add(ties, ties_of(held, group, largest))
             if is_near(exponent):
-                sums[group // GROUP] = near_rest(held, group, largest, exponent, params)
+                sums[group // GROUP] = near_rest(values, held, group, largest, exponent, params)
             else:
-                sums[group // GROUP] = far_rest(held, group, largest, exponent, params)
+                sums[group // GROUP] = far_rest(values, held, group, largest, exponent, params)
         if reached:
             rest = add(rest, sums[group // GROUP])
     return warp_sum(ties, split_lanes(split)), warp_sum(rest, split_lanes(split))
@@ -212,11 +220,11 @@ def is_settled(largest, total, params):
 
 @device
 def settled(largest, total, ties, rest, params):
-    """(max, ties, others) from a sum, or from a second look where it does not tell."""
+    """(max, ties, others, others_low) from a sum, or from a second look where it does not tell."""
     if is_settled(largest, total, params):
-        one = number(total, 1.0)
-        return largest, one, sub(total, at_maximum(largest, anchor(largest, params[2]), params))
-    return largest, ties, rest
+        others, low = difference_pair(total, at_maximum(largest, anchor(largest, params[2]), params))
+        return largest, number(total, 1.0), others, low
+    return largest, ties, rest, number(total, 0.0)
 
 
 @device

@@ -60,6 +60,17 @@ def warp_sum_pair(total, low):
 
 
 @device
+def lanes_sum_pair(total, low, lanes):
+    """As `warp_sum_pair`, over `lanes` neighbouring lanes."""
+    for offset in (16, 8, 4, 2, 1):
+        if offset < lanes:
+            other = cuda.shfl_xor_sync(FULL_WARP, total, offset)
+            other_low = cuda.shfl_xor_sync(FULL_WARP, low, offset)
+            total, low = add_pair(total, low, other, other_low)
+    return total, low
+
+
+@device
 def any_lane(condition):
     """Whether the condition holds in any lane of the warp."""
     return cuda.any_sync(FULL_WARP, condition)

@@ -42,6 +42,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     anchor,
     lowest_of,
 )
+from gpusoftmax.kernels.cuda.device.exponential_sums import quotient_pair, sum_of_lanes, with_part
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, number_size, piece_numbers
 from gpusoftmax.kernels.cuda.device.piece_state import (
     halved,
@@ -193,12 +194,12 @@ def row_sums(team, split, params):
         row_max = maximum(row_max, saved_max(chunk, split, params[0]))
         chunk = int32(chunk + WARP_SIZE)
     row_max = warp_max(row_max, WARP_SIZE)
-    total = saved_total(team.lane, row_max, split, params)
+    total, low = saved_total(team.lane, row_max, split, params), number(row_max, 0.0)
     chunk = int32(team.lane + WARP_SIZE)
     while many and chunk < split_chunks(split):
-        total = add(total, saved_total(chunk, row_max, split, params))
+        total, low = with_part(total, low, saved_total(chunk, row_max, split, params))
         chunk = int32(chunk + WARP_SIZE)
-    return row_max, warp_sum(total, WARP_SIZE)
+    return row_max, sum_of_lanes(total, low, WARP_SIZE)
 
 
 @device
@@ -405,9 +406,9 @@ def softmax_state(source, n_cols, team, split, params):
 @device
 def relative(state, params):
     """The state of `formulas` from that of a row: half the maximum, and the others relative to it."""
-    largest, ties, others = state
-    own = above_anchor(largest, anchor(largest, params[2]), params)
-    return mul(largest, number(largest, 0.5)), ties, div(others, own), number(others, 0.0)
+    largest, ties, others, others_low = state
+    tail, tail_low = quotient_pair(others, others_low, above_anchor(largest, anchor(largest, params[2]), params))
+    return mul(largest, number(largest, 0.5)), ties, tail, tail_low
 
 
 @device
@@ -486,7 +487,7 @@ def loss_numbers_with(finish, with_distances=False):
             exchange_states(split)
             if leads_block():
                 ties, rest = row_second_look(row_max, team, split, params)
-                numbers = finish(relative((row_max, ties, rest), params), params)
+                numbers = finish(relative((row_max, ties, rest, number(rest, 0.0)), params), params)
                 if team.lane == 0:
                     tell_row(numbers, part, split)
             cuda.syncthreads()  # as above

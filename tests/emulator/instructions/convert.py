@@ -9,6 +9,7 @@ from tests.emulator.rounding import (
     canonical_nan,
     float_to_integer,
     flush,
+    from_bfloat16,
     integer_to_float,
     narrow,
     saturate,
@@ -25,10 +26,14 @@ def cvt(m, ins):
     to_integer = ins.first(*ROUND_TO_INTEGER)
     ftz = ins.has("ftz") and source.dtype == f32
     if source.is_float and target.is_float:
-        finish, round_first = _finisher(ins, target), ROUND_TO_INTEGER.get(to_integer)
+        keeps_nan = target.dtype == f32 and (source.kind == "g" or source.bits == 64)
+        bits = m.source(ins.args[1], TYPES["b16"]) if keeps_nan and source.kind == "g" else None
+        finish, round_first = _finisher(ins, target, keeps_nan), ROUND_TO_INTEGER.get(to_integer)
 
         def run(lanes):
-            value = flush(x[lanes]) if ftz else x[lanes]
+            # A shift: in float64, as other instructions have bfloat16, a signalling NaN becomes a quiet one.
+            value = x[lanes] if bits is None else from_bfloat16(bits[lanes])
+            value = flush(value) if ftz else value
             d[lanes] = finish(round_first(value) if round_first else value)
 
         return run
@@ -55,8 +60,11 @@ def cvt(m, ins):
     return assign(d, lambda s: x[s].astype(target.dtype))
 
 
-def _finisher(ins, target):
-    """float64 or float32 -> the representation of the target, with .relu, .sat, .satfinite and .ftz"""
+def _finisher(ins, target, keeps_nan=False):
+    """float64 or float32 -> the representation of the target, with .relu, .sat, .satfinite and .ftz.
+
+    keeps_nan: an H100 makes float32 of bfloat16 and float64 with as much of the payload as fits; all else is its NaN.
+    """
     relu, sat, finite = ins.has("relu"), ins.has("sat"), ins.has("satfinite")
     ftz, mode = ins.has("ftz") and target.dtype == f32, rounding_of(ins)
 
@@ -77,7 +85,8 @@ def _finisher(ins, target):
                 value = narrow(value.astype(f64), target.dtype.type, mode)
         if finite and target.dtype == f16:
             value = np.where(np.isinf(value), np.copysign(f16(65504), value), value)
-        return canonical_nan(flush(value) if ftz else value)
+        value = flush(value) if ftz else value
+        return value if keeps_nan else canonical_nan(value)
 
     return finish
 
