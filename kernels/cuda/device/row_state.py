@@ -44,12 +44,13 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 )
 from gpusoftmax.kernels.cuda.device.exponential_sums import quotient_pair, sum_of_lanes, with_part
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, number_size, piece_numbers
+from gpusoftmax.kernels.cuda.device.pairs import largest_of_piece, unpack_again
 from gpusoftmax.kernels.cuda.device.piece_state import (
     halved,
     is_near,
     is_settled,
     of_cheap,
-    piece_state,
+    piece_sum,
     read_logits,
     second_look,
     settled,
@@ -215,6 +216,13 @@ def row_second_look(row_max, team, split, params):
 
 
 @device
+def state_of_piece(held, sums, piece, source, split, params):
+    largest = largest_of_piece(held, piece, source, split, params)
+    unpack_again(held, source, split)
+    return largest, piece_sum(held, sums, largest, anchor(largest, params[2]), piece, split, params)
+
+
+@device
 def begin_row(source, n_cols, team, split, params):
     """Before a first pass: the row is on its way. What else is needed of it is better waited for after that."""
     announce(split)
@@ -240,7 +248,7 @@ def first_pass_with(second_looks):
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, team, split, params)
             stage_next(k, (source,), n_cols, team, split, least)
-            largest, total = piece_state(held, sums, piece, split, params)
+            largest, total = state_of_piece(held, sums, piece, source, split, params)
             ties, rest = zero, zero
             if second_looks and not is_long(split):
                 ties, rest = second_look(held, sums, largest, total, piece, split, params)
@@ -286,7 +294,7 @@ def numbers_beside_with(beside_piece, joined_beside):
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, team, split, params)
-            largest, total = piece_state(held, sums, piece, split, params)
+            largest, total = state_of_piece(held, sums, piece, source, split, params)
             ties, rest = zero, zero
             if not is_long(split):
                 ties, rest = second_look(held, sums, largest, total, piece, split, params)
@@ -365,7 +373,7 @@ def look_again_with(with_distances):
             if saved_max(chunk_of(k, team, split), split, row_max) == row_max:
                 fetch_again(k, source, n_cols, team, split, number(row_max, -math.inf))
                 piece = read_logits(held, source, k, n_cols, team, split, params)
-                largest, total = piece_state(held, sums, piece, split, params)
+                largest, total = state_of_piece(held, sums, piece, source, split, params)
                 ties, rest = second_look(held, sums, largest, total, piece, split, params)
                 if k & last_piece == 0:
                     state, distances = (largest, total, ties, rest), zero
