@@ -10,7 +10,7 @@ is written in operations of JAX.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,13 +112,24 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    row_weight: jax.Array | None = None,
+    normalizer: jax.Array | float | None = None,
+    temperature: jax.Array | float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    mask: jax.Array | None = None,
+    n_valid: jax.Array | int | None = None,
+    empty_row: str = "nan",
 ) -> jax.Array:
     """gpusoftmax.cross_entropy, differentiable with respect to `logits`: loss and gradient come from one kernel.
 
     Parameters
     ----------
-    logits, target, weight, axis, ignore_index, reduction, label_smoothing
-        As in gpusoftmax.cross_entropy.
+    logits, target, weight, axis, ignore_index, reduction, label_smoothing, z_loss, row_weight, normalizer, temperature,
+    bias, softcap, mask, n_valid, empty_row
+        As in gpusoftmax.cross_entropy. Only `logits` has a gradient. With soft targets and what stands behind
+        `label_smoothing`, it has no second one: gpusoftmax.torch has.
 
     Returns
     -------
@@ -128,7 +139,8 @@ def cross_entropy(
     Raises
     ------
     IndexError, TypeError, ValueError
-        As gpusoftmax.cross_entropy; TypeError also inside of jax.jit and jax.vmap, and for the gradient of `weight`.
+        As gpusoftmax.cross_entropy; TypeError also inside of jax.jit and jax.vmap, for the gradient of another argument
+        than `logits`, and for a second one that is not there.
 
     Examples
     --------
@@ -138,12 +150,25 @@ def cross_entropy(
     >>> print(dlogits)
     [[ 0.25  0.25 -0.75  0.25]]
     """
-    if isinstance(weight, jax.core.Tracer):
-        raise TypeError(
-            "weight is traced by jax, and class weights get no gradient: pass jax.lax.stop_gradient(weight)"
-        )
-    arrays = jnp.asarray(logits), jnp.asarray(target), None if weight is None else jnp.asarray(weight)
-    return _cross_entropy(*arrays, _Loss(axis, ignore_index, reduction, label_smoothing))
+    given = {
+        "weight": weight,
+        "z_loss": z_loss,
+        "row_weight": row_weight,
+        "normalizer": normalizer,
+        "temperature": temperature,
+        "bias": bias,
+        "softcap": softcap,
+        "mask": mask,
+        "n_valid": n_valid,
+        "empty_row": empty_row,
+    }
+    for name, value in given.items():
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(f"{name} is traced by jax, and gets no gradient: pass jax.lax.stop_gradient({name})")
+    more = tuple((name, _array(value)) for name, value in given.items() if _is_given(name, value))
+    target = tuple(map(jnp.asarray, target)) if isinstance(target, tuple) else jnp.asarray(target)
+    arrays = jnp.asarray(logits), target, None if weight is None else jnp.asarray(weight)
+    return _cross_entropy(*arrays, _Loss(axis, ignore_index, reduction, label_smoothing, more))
 
 
 # ---------------------------------------------------------------- rows to rows
@@ -256,31 +281,59 @@ def _sum(x, axis):
 # ---------------------------------------------------------------- losses
 
 
+_WITHOUT = {"z_loss": 0.0, "temperature": 1.0, "empty_row": "nan"}
+
+
+def _is_given(name, value):
+    """Whether an option of a loss is more than its default; `weight` goes its own way."""
+    is_default = value is None or (not hasattr(value, "shape") and value == _WITHOUT.get(name))
+    return name != "weight" and not is_default
+
+
+def _array(value):
+    return jnp.asarray(value) if hasattr(value, "shape") else value
+
+
 class _Loss(NamedTuple):
     axis: int
     ignore_index: int
     reduction: str
     label_smoothing: float
+    more: tuple[tuple[str, Any], ...]  # other options, by name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        *first, more = self
+        return {**dict(zip(self._fields, first, strict=False)), **dict(more)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _cross_entropy(logits, target, weight, loss):
-    return gpusoftmax.cross_entropy(logits, target, weight, **loss._asdict())
+    return gpusoftmax.cross_entropy(logits, target, weight, **loss.options)
 
 
 def _cross_entropy_forward(logits, target, weight, loss):
     if isinstance(logits, jax.core.Tracer):  # the gradient is to be differentiated
         return _cross_entropy(logits, target, weight, loss), (logits, target, weight, None)
-    value, dlogits = gpusoftmax.cross_entropy_with_grad(logits, target, weight, **loss._asdict())
+    value, dlogits = gpusoftmax.cross_entropy_with_grad(logits, target, weight, **loss.options)
     return value, (logits, target, weight, dlogits)
 
 
 def _cross_entropy_gradient(loss, saved, dloss):
     (logits, target, weight, dlogits), dloss = saved, jnp.asarray(dloss)
+    has_labels = not isinstance(target, tuple) and jnp.issubdtype(target.dtype, jnp.integer)
     if dlogits is None or isinstance(dloss, jax.core.Tracer):
+        if loss.more or not has_labels:
+            what = ", ".join(dict(loss.more)) or "soft targets"
+            raise TypeError(
+                f"the gradient of cross_entropy with {what} is not differentiable in gpusoftmax.jax: "
+                f"gpusoftmax.torch has derivatives of any order"
+            )
         return _graph_of_dlogits(logits, target, weight, dloss, loss), None, None
     if loss.reduction == "none":
-        dloss = jnp.expand_dims(jnp.where(target == loss.ignore_index, 0, dloss), loss.axis)
+        if has_labels:
+            dloss = jnp.where(target == loss.ignore_index, 0, dloss)
+        dloss = jnp.expand_dims(dloss, loss.axis)
     elif _on_cpu(dloss) and dloss == 1:  # as a rule, and a look waits for nobody
         return dlogits, None, None
     return (dlogits * dloss).astype(logits.dtype), None, None

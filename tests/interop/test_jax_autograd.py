@@ -2,6 +2,7 @@
 
 import doctest
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,45 @@ def test_first_gradients_are_those_of_the_kernels(dtype):
     assert loss == expected[0] and np.asarray(dlogits).tobytes() == np.asarray(expected[1]).tobytes()
     assert jax.grad(lambda x: ours.logsumexp(x).sum())(x).dtype == dtype
     assert jax.grad(lambda x: ours.log_softmax(x)[0, 0])(x).dtype == dtype
+
+
+OPTIONS = {
+    "z_loss": {"z_loss": 0.01, "row_weight": np.array([0.5, 0, 2, 1])},
+    "transform": {"temperature": np.array([0.5, 1, 2, 1]), "bias": np.arange(7.0), "softcap": 3.0},
+    "mask": {"mask": np.arange(28).reshape(4, 7) % 5 != 0, "n_valid": 6, "empty_row": "zero"},
+    "normalizer": {"normalizer": np.array(3.0)},
+}
+
+
+@pytest.mark.parametrize("target", ["labels", "shares", "probs"])
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [*itertools.product(("z_loss", "transform", "mask"), ("mean", "none")), ("normalizer", "mean")],
+)
+def test_whole_losses(name, reduction, target):
+    """Every option of the core: its loss, and its gradient times what comes from above."""
+    logits = random(4, 7)
+    labels = jnp.array([1, 2, 3, -100])
+    shares = jnp.array([[1, 2], [2, 4], [3, 1], [-100, -100]]), jnp.full((4, 2), 0.5)
+    target = {"labels": labels, "shares": shares, "probs": jax.nn.softmax(random(4, 7, seed=1))}[target]
+    options = {key: jnp.asarray(one) if isinstance(one, np.ndarray) else one for key, one in OPTIONS[name].items()}
+    options["reduction"] = reduction
+    upstream = 2.0 if reduction == "mean" else np.array([2.0, 3, 4, 5])
+    loss, vjp = jax.vjp(lambda x: ours.cross_entropy(x, target, **options), logits)
+    want, dlogits = gpusoftmax.cross_entropy_with_grad(logits, target, **options)
+    assert loss.tobytes() == want.tobytes()
+    (got,) = vjp(jnp.asarray(upstream) * jnp.ones(loss.shape))
+    upstream = upstream if reduction == "mean" else upstream[:, None]
+    np.testing.assert_allclose(got, upstream * dlogits, rtol=1e-15)
+
+
+def test_second_gradients_that_are_not_there():
+    def slope(x, **options):
+        return jax.grad(lambda x: ours.cross_entropy(x, jnp.array([1]), **options))(x).sum()
+
+    jax.grad(slope)(random(1, 3))
+    with pytest.raises(TypeError, match="with z_loss is not differentiable .* gpusoftmax.torch"):
+        jax.grad(partial(slope, z_loss=0.1))(random(1, 3))
 
 
 def test_a_step_of_training():
