@@ -103,8 +103,10 @@ _NEWER = {
 _FOR_THE_CPU = {
     *("test_sampling", "test_gradients_of_soft_argmax", "test_no_valid_columns", "test_experts"),
     *("test_strides_change_no_bit", "test_the_batch_changes_no_bit", "test_log_probability_of_what_was_drawn"),
+    "test_backward_is_the_derivative",
 }
-"""By default. Of test_transform: each compiles kernels for the GPU that nothing else takes."""
+"""By default. Of newer ops: each compiles kernels for the GPU that nothing else takes."""
+_BY_NAME = {"test_arrays", "test_bits", "test_jax", "test_torch"}
 _NEWER_OPERATIONS = ("soft_cross_entropy", "cross_entropy_backward")
 
 
@@ -150,7 +152,7 @@ def pytest_collection_modifyitems(items):
         is_newer_operation = parameters.get("name") in _NEWER_OPERATIONS
         if is_newer_operation and (item.path.stem == "test_regimes" or dtypes - {"float32"}):
             item.add_marker(pytest.mark.matrix)
-        is_by_name = item.path.stem in ("test_arrays", "test_bits") and parameters.get("target") != "gpu"
+        is_by_name = item.path.stem in _BY_NAME and parameters.get("target") != "gpu"
         if is_by_name and parameters.get("name", "softmax") not in _OLDER_OPS and dtypes & {"float16", "float64"}:
             item.add_marker(pytest.mark.matrix)
         if (is_newer or on_emulator) and dtypes & {"float16", "float64"}:

@@ -187,9 +187,10 @@ def test_alignment_of_the_result(target, name, dtype, n_cols):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_column_stride(target, name):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_column_stride(target, name, dtype):
     """Contiguous rows, every other column of an array, or rows that are columns of one; the axis is always the last."""
-    arrays = make(4, 4097, "bfloat16")
+    arrays = make(4, 4097, dtype)
     expected = run(target, name, *arrays)
     spread_out = [np.repeat(array, 2, axis=1)[:, ::2] for array in arrays[:2]]
     assert bits(run(target, name, *spread_out, arrays[2])) == bits(expected)

@@ -124,8 +124,9 @@ def test_masked_chunks_before_a_maximum_of_any_exponent(target):
     assert (np.asarray(probs)[:, -1] == 1).all() and (np.asarray(probs)[:, :-1] == 0).all()
 
 
-def test_masked_rows_of_every_structure(target):
-    logits = inputs.make("masked", (11, 4200), np.float16)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.matrix)])
+def test_masked_rows_of_every_structure(target, dtype):
+    logits = inputs.make("masked", (11, 4200), dtype)
     labels = inputs.targets_unmasked(logits)
     check_all(run_all(target, logits, labels), logits, labels)
 
@@ -352,7 +353,11 @@ def test_masked_numbers_near_the_limit(target, dtype):
 
 # 0.5: x / T overflows. 1e38: the largest gap there is becomes a small one.
 @pytest.mark.parametrize("temperature", [1e-37, 0.5, 1e38])
-@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(one, marks=pytest.mark.matrix if one == np.float16 else []) for one in inputs.DTYPES],
+    ids=str,
+)
 def test_numbers_near_the_limit_with_temperature(target, dtype, temperature):
     logits = extremes(dtype)
     x = target.array(logits)

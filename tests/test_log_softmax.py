@@ -56,7 +56,7 @@ def test_backward_with_temperature(target, temperature):
 
 
 @pytest.mark.parametrize("out_dtype", inputs.DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float64", marks=pytest.mark.matrix)])
 def test_dtype_of_the_result(dtype, out_dtype):
     logits = inputs.make("spread", (2, 100), dtype)
     log_probs = gpusoftmax.log_softmax(logits, dtype=out_dtype)

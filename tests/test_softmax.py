@@ -82,7 +82,7 @@ def test_products_with_the_jacobian(temperature):
 
 
 @pytest.mark.parametrize("out_dtype", inputs.DTYPES)
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float64", marks=pytest.mark.matrix)])
 def test_dtype_of_the_result(dtype, out_dtype):
     logits = inputs.make("spread", (2, 100), dtype)
     probs = gpusoftmax.softmax(logits, dtype=out_dtype)

@@ -160,8 +160,9 @@ def test_ways_to_walk_rows(monkeypatch, image):
     assert all(same_bits(result, results[0]) for result in results)
 
 
-def test_regimes_agree(monkeypatch):
-    features, expected = inputs.make("spread", (2, 151, 117), inputs.BFLOAT16), None
+@pytest.mark.parametrize("dtype", [F32, pytest.param(inputs.BFLOAT16, marks=pytest.mark.matrix)], ids=str)
+def test_regimes_agree(monkeypatch, dtype):
+    features, expected = inputs.make("spread", (2, 151, 117), dtype), None
     for way in WAYS:
         force(monkeypatch, *way)
         with emulated_gpu("sm_90", track=False) as gpu:
@@ -284,8 +285,9 @@ def test_ways_to_walk_rows_of_the_backward(monkeypatch, image):
     assert all(same_bits(result, results[0]) for result in results)
 
 
-def test_regimes_of_the_backward_agree(monkeypatch):
-    features, expected = inputs.make("spread", (2, 151, 117), inputs.BFLOAT16), None
+@pytest.mark.parametrize("dtype", [F32, pytest.param(inputs.BFLOAT16, marks=pytest.mark.matrix)], ids=str)
+def test_regimes_of_the_backward_agree(monkeypatch, dtype):
+    features, expected = inputs.make("spread", (2, 151, 117), dtype), None
     points, upstream = forward_and_upstream(features)
     for way in WAYS:
         force(monkeypatch, *way)

@@ -263,7 +263,7 @@ def test_smoothing_under_a_softcap(target):
 # ---------------------------------------------------------------- temperature 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=MATRIX)])
 @pytest.mark.parametrize("n_cols", N_COLS)
 def test_temperature_0_is_the_argmax(dtype, n_cols):
     logits = inputs.every_family(2, n_cols, dtype, seed=n_cols)
@@ -281,7 +281,7 @@ def test_temperature_0_is_the_argmax(dtype, n_cols):
 
 
 def test_temperature_0_of_special_rows():
-    logits = np.array([[1, 1, 0], [NAN, 1, 2], [-INF] * 3, [INF, 0, 0], [-INF, -1, -1]])
+    logits = np.array([[1, 1, 0], [NAN, 1, 2], [-INF] * 3, [INF, 0, 0], [-INF, -1, -1]], np.float32)
     expected = [[1, 0, 0], [NAN] * 3, [NAN] * 3, [NAN] * 3, [0, 1, 0]]
     assert np.array_equal(gpusoftmax.softmax(logits, temperature=0), expected, equal_nan=True)
     zeros = gpusoftmax.softmax(logits[2:3], temperature=0, empty_row="zero")
@@ -305,18 +305,20 @@ def test_empty_rows(target, n_cols, smoothing):
     mask[1] = False
     logits[3, 0] = NAN  # not empty, though nothing else of it is left
     mask[3, 1:] = False
-    x, given = target.array(logits), target.array(mask)
-    softmax = partial(gpusoftmax.softmax, x, mask=given)
+    x = target.array(logits)
+    # Those of test_everything_at_once, whose kernels serve here too.
+    given = on(target, {**options_for(logits), "mask": mask, "n_valid": np.full(4, n_cols)})
+    softmax = partial(gpusoftmax.softmax, x, **given)
     probs = target.get(softmax())
     assert np.isnan(probs[[1, 3]]).all() and np.isfinite(probs[[0, 2]]).all()
     zero = target.get(softmax(empty_row="zero"))
     assert (zero[1] == 0).all() and np.isnan(zero[3]).all()
     assert np.array_equal(zero[[0, 2]], probs[[0, 2]])
-    log_probs = target.get(gpusoftmax.log_softmax(x, mask=given, empty_row="zero"))
+    log_probs = target.get(gpusoftmax.log_softmax(x, empty_row="zero", **given))
     assert (log_probs[1] == -INF).all() and np.isnan(log_probs[3]).all()
-    assert target.get(gpusoftmax.logsumexp(x, mask=given))[1] == -INF
+    assert target.get(gpusoftmax.logsumexp(x, **given))[1] == -INF
     labels = target.array(np.zeros(4, np.int64))
-    options = {"mask": given, "reduction": "none", "label_smoothing": smoothing}
+    options = {**given, "reduction": "none", "label_smoothing": smoothing}
     loss, dlogits = map(target.get, gpusoftmax.cross_entropy_with_grad(x, labels, empty_row="zero", **options))
     assert loss[1] == 0 and (dlogits[1] == 0).all()
     assert np.isnan(loss[3]) and np.isnan(dlogits[3]).all()
@@ -361,15 +363,17 @@ def test_shapes_that_are_stretched():
     logits = inputs.make("spread", (3, 70), np.float32)
     rng = np.random.default_rng(0)
     mask, bias = rng.random(70) < 0.7, rng.normal(size=70).astype(np.float32)
-    full = {"mask": np.tile(mask, (3, 1)), "bias": np.tile(bias, (3, 1))}
-    assert same(target, logits, full, {"mask": mask, "bias": bias})
-    assert same(target, logits, full, {"mask": mask[None], "bias": bias[None]})
-    assert same(target, logits, full, {"mask": packed(mask), "bias": bias[None]})
+    # Every option, as in the tests above: their kernel, and one for a mask of bits.
+    full = {**options_for(logits), "mask": np.tile(mask, (3, 1)), "bias": np.tile(bias, (3, 1))}
+    assert same(target, logits, full, {**full, "mask": mask, "bias": bias})
+    assert same(target, logits, full, {**full, "mask": mask[None], "bias": bias[None]})
+    assert same(target, logits, full, {**full, "mask": packed(mask), "bias": bias[None]})
     per_row = rng.normal(size=(3, 1)).astype(np.float32)
-    assert same(target, logits, {"bias": np.tile(per_row, 70)}, {"bias": per_row})
-    assert same(target, logits, {"n_valid": np.full(3, 33)}, {"n_valid": 33})
-    assert same(target, logits, {"n_valid": np.full(3, 33)}, {"n_valid": np.full(3, 33, np.uint8)})
-    assert same(target, logits, {"n_valid": np.array([99, 70, 70])}, {"n_valid": 70})  # more than there are
+    assert same(target, logits, {**full, "bias": np.tile(per_row, 70)}, {**full, "bias": per_row})
+    assert same(target, logits, {**full, "n_valid": np.full(3, 33)}, {**full, "n_valid": 33})
+    assert same(target, logits, {**full, "n_valid": np.full(3, 33)}, {**full, "n_valid": np.full(3, 33, np.uint8)})
+    more_than_there_are = np.array([99, 70, 70])
+    assert same(target, logits, {**full, "n_valid": more_than_there_are}, {**full, "n_valid": 70})
 
 
 def test_several_axes():
@@ -377,13 +381,14 @@ def test_several_axes():
     x = inputs.make("spread", (2, 5, 14), np.float32)
     rng = np.random.default_rng(0)
     bias, mask = rng.normal(size=(5, 14)).astype(np.float32), rng.random((5, 14)) < 0.7
-    flat = gpusoftmax.softmax(x.reshape(2, 70), bias=bias.reshape(70), mask=np.tile(mask.reshape(70), (2, 1)))
+    others = {"softcap": 12.0, "n_valid": np.array([60, 70]), "temperature": np.array([0.5, 2], np.float32)}
+    flat = gpusoftmax.softmax(x.reshape(2, 70), bias=bias.reshape(70), mask=np.tile(mask.reshape(70), (2, 1)), **others)
     for options in (
         {"bias": bias, "mask": mask},
         {"bias": bias[None], "mask": np.tile(mask, (2, 1, 1))},
         {"bias": np.tile(bias, (2, 1, 1)), "mask": mask[None]},
     ):
-        probs = gpusoftmax.softmax(x, axis=(1, 2), **options)
+        probs = gpusoftmax.softmax(x, axis=(1, 2), **options, **others)
         assert probs.tobytes() == flat.tobytes()
     with pytest.raises(ValueError, match=r"^mask has shape \(70,\), expected \(5, 14\), .* or \(2, 5, 14\)"):
         gpusoftmax.softmax(x, axis=(1, 2), mask=mask.reshape(70))
@@ -395,7 +400,7 @@ def test_another_axis(target):
     mask, bias = rng.random((2, 45, 6)) < 0.8, rng.normal(size=45).astype(np.float32)
     n_valid, temperature = rng.integers(40, 46, (2, 6)), rng.uniform(0.5, 2, (2, 6)).astype(np.float32)
     words = np.moveaxis(packed(np.moveaxis(mask, 1, -1)), -1, 1)
-    options = {"bias": bias, "n_valid": n_valid, "temperature": temperature}
+    options = {"bias": bias, "softcap": 12.0, "n_valid": n_valid, "temperature": temperature}
     moved = np.ascontiguousarray(np.moveaxis(logits, 1, -1))
     last = gpusoftmax.softmax(target.array(moved), **on(target, {**options, "mask": np.moveaxis(mask, 1, -1).copy()}))
     last = np.moveaxis(target.get(last), -1, 1)
@@ -488,7 +493,8 @@ def test_sampling(target):
     bias = np.arange(90, dtype=np.float32) % 5
     kept = np.where(mask & (np.arange(90) < n_valid[:, None]), logits, -INF).astype(np.float32)
     given = {"mask": packed(mask), "n_valid": n_valid}
-    assert np.array_equal(drawn(target, logits, top_k=9, **given), drawn(target, kept, top_k=9))
+    unchanged = {"bias": np.zeros(90, np.float32), "temperature": np.ones(60, np.float32)}  # the kernel of those below
+    assert np.array_equal(drawn(target, logits, top_k=9, **given, **unchanged), drawn(target, kept, top_k=9))
     halved = (2 * kept + bias).astype(np.float32)
     temperature = np.full(60, 0.5, np.float32)
     own = drawn(target, logits, bias=bias, temperature=temperature, top_k=9, **given)

@@ -2,12 +2,12 @@
 
 float32 is added up in balanced trees. In float64 that is not enough for the 4 ulp that tests hold softmax to: exp, the
 inverse and the last product take up to 3 of them, and the fifteen additions between the largest exponential of a long
-row and its sum are 1.7 ulp off in some rows. So what additions lose is kept, until the sum of a piece is rounded, and
+row and its sum are 1 to 2 ulp off in some rows. So what additions lose is kept until the sum of a piece is rounded, and
 once more that of the row: they are off by 1 u together. Nor does a log-sum-exp have more than the 2 u that are allowed
 near 0 if what others add to a maximum is not rounded on its way to the logarithm.
 
 A lane's total begins above any exponential. What an addition has lost is then what two subtractions find, exactly:
-T. J. Dekker, "A floating-point technique for extending the available precision", 1971, theorem 4.7.
+T. J. Dekker, "A floating-point technique for extending the available precision", Numer. Math. 18, 1971.
 """
 
 from gpusoftmax.kernels import formulas
