@@ -89,6 +89,7 @@ from gpusoftmax.kernels.cuda.device.transform import (
     VERY_MANY,
     fetch_masks,
     is_changed,
+    left_inside,
     left_to_read,
     n_to_read,
     padding_for,
@@ -560,7 +561,7 @@ def piece_writer(results, own_columns=False, results_of_run=None):
         for k in range(n_runs):
             values = advance(held, k << bits)
             staged_vector(source.pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
-        transform_runs(held, col, width, n_runs, step, source.through)
+        transform_runs(held, col, width, n_runs, step, left_inside(col, source.through), source.through)
         for k in range(n_runs):
             values = advance(held, k << bits)
             results_of_run(values, others, col + k * step, width, numbers)

@@ -202,37 +202,40 @@ def padding_by(transform, any_number):
 
 @device
 def transform(values, col, width, through):
-    """values[:width] = the columns col, col + 1, ... transformed; from the last column on they are not touched."""
-    transform_by(values, col, width, through.transform, through)
+    """values[:width] = the columns col, col + 1, ... transformed; padding stays."""
+    transform_by(values, col, width, 1, 0, left_of(col, through), through.transform, through)
 
 
 @device
-def transform_by(values, col, width, transform, through):
+def transform_runs(values, col, width, n_runs, step, left, through):
+    """As `transform`, of several runs one behind the other in `values`, whose first columns are `step` apart; there are
+    `left` columns from the first on.
+    """
+    transform_by(values, col, width, n_runs, step, left, through.transform, through)
+
+
+@device
+def transform_by(values, col, width, n_runs, step, left, transform, through):
     if transform is None:
         return
-    left = left_of(col, through)
-    flags = run_flags(values[0])
-    read_flags(flags, transform.mask, through, col, left, width, 1, 0)
-    change(values, transform, through, col, left, width, 1, 0)
-    mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, 1, 0)
-
-
-@device
-def transform_runs(values, col, width, n_runs, step, through):
-    """As `transform`, of several runs one behind the other in `values`, whose first columns are `step` apart."""
-    transform_runs_by(values, col, width, n_runs, step, through.transform, through)
-
-
-@device
-def transform_runs_by(values, col, width, n_runs, step, transform, through):
-    if transform is None:
-        return
-    left = left_of(col, through)
     flags = run_flags(values[0])
     read_flags(flags, transform.mask, through, col, left, width, n_runs, step)  # first: it is waited for longest
     if transform.n_valid is None or left > 0:
         change(values, transform, through, col, left, width, n_runs, step)
     mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, n_runs, step)
+
+
+@device
+def left_inside(col, through):
+    """As left_of where the row does not end within a piece."""
+    return left_inside_by(col, through.transform, through)
+
+
+@device
+def left_inside_by(col, transform, through):
+    if transform is None:
+        return int32(VERY_MANY)
+    return int32(VERY_MANY) if transform.n_valid is None else left_of(col, through)
 
 
 @device
@@ -416,8 +419,9 @@ def transformed_by(x, col, transform, through):
         return x
     values = granule_numbers(x)
     values[0] = x
-    transform_by(values, col, 1, transform, through)
-    mask_end(values, left_of(col, through), 1)
+    left = left_of(col, through)
+    transform_by(values, col, 1, 1, 0, left, transform, through)
+    mask_end(values, left, 1)
     return values[0]
 
 
