@@ -1,7 +1,11 @@
 """What logits go through on the way from their slot into registers; operands.Transform says in which order.
 
-Whatever reads a row calls `transform` or `transformed` once for each column that it has read. Options that are not
-given are None, which is a type: kernels are compiled without them.
+Whatever reads a row calls `transform`, `transform_runs` or `transformed` once for each column that it has read. Options
+that are not given are None, which is a type: kernels are compiled without them.
+
+A run is what sixteen bytes hold: its mask is read as one word, its bias as one or two vectors, where they lie aligned;
+else element by element, each of which costs an address and a wait. Columns from n_valid on are not read at all: in the
+slots they are -inf, as what lies behind the row.
 """
 
 import math
@@ -195,6 +199,22 @@ def padding_by(transform, any_number):
     if transform is None:
         return any_number
     return number(any_number, -math.inf)
+
+
+@device
+def fits_where_logits_were(transform, is_wide):
+    """Whether something is done to logits that loses nothing where they are stored again in their own format. is_wide:
+    it is that of the computation.
+    """
+    if transform is None:
+        return False
+    rounds = (
+        transform.temperature is not None
+        or transform.scale is not None
+        or transform.bias is not None
+        or transform.softcap is not None
+    )
+    return is_wide if rounds else transform.mask is not None
 
 
 # ---------------------------------------------------------------- of runs of neighbouring columns
