@@ -5,6 +5,7 @@ python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
 python -m benchmarks layer                                    a linear layer with its loss: seconds and memory
 python -m benchmarks launch                                   what a call on a GPU costs on the host; needs no GPU
 python -m benchmarks predict [--op OP ...]                    what an H200 should do: predicted on paper, not measured
+python -m benchmarks transforms [--op OP ...]             instructions that a transform of logits costs; needs no GPU
 python -m benchmarks report                                   tables and plots from the saved results
 """
 
@@ -26,6 +27,7 @@ _WITHOUT_CASES = {
         print, arguments.op
     ),  # links kernels
     "report": lambda _: report.write(),
+    "transforms": lambda arguments: importlib.import_module("benchmarks.transforms").run(print, arguments.op),
 }
 _COMPILED = "torch.compile"
 
@@ -85,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         choices=("cpu", "gpu", *_WITHOUT_CASES, *OPS),
-        metavar="cpu | gpu | layer | launch | predict | report | OP",
+        metavar="cpu | gpu | layer | launch | predict | report | transforms | OP",
     )
     parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
     parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--shape", nargs="+", default=["4096x1024"], metavar="ROWSxCOLS")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--provider", nargs="+", default=[], help="these beside gpusoftmax instead of all")
-    parser.add_argument("--op", nargs="+", default=[], help="what is predicted anew (default: all)")
+    parser.add_argument("--op", nargs="+", default=[], help="what is predicted or counted (default: all)")
     parser.add_argument("--attempts", type=int, help="the quietest of so many is reported (default 5, quick 2)")
     parser.add_argument("--threads", type=int, default=2, help="of every provider on the CPU (default 2)")
     parser.add_argument("--budget", type=float, help="seconds after which no further case is begun")

@@ -49,8 +49,9 @@ NUMBERS_PER_ROW = (
     "sample_kept_rows",
     "sample_mixed_rows",
 )
-# Approximate instructions that kernels may use: the exponentials of device/exponential.py that say so.
+# Approximate instructions that kernels may use: the exponentials of device/exponential.py that say so, and its softcap.
 APPROXIMATE = frozenset({"ex2.approx.ftz.f32"})
+OF_SOFTCAP = APPROXIMATE | {"rcp.approx.ftz.f32"}
 
 
 # ---- which kernels there are
@@ -80,6 +81,10 @@ class Specialisation(NamedTuple):
     @property
     def is_double(self):
         return "float64" in " ".join(self.signature)
+
+    @property
+    def is_transformed(self):
+        return "|" in " ".join(self.signature)
 
     @property
     def split(self):
@@ -342,7 +347,7 @@ def check_ptx(specialisation, arch):
     if not specialisation.is_double:
         check_no_double(ptx)
     check_rounding(ptx)
-    check_exact(ptx)
+    check_exact(ptx, OF_SOFTCAP if specialisation.is_transformed else APPROXIMATE)
     if not specialisation.split:  # the others count the columns of a piece, a thousand at most, in 32 bits
         check_addresses(ptx)
 

@@ -269,6 +269,24 @@ def test_columns_from_n_valid_on_are_not_read(monkeypatch, softcap):
     assert found.count(found[0]) == len(WAYS)
 
 
+@pytest.mark.parametrize(("dtype", "softcap"), [("bfloat16", None), ("float32", 9.0)])
+def test_transformed_logits_are_left_where_they_stay(monkeypatch, dtype, softcap):
+    """They go through their transform once where a row is held, and twice where it is read twice or lies elsewhere."""
+    n_cols = 17 * 1024 + 80
+    logits = inputs.make("spread", (2, n_cols + 8), dtype, seed=5)
+    mask = np.random.default_rng(5).random((2, n_cols)) < 0.5
+    found = []
+    for cluster, warps, slots in WAYS:
+        force(monkeypatch, cluster, warps, slots)
+        for shift in (0, 3):
+            with emulated_gpu("sm_90", track=False) as gpu:
+                x = gpu.array(np.roll(logits, shift, axis=1)[:, shift : shift + n_cols])
+                probs = gpu.get(gpusoftmax.softmax(x, mask=gpu.array(mask), softcap=softcap))
+            found.append(np.ascontiguousarray(probs).tobytes())
+    assert found.count(found[0]) == len(found)
+    assert (probs[~mask] == 0).all() and (probs[mask] > 0).any()
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_schedule_of_a_cluster(monkeypatch, name):
     """Warps and blocks in an order drawn anew with each seed; slots are filled twice."""

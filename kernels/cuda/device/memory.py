@@ -236,22 +236,27 @@ def _narrow_pair(builder, low, high, dtype):
     return result
 
 
+def vector_of(builder, context, pointer, values):
+    """The numbers at `values`, each rounded once, as the sixteen bytes that a pointer's elements are."""
+    width, dtype = _width(pointer), STORED_DTYPE[pointer.dtype]
+    numbers = [builder.load(builder.gep(values, [ir.Constant(ir.IntType(64), k)])) for k in range(width)]
+    if width == VECTOR_BYTES // 2:
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        lanes = [_narrow_pair(builder, low, high, dtype) for low, high in pairs]
+    else:
+        lanes = [conversion.narrow(builder, number, dtype) for number in numbers]
+    vector = ir.Constant(vector_type(context.get_value_type(pointer.dtype)), ir.Undefined)
+    for k, lane in enumerate(lanes):
+        vector = builder.insert_element(vector, lane, ir.Constant(ir.IntType(32), k))
+    return vector
+
+
 @intrinsic
 def store_vector(typingctx, pointer, index, values):
     """pointer[index : index + vector_width] = values, each rounded once, written in one 16-byte access."""
-    width = _width(pointer)
-    dtype = STORED_DTYPE[pointer.dtype]
 
     def codegen(context, builder, signature, args):
-        numbers = [builder.load(builder.gep(args[2], [ir.Constant(ir.IntType(64), k)])) for k in range(width)]
-        if width == VECTOR_BYTES // 2:
-            pairs = zip(numbers[::2], numbers[1::2], strict=True)
-            lanes = [_narrow_pair(builder, low, high, dtype) for low, high in pairs]
-        else:
-            lanes = [conversion.narrow(builder, number, dtype) for number in numbers]
-        vector = ir.Constant(vector_type(context.get_value_type(pointer.dtype)), ir.Undefined)
-        for k, lane in enumerate(lanes):
-            vector = builder.insert_element(vector, lane, ir.Constant(ir.IntType(32), k))
+        vector = vector_of(builder, context, pointer, args[2])
         builder.store(vector, global_address(builder, args[0], args[1], vector.type), align=VECTOR_BYTES)
         return context.get_dummy_value()
 

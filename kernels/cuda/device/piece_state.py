@@ -2,6 +2,8 @@
 
 import math
 
+from numpy import int32
+
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import (
     add,
@@ -34,7 +36,7 @@ from gpusoftmax.kernels.cuda.device.rows import (
 from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
 )
-from gpusoftmax.kernels.cuda.device.transform import transform_runs
+from gpusoftmax.kernels.cuda.device.transform import left_to_read, transform_runs
 from gpusoftmax.kernels.cuda.plan import GROUP
 
 
@@ -52,7 +54,8 @@ def read_logits(held, source, k, n_cols, team, split, params):
     read_piece(held, source, slot_of(k, team, split, 1), piece, team, split)
     bits, lanes = vector_bits(source.pointer), split_lanes(split)
     col, step = piece.first + (team.lane << bits), lanes << bits
-    transform_runs(held, col, 1 << bits, n_values(params[0]) >> bits, step, source.through)
+    left = int32(left_to_read(piece, source.through) - (team.lane << bits))
+    transform_runs(held, col, 1 << bits, n_values(params[0]) >> bits, step, left, source.through)
     return piece
 
 

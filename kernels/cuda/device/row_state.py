@@ -66,9 +66,11 @@ from gpusoftmax.kernels.cuda.device.reduce import (
 )
 from gpusoftmax.kernels.cuda.device.rows import (
     announce,
+    are_left_transformed,
     chunk_of,
     exchange_states,
     fetch_again,
+    leave_transformed,
     meet,
     open_row,
     put_back,
@@ -229,7 +231,7 @@ def begin_row(source, n_cols, team, split, params):
     open_row((source,), n_cols, team, split, number(params[0], -math.inf))
 
 
-def first_pass_with(second_looks):
+def first_pass_with(second_looks, leaves_transformed=False):
     """A device function that publishes the states of all chunks of a row that has begun; the state of the one chunk is
     its result.
 
@@ -247,6 +249,8 @@ def first_pass_with(second_looks):
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
             piece = read_logits(held, source, k, n_cols, team, split, params)
+            if leaves_transformed and are_left_transformed(source, team, split, zero):
+                leave_transformed(held, source, slot_of(k, team, split, 1), team, split)
             stage_next(k, (source,), n_cols, team, split, least)
             largest, total = state_of_piece(held, sums, piece, source, split, params)
             ties, rest = zero, zero
@@ -342,7 +346,6 @@ def first_chunk_with(row_max, team, split):
     return warp_min(first, WARP_SIZE)
 
 
-sums_of_chunks = first_pass_with(second_looks=False)
 states_of_chunks = first_pass_with(second_looks=True)
 
 
@@ -391,24 +394,35 @@ def look_again_with(with_distances):
     return look_again
 
 
-@device
-def softmax_state(source, n_cols, team, split, params):
-    """(max, sum) of a row, the same for all threads that share it."""
-    params = of_cheap(params)
-    begin_row(source, n_cols, team, split, params)
-    largest, total, _, _ = sums_of_chunks(source, n_cols, team, split, params)
-    if is_one_chunk(split):
-        return largest, total
-    exchange_states(split)
-    if is_columns(split):
-        return row_sums(team, split, params)
-    at = state_place(0, split_chunks(split), split, total)
-    if leads_block():
-        largest, total = row_sums(team, split, params)
-        if team.lane == 0:
-            put_pair(at, largest, total)
-    cuda.syncthreads()  # the sums are there before any warp reads them
-    return get_pair(at, total)
+def softmax_state_with(leaves_transformed):
+    """A device function: (max, sum) of a row, the same for all threads that share it.
+
+    leaves_transformed: only a writer that may find them so reads the slots afterwards (rows.are_left_transformed).
+    """
+    sums_of_chunks = first_pass_with(second_looks=False, leaves_transformed=leaves_transformed)
+
+    @device
+    def softmax_state(source, n_cols, team, split, params):
+        params = of_cheap(params)
+        begin_row(source, n_cols, team, split, params)
+        largest, total, _, _ = sums_of_chunks(source, n_cols, team, split, params)
+        if is_one_chunk(split):
+            return largest, total
+        exchange_states(split)
+        if is_columns(split):
+            return row_sums(team, split, params)
+        at = state_place(0, split_chunks(split), split, total)
+        if leads_block():
+            largest, total = row_sums(team, split, params)
+            if team.lane == 0:
+                put_pair(at, largest, total)
+        cuda.syncthreads()  # the sums are there before any warp reads them
+        return get_pair(at, total)
+
+    return softmax_state
+
+
+softmax_state = softmax_state_with(leaves_transformed=False)
 
 
 @device

@@ -46,6 +46,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     load,
     misalignment,
     n_values,
+    number_size,
     piece_numbers,
     row_offset,
     store,
@@ -80,6 +81,7 @@ from gpusoftmax.kernels.cuda.device.staging import (
     pad_element,
     pad_vector,
     shared_start,
+    stage_vector,
     staged,
     staged_runs,
     staged_vector,
@@ -88,7 +90,9 @@ from gpusoftmax.kernels.cuda.device.staging import (
 from gpusoftmax.kernels.cuda.device.transform import (
     VERY_MANY,
     fetch_masks,
+    fits_where_logits_were,
     is_changed,
+    left_inside,
     left_to_read,
     n_to_read,
     padding_for,
@@ -528,6 +532,26 @@ def read_columns(values, source, place, width, as_granule):
             values[k] = staged(source.pointer, int32(place + k * size), values[k])
 
 
+# ---------------------------------------------------------------- registers -> slot
+
+
+@device
+def are_left_transformed(source, team, split, like):
+    """Whether a first pass leaves the logits in the slots as their transform has them, and the last one need not repeat
+    it: where that loses nothing, every piece stays in its slot and runs are granules.
+    """
+    fits = fits_where_logits_were(source.through.transform, element_size(source.pointer) == number_size(like))
+    return fits and is_long(split) and source.shift == 0 and team.n_pieces <= split_slots(split)
+
+
+@device
+def leave_transformed(held, source, at, team, split):
+    """What read_piece has read, as it has become. The lane that wrote a granule of a whole piece reads it again."""
+    bits, place = vector_bits(source.pointer), int32(at + team.lane * VECTOR_BYTES)
+    for k in range(n_values(held[0]) >> bits):
+        stage_vector(source.pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), advance(held, k << bits))
+
+
 # ---------------------------------------------------------------- slot -> results -> global memory
 
 
@@ -541,7 +565,7 @@ def lie_alike(target, sources):
     return alike
 
 
-def piece_writer(results, own_columns=False, results_of_run=None):
+def piece_writer(results, own_columns=False, results_of_run=None, may_find_transformed=False):
     """A device function that writes a piece; `results` and `results_of_run` as for row_writer. Where rows lie side by
     side, a thread writes columns of the row that it walks, whose part has told about it (columns.tell_results).
 
@@ -552,6 +576,11 @@ def piece_writer(results, own_columns=False, results_of_run=None):
     results_of_run = results_of_run or results
 
     @device
+    def is_to_transform(source, team, split, like):
+        found = may_find_transformed and are_left_transformed(source, team, split, like)
+        return is_changed(source.through.transform) and not found
+
+    @device
     def write_changed(target, source, place, col, numbers, like):
         """write_whole of logits that go through a transform: what it reads from memory is read at once."""
         held, others = piece_numbers(like), granule_numbers(like)
@@ -560,7 +589,7 @@ def piece_writer(results, own_columns=False, results_of_run=None):
         for k in range(n_runs):
             values = advance(held, k << bits)
             staged_vector(source.pointer, int32(place + k * WARP_SIZE * VECTOR_BYTES), values)
-        transform_runs(held, col, width, n_runs, step, source.through)
+        transform_runs(held, col, width, n_runs, step, left_inside(col, source.through), source.through)
         for k in range(n_runs):
             values = advance(held, k << bits)
             results_of_run(values, others, col + k * step, width, numbers)
@@ -572,7 +601,7 @@ def piece_writer(results, own_columns=False, results_of_run=None):
         values, others = granule_numbers(like), granule_numbers(like)
         bits = vector_bits(target.pointer)
         col, place = first + (int64(team.lane) << bits), int32(at + team.lane * VECTOR_BYTES)
-        if is_changed(sources[0].through.transform):
+        if is_to_transform(sources[0], team, split, like):
             write_changed(target, sources[0], place, col, numbers, like)
             return
         for k in range(n_values(like) >> bits):
@@ -605,7 +634,8 @@ def piece_writer(results, own_columns=False, results_of_run=None):
                         place = int32(two + (granule << bits) * size)
                         read_columns(others, sources[1], place, width, others_as_granule)
                     col = piece.first - shift + (int64(granule) << bits)
-                    transform(values, col, width, sources[0].through)
+                    if is_to_transform(sources[0], team, split, like):
+                        transform(values, col, width, sources[0].through)
                     results(values, others, col, width, numbers)
                     store_vector(target.pointer, col, values)
                 granule = int32(granule + step)
@@ -615,7 +645,8 @@ def piece_writer(results, own_columns=False, results_of_run=None):
             read_columns(values, sources[0], int32(at[0] + col * size), 1, False)
             if len(sources) == 2:
                 read_columns(others, sources[1], int32(at[1] + other + col * size), 1, False)
-            transform(values, piece.first + col, 1, sources[0].through)
+            if is_to_transform(sources[0], team, split, like):
+                transform(values, piece.first + col, 1, sources[0].through)
             results(values, others, piece.first + col, 1, numbers)
             store(target.pointer, (piece.first + col) * target.stride, values[0])
             k = int32(k + step)
@@ -665,14 +696,14 @@ def piece_writer(results, own_columns=False, results_of_run=None):
     return write_number
 
 
-def row_writer(results, results_of_run=None):
+def row_writer(results, results_of_run=None, may_find_transformed=False):
     """A device function that writes a row.
 
     results(values, others, col, width, numbers) turns values[:width], the columns col, col + 1, ... of the first
     source, into results; `others` holds the same columns of the second, if there is one. results_of_run, the same by
     default, does so where all lanes of a warp are there, each with the `width` columns behind those of the lane before.
     """
-    write_number = piece_writer(results, results_of_run=results_of_run)
+    write_number = piece_writer(results, results_of_run=results_of_run, may_find_transformed=may_find_transformed)
 
     @device
     def write_row(target, sources, n_cols, team, split, numbers, like):

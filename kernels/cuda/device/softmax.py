@@ -15,7 +15,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 )
 from gpusoftmax.kernels.cuda.device.memory import stored_in_halves
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
-from gpusoftmax.kernels.cuda.device.row_state import softmax_state
+from gpusoftmax.kernels.cuda.device.row_state import softmax_state_with
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
 from gpusoftmax.kernels.cuda.device.rows import number_of_row, own_row, row_of, row_writer, team_of
 from gpusoftmax.kernels.cuda.device.transform import unless_empty
@@ -36,8 +36,9 @@ def probabilities_with(exp_from, exp_gap):
     return probabilities
 
 
-write_half_probs = row_writer(probabilities_with(cheap_exp_from, cheap_exp_gap))
-write_probs = row_writer(probabilities_with(ordered_exp_from, exact_exp_gap))
+softmax_state = softmax_state_with(leaves_transformed=True)
+write_half_probs = row_writer(probabilities_with(cheap_exp_from, cheap_exp_gap), may_find_transformed=True)
+write_probs = row_writer(probabilities_with(ordered_exp_from, exact_exp_gap), may_find_transformed=True)
 
 
 def softmax_rows(rows, split, start, logits, probs, scale, scale_low):

@@ -19,6 +19,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     compiled_for,
     global_address,
     lanes_of_vector,
+    vector_of,
     vector_type,
 )
 from gpusoftmax.kernels.cuda.plan import GROUP, run_of, values_per_lane
@@ -391,6 +392,18 @@ def staged_vector(typingctx, pointer, at, values):
     def codegen(context, builder, signature, args):
         for k, number in enumerate(_numbers_of(builder, _granule(builder, args[1], 0), pointer, context, values.dtype)):
             builder.store(number, builder.gep(args[2], [ir.Constant(_I64, k)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int32, values), codegen
+
+
+@intrinsic
+def stage_vector(typingctx, pointer, at, values):
+    """The sixteen aligned bytes at an address in a slot become these numbers, stored as the pointer's are."""
+
+    def codegen(context, builder, signature, args):
+        vector = vector_of(builder, context, pointer, args[2])
+        builder.store(vector, _slot(builder, args[1], vector.type), align=VECTOR_BYTES)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int32, values), codegen

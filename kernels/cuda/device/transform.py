@@ -1,7 +1,11 @@
 """What logits go through on the way from their slot into registers; operands.Transform says in which order.
 
-Whatever reads a row calls `transform` or `transformed` once for each column that it has read. Options that are not
-given are None, which is a type: kernels are compiled without them.
+Whatever reads a row calls `transform`, `transform_runs` or `transformed` once for each column that it has read. Options
+that are not given are None, which is a type: kernels are compiled without them.
+
+A run is what sixteen bytes hold: its mask is read as one word, its bias as one or two vectors, where they lie aligned;
+else element by element, each of which costs an address and a wait. Columns from n_valid on are not read at all: in the
+slots they are -inf, as what lies behind the row.
 """
 
 import math
@@ -197,42 +201,61 @@ def padding_by(transform, any_number):
     return number(any_number, -math.inf)
 
 
+@device
+def fits_where_logits_were(transform, is_wide):
+    """Whether something is done to logits that loses nothing where they are stored again in their own format. is_wide:
+    it is that of the computation.
+    """
+    if transform is None:
+        return False
+    rounds = (
+        transform.temperature is not None
+        or transform.scale is not None
+        or transform.bias is not None
+        or transform.softcap is not None
+    )
+    return is_wide if rounds else transform.mask is not None
+
+
 # ---------------------------------------------------------------- of runs of neighbouring columns
 
 
 @device
 def transform(values, col, width, through):
-    """values[:width] = the columns col, col + 1, ... transformed; from the last column on they are not touched."""
-    transform_by(values, col, width, through.transform, through)
+    """values[:width] = the columns col, col + 1, ... transformed; padding stays."""
+    transform_by(values, col, width, 1, 0, left_of(col, through), through.transform, through)
 
 
 @device
-def transform_by(values, col, width, transform, through):
+def transform_runs(values, col, width, n_runs, step, left, through):
+    """As `transform`, of several runs one behind the other in `values`, whose first columns are `step` apart; there are
+    `left` columns from the first on.
+    """
+    transform_by(values, col, width, n_runs, step, left, through.transform, through)
+
+
+@device
+def transform_by(values, col, width, n_runs, step, left, transform, through):
     if transform is None:
         return
-    left = left_of(col, through)
-    flags = run_flags(values[0])
-    read_flags(flags, transform.mask, through, col, left, width, 1, 0)
-    change(values, transform, through, col, left, width, 1, 0)
-    mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, 1, 0)
-
-
-@device
-def transform_runs(values, col, width, n_runs, step, through):
-    """As `transform`, of several runs one behind the other in `values`, whose first columns are `step` apart."""
-    transform_runs_by(values, col, width, n_runs, step, through.transform, through)
-
-
-@device
-def transform_runs_by(values, col, width, n_runs, step, transform, through):
-    if transform is None:
-        return
-    left = left_of(col, through)
     flags = run_flags(values[0])
     read_flags(flags, transform.mask, through, col, left, width, n_runs, step)  # first: it is waited for longest
     if transform.n_valid is None or left > 0:
         change(values, transform, through, col, left, width, n_runs, step)
     mask_runs(values, flags, transform.mask, transform.temperature, transform.softcap, left, width, n_runs, step)
+
+
+@device
+def left_inside(col, through):
+    """As left_of where the row does not end within a piece."""
+    return left_inside_by(col, through.transform, through)
+
+
+@device
+def left_inside_by(col, transform, through):
+    if transform is None:
+        return int32(VERY_MANY)
+    return int32(VERY_MANY) if transform.n_valid is None else left_of(col, through)
 
 
 @device
@@ -416,8 +439,9 @@ def transformed_by(x, col, transform, through):
         return x
     values = granule_numbers(x)
     values[0] = x
-    transform_by(values, col, 1, transform, through)
-    mask_end(values, left_of(col, through), 1)
+    left = left_of(col, through)
+    transform_by(values, col, 1, 1, 0, left, transform, through)
+    mask_end(values, left, 1)
     return values[0]
 
 
