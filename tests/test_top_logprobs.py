@@ -49,6 +49,29 @@ def test_number_of_tokens(target, k):
     check(run(target, logits, k), logits, log_probs(target, logits), k)
 
 
+@pytest.mark.parametrize(("n_cols", "k"), [(1100, 64), (4099, 64), (20011, 20)])
+def test_many_tokens_of_long_rows(target, n_cols, k):
+    """The candidates: few and many for what a block keeps; equal ones; too many, so that they are done without; too
+    few, so that masked tokens follow.
+    """
+    logits = inputs.make("spread", (5, n_cols), np.float32)
+    logits[1] = np.round(logits[1])
+    logits[2] = 3
+    logits[2, n_cols - k // 2 :] = 4
+    allowed = np.random.default_rng(n_cols).permutation(n_cols)[: k // 2]
+    logits[3], logits[3, allowed] = -np.inf, logits[0, allowed]
+    logits[3, 1] = 2.5
+    logits[4] = np.sort(logits[4])
+    check(run(target, logits, k), logits, log_probs(target, logits), k)
+
+
+def test_tokens_of_a_row_with_nan_in_a_long_row(target):
+    logits = inputs.make("spread", (2, 5000), np.float32)
+    logits[0, 7:], logits[1, 4000] = np.nan, np.nan
+    top = run(target, logits, 20)
+    assert (top.token == -1).all() and np.isnan(top.logprob).all()
+
+
 @pytest.mark.parametrize("n_cols", [300, 5000])
 def test_target_comes_first(target, n_cols):
     logits = inputs.make("spread", (4, n_cols), np.float32)

@@ -54,6 +54,12 @@ TWO_PASSES = {2: ((256, 3), (256, 2)), 4: ((128, 5), (128, 3), (256, 2)), 8: ((2
 """The same where a row is read twice: the first for which the shared memory of a cluster holds the row."""
 ONLINE = {2: (256, 3), 4: (256, 2), 8: (256, 1)}
 """The same where none does. The second time, most of the row comes from the second-level cache."""
+N_BEST, N_CANDIDATES, MOST_LARGEST = 256, 256, 64
+"""Of kernels that look for the largest logits of a long row: maxima of a few of a lane's columns that a block keeps (as
+many as it has threads), logits that it takes into the choice, and how many are looked for in this way.
+"""
+LARGEST_SCRATCH = 2 * N_CANDIDATES + 2 * N_BEST + 4
+"""Numbers in shared memory for that: candidates with their columns, maxima, where to look, and three more."""
 WARP_CHUNKS = 4
 """Of a row, what a warp takes at least where there are rows for all warps: what it pays for a row (addresses, the state
 of the chunks, the logarithm) is as much as for two thousand logits.
@@ -241,6 +247,7 @@ def row_plan(
     multiprocessors: int,
     passes: int = 2,
     neighbours: int = 1,
+    scratch: int = 0,
 ) -> Plan:
     """The launch of a kernel that reads rows.
 
@@ -258,6 +265,8 @@ def row_plan(
         1: the rows are only summed up; 2: results are computed from the columns after that.
     neighbours : int
         How many rows lie side by side in memory, in each array whose rows are read or written.
+    scratch : int
+        So many numbers a kernel keeps in shared memory behind the states of a row of several chunks.
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
@@ -269,7 +278,7 @@ def row_plan(
             return plan
     if tree.n_chunks == 1:
         return _short(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors)
-    return _long(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
+    return _long(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes, scratch)
 
 
 def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors):
@@ -295,9 +304,10 @@ def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors
     )
 
 
-def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
+def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes, scratch):
     pieces = tree.chunk_cols // tree.piece_cols
-    first_slot = _rounded((tree.n_chunks + 1) * STATE_NUMBERS * _number_bytes(compute))  # one for the row
+    # One for the row.
+    first_slot = _rounded(((tree.n_chunks + 1) * STATE_NUMBERS + scratch) * _number_bytes(compute))
     slot_bytes_of_all = n_sources * slot_bytes
     clusters = [size for size in (1, 2, 4, 8, 16) if size <= limits.cluster and size <= tree.n_chunks]
 

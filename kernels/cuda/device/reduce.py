@@ -83,6 +83,18 @@ def lanes_where(condition):
 
 
 @device
+def n_lanes(lanes):
+    """How many lanes there are among some."""
+    return int32(cuda.popc(lanes))
+
+
+@device
+def lanes_below(lanes, lane):
+    """Those of some lanes that come before a lane."""
+    return int32(lanes & ((1 << lane) - 1))
+
+
+@device
 def first_lane(lanes):
     """The first of some lanes."""
     return int64(cuda.ffs(lanes) - 1)
