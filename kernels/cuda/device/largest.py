@@ -63,8 +63,10 @@ from gpusoftmax.kernels.cuda.device.split import (
     quotient,
     remainder,
     shifted_down,
+    shifted_up,
     split_chunks,
     split_cluster,
+    split_piece_bits,
 )
 from gpusoftmax.kernels.cuda.device.threshold import halfway, of_order, order_of
 from gpusoftmax.kernels.cuda.device.tournament import NO_COLUMN, is_better, tournament_with
@@ -117,33 +119,45 @@ def n_candidates_place(split, like):
 
 
 @device
+def turn_bits(split):
+    """log2 of how many maxima a lane keeps: piece k goes to that number k modulo so many, 8 in a block of one warp."""
+    n_warps = n_parts(split)
+    few = 1 if n_warps <= N_READ // 2 else 0
+    return int32(few + (1 if n_warps <= N_READ // 4 else 0) + (1 if n_warps == 1 else 0))
+
+
+@device
 def n_turns(split):
-    """How many maxima a lane keeps: piece k goes to number k % n_turns."""
-    return quotient(int32(N_READ), n_parts(split))
+    return shifted_up(int32(1), turn_bits(split))
 
 
 @device
-def own_best(turn, team, split, like):
-    return best_place((own_part(split) * n_turns(split) + turn) * WARP_SIZE + team.lane, split, like)
-
-
-@device
-def keep_none(team, split, like):
-    """Before the first pass: there are no maxima and no candidates."""
-    if is_long(split):
-        for turn in range(n_turns(split)):
-            put(own_best(turn, team, split, like), number(like, -math.inf))
-        if cuda.threadIdx.x == 0:
-            put(n_candidates_place(split, like), int32(0))
+def keep_none(split, like):
+    """Before the first pass: there are no candidates."""
+    if is_long(split) and cuda.threadIdx.x == 0:
+        put(n_candidates_place(split, like), int32(0))
 
 
 @device
 def keep_best(k, largest, team, split):
     """In the first pass: the maximum of a lane's columns of piece k."""
     if is_long(split):
-        turns = n_turns(split)
-        at = own_best(int32(k & int32(turns - 1)), team, split, largest)
-        put(at, maximum(get(at, largest), largest))
+        turn = int32(k & int32(n_turns(split) - 1))
+        at = best_place((shifted_up(own_part(split), turn_bits(split)) + turn) * WARP_SIZE + team.lane, split, largest)
+        if turn < k:
+            largest = maximum(largest, get(at, largest))
+        put(at, largest)
+
+
+@device
+def kept_max(number_of_turn, team, split, like):
+    """One of the block's maxima for each lane; -inf where there is none."""
+    bits = turn_bits(split)
+    part, turn = shifted_down(number_of_turn, bits), int32(number_of_turn & int32(n_turns(split) - 1))
+    chunk = int32(team.rank - own_part(split) + part + team.size * shifted_down(turn, split_piece_bits(split)))
+    if part >= n_parts(split) or chunk >= split_chunks(split):
+        return number(like, -math.inf)
+    return get(best_place(number_of_turn * WARP_SIZE + team.lane, split, like), like)
 
 
 # ---------------------------------------------------------------- a bound, by one warp
@@ -168,14 +182,6 @@ def max_of_chunks(first, split, like):
         largest = maximum(largest, saved_max(chunk, split, like))
         chunk = int32(chunk + N_BEST)
     return largest
-
-
-@device
-def kept_max(turn, team, split, like):
-    """Number `turn` of those that this lane reads of all that the block keeps; -inf where there is none."""
-    if turn >= n_parts(split) * n_turns(split):
-        return number(like, -math.inf)
-    return get(best_place(turn * WARP_SIZE + team.lane, split, like), like)
 
 
 @device
@@ -211,12 +217,12 @@ def bound_of(maxima, k, row_max):
 @device
 def find_entries(k, row_max, team, split):
     """Tells the block the bound and which of its maxima reach it."""
-    maxima = granule_numbers(row_max)
-    read_maxima(maxima, k, team, split, row_max)
+    like, maxima = row_max, granule_numbers(row_max)
+    read_maxima(maxima, k, team, split, like)
     bound = bound_of(maxima, k, row_max)
     count = int32(0)
     for turn in range(N_READ):
-        value = kept_max(int32(turn), team, split, row_max)
+        value = kept_max(int32(turn), team, split, like)
         reaches = value >= bound and value > number(bound, -math.inf)
         lanes = lanes_where(reaches)
         if reaches:
@@ -300,11 +306,10 @@ def look_at_entries(source, n_cols, team, split, like):
     granule, k = remainder(cuda.threadIdx.x, granules), quotient(cuda.threadIdx.x, granules)
     while k < n_entries:
         entry = get(entry_place(k, split, like), int32(0))
-        number_of_turn = shifted_down(entry, int32(5))
-        part = quotient(number_of_turn, turns)
+        part = shifted_down(entry, int32(5 + turn_bits(split)))
         owner = part_of_block(part, int32(entry & (WARP_SIZE - 1)), team, split)
         within = int32((granule * WARP_SIZE + owner.lane) << bits)
-        turn = int32(number_of_turn - part * turns)
+        turn = int32(shifted_down(entry, int32(5)) & int32(turns - 1))
         while turn < owner.n_pieces:
             piece = piece_of(turn, n_cols, owner, split, like)
             if within < piece.count:
@@ -321,7 +326,7 @@ def ranking_with(write):
     """A device function in which a block calls write(j, logit, column, numbers) for the k best candidates."""
 
     @device
-    def write_candidates(k, count, team, split, like, numbers):
+    def write_candidates(k, count, split, like, numbers):
         group, one = quotient(cuda.threadIdx.x, int32(RANKERS)), remainder(cuda.threadIdx.x, int32(RANKERS))
         first = int32(0)
         while first < count:
@@ -360,8 +365,8 @@ def ranking_with(write):
 
 def largest_with(write):
     """A device function that calls write(j, logit, column, numbers) for the k largest logits, j = 0, 1, ..., each in
-    one thread of the block that has part 0 of the row. It begins after the first pass, in which the slots have been
-    filled and `keep_best` was told the maxima. exists: whether there is a row.
+    one thread of the block that has part 0 of the row. exists: whether there is a row. Before it there were
+    `keep_none` and a first pass that told `keep_best` the maxima, and its chunks have met.
     """
     write_by_tournament = tournament_with(write)
     write_candidates, write_masked = ranking_with(write)
@@ -369,18 +374,19 @@ def largest_with(write):
     @device
     def write_by_candidates(source, k, n_cols, row_max, team, split, numbers):
         """How many candidates there are; nothing is written if they are too many."""
+        like = row_max
         if leads_block():
             find_entries(k, row_max, team, split)
         cuda.syncthreads()  # the entries are there before any thread looks at them
-        look_at_entries(source, n_cols, team, split, row_max)
+        look_at_entries(source, n_cols, team, split, like)
         exchange_states(split)  # every candidate has arrived
-        count = n_candidates(split, row_max)
+        count = n_candidates(split, like)
         if split_cluster(split) > 1:
             cluster_arrive()  # the count has been read before the first block may end
         if count <= N_CANDIDATES and team.rank < n_parts(split):
-            write_candidates(k, count, team, split, row_max, numbers)
+            write_candidates(k, count, split, like, numbers)
             if count < k:
-                write_masked(k, count, split, row_max, numbers)
+                write_masked(k, count, split, like, numbers)
         if split_cluster(split) > 1:
             cluster_wait()
         return count

@@ -45,7 +45,7 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
     n_cols = rows.n_cols if exists else 0
     source = row_of(logits, row, rows)
     writes = exists and team.rank == 0 and team.lane == 0
-    keep_none(team, split, scale)
+    keep_none(split, scale)
     begin_row(source, n_cols, team, split, params)
     state = states_and_maxima(source, n_cols, team, split, of_cheap(params))
     half, log, has_nan, _ = finished_row(state, source, n_cols, team, split, of_cheap(params))

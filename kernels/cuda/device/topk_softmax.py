@@ -59,7 +59,7 @@ def topk_softmax_rows(rows, split, start, logits, probs, indices, k, renormalize
     exists = row < rows.n_rows
     n_cols = rows.n_cols if exists else 0
     source, target = row_of(logits, row, rows), row_of(probs, row, rows).pointer
-    keep_none(team, split, scale)
+    keep_none(split, scale)
     begin_row(source, n_cols, team, split, params)
     state = sums_and_maxima(source, n_cols, team, split, of_cheap(params))
     row_max, total = softmax_row(state, team, split, of_cheap(params))
