@@ -18,5 +18,7 @@ def top_logprobs(
 ) -> None:
     scale = scale_of(2.0, temperature, logprobs.dtype)
     arguments = rows, logits, labels, logprobs, tokens, k, ignore_index, *scale
-    # Two passes: the row is looked at again.
-    launch_rows("top_logprobs.top_logprobs_rows", place, *arguments, scratch=LARGEST_SCRATCH)
+    # One pass: of a long row only the lanes of the largest logits are looked at again.
+    launch_rows(
+        "top_logprobs.top_logprobs_rows", place, *arguments, passes=1, side_by_side=k == 1, scratch=LARGEST_SCRATCH
+    )

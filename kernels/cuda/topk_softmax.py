@@ -19,5 +19,7 @@ def topk_softmax(
 ) -> None:
     scale = scale_of(2.0, temperature, probs.dtype)
     arguments = rows, logits, probs, indices, k, int(renormalize), *scale
-    # Two passes: the row is looked at again.
-    launch_rows("topk_softmax.topk_softmax_rows", place, *arguments, scratch=LARGEST_SCRATCH)
+    # One pass: of a long row only the lanes of the largest logits are looked at again.
+    launch_rows(
+        "topk_softmax.topk_softmax_rows", place, *arguments, passes=1, side_by_side=k == 1, scratch=LARGEST_SCRATCH
+    )

@@ -36,6 +36,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
 from gpusoftmax.kernels.cuda.device.reduce import lanes_below, lanes_where, leads_block, n_lanes, warp_count
 from gpusoftmax.kernels.cuda.device.row_state import saved_max, state_place
 from gpusoftmax.kernels.cuda.device.rows import (
+    chunk_of,
     exchange_states,
     is_granule,
     last_in_slot,
@@ -312,7 +313,8 @@ def look_at_entries(source, n_cols, team, split, like):
         turn = int32(shifted_down(entry, int32(5)) & int32(turns - 1))
         while turn < owner.n_pieces:
             piece = piece_of(turn, n_cols, owner, split, like)
-            if within < piece.count:
+            # A few of the chunks reach the bound; those of a long row would have to be read again.
+            if within < piece.count and saved_max(chunk_of(turn, owner, split), split, like) >= bound:
                 read_granule(values, turn, within, 1 << bits, piece, source, owner, split)
                 take_candidates(values, piece.first + within, 1 << bits, n_cols, bound, split)
             turn = int32(turn + turns)
