@@ -49,10 +49,10 @@ def test_number_of_tokens(target, k):
     check(run(target, logits, k), logits, log_probs(target, logits), k)
 
 
-@pytest.mark.parametrize(("n_cols", "k"), [(1100, 64), (4099, 64), (20011, 20)])
-def test_many_tokens_of_long_rows(target, n_cols, k):
-    """The candidates: few and many for what a block keeps; equal ones; too many, so that they are done without; too
-    few, so that masked tokens follow.
+@pytest.mark.parametrize(("n_cols", "k"), [(64, 8), (300, 20), (1000, 64), (1100, 64), (4099, 64), (20011, 20)])
+def test_candidates(target, n_cols, k):
+    """As many as are wanted and a few more; equal ones; too many, so that it is done without them; too few, so that
+    masked tokens follow; all of them neighbours.
     """
     logits = inputs.make("spread", (5, n_cols), np.float32)
     logits[1] = np.round(logits[1])
@@ -65,9 +65,11 @@ def test_many_tokens_of_long_rows(target, n_cols, k):
     check(run(target, logits, k), logits, log_probs(target, logits), k)
 
 
-def test_tokens_of_a_row_with_nan_in_a_long_row(target):
-    logits = inputs.make("spread", (2, 5000), np.float32)
-    logits[0, 7:], logits[1, 4000] = np.nan, np.nan
+@pytest.mark.parametrize("n_cols", [300, 5000])
+def test_rows_of_nan(target, n_cols):
+    """Fewer numbers than tokens, and all but one."""
+    logits = inputs.make("spread", (2, n_cols), np.float32)
+    logits[0, 7:], logits[1, n_cols - 9] = np.nan, np.nan
     top = run(target, logits, 20)
     assert (top.token == -1).all() and np.isnan(top.logprob).all()
 

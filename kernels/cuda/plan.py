@@ -60,6 +60,8 @@ many as it has threads), logits that it takes into the choice, and how many are 
 """
 LARGEST_SCRATCH = 2 * N_CANDIDATES + 2 * N_BEST + 4
 """Numbers in shared memory for that: candidates with their columns, maxima, where to look, and three more."""
+LANE_CANDIDATES = 4
+"""Of the same kernels, where rows are short: how many candidates a row has room for, for each lane that shares it."""
 WARP_CHUNKS = 4
 """Of a row, what a warp takes at least where there are rows for all warps: what it pays for a row (addresses, the state
 of the chunks, the logarithm) is as much as for two thousand logits.
@@ -266,7 +268,8 @@ def row_plan(
     neighbours : int
         How many rows lie side by side in memory, in each array whose rows are read or written.
     scratch : int
-        So many numbers a kernel keeps in shared memory behind the states of a row of several chunks.
+        So many numbers a kernel keeps in shared memory behind the states of a row of several chunks; if any, then for
+        each lane of shorter rows LANE_CANDIDATES with their columns.
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
@@ -277,13 +280,14 @@ def row_plan(
         if plan is not None:
             return plan
     if tree.n_chunks == 1:
-        return _short(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors)
+        return _short(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors, scratch)
     return _long(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes, scratch)
 
 
-def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors):
+def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors, scratch):
     threads = MAX_THREADS
-    part_bytes = n_sources * slot_bytes + STATE_NUMBERS * _number_bytes(compute)
+    numbers = STATE_NUMBERS + (2 * LANE_CANDIDATES * tree.lanes if scratch else 0)
+    part_bytes = n_sources * slot_bytes + numbers * _number_bytes(compute)
 
     def too_large():
         parts = threads // tree.lanes

@@ -12,8 +12,8 @@ reaches it are looked at again. What does is a candidate, and a candidate's plac
 Blocks of a cluster have the maxima of all chunks of the row for a bound, if those are enough, and put their candidates
 into the memory of the first. Better is: larger, or equal and in a lower column. A masked column is no candidate: where
 there are too few others, the first columns that are not candidates follow them. Nothing here depends on the order in
-which candidates arrive. Where there are too many of them (many equal logits), and for other rows, tournament.py does
-it.
+which candidates arrive. Rows of one piece are those of largest_of_short.py. Where there are too many candidates (many
+equal logits), and where rows lie side by side, tournament.py does it.
 """
 
 import math
@@ -22,6 +22,7 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
+from gpusoftmax.kernels.cuda.device.largest_of_short import enough_for, most_candidates, short_ranking_with
 from gpusoftmax.kernels.cuda.device.memory import (
     element_size,
     granule_numbers,
@@ -59,6 +60,7 @@ from gpusoftmax.kernels.cuda.device.shared_numbers import (
 )
 from gpusoftmax.kernels.cuda.device.split import (
     is_long,
+    is_short,
     n_parts,
     own_part,
     quotient,
@@ -372,10 +374,11 @@ def largest_with(write):
     """
     write_by_tournament = tournament_with(write)
     write_candidates, write_masked = ranking_with(write)
+    write_short = short_ranking_with(write)
 
     @device
     def write_by_candidates(source, k, n_cols, row_max, team, split, numbers):
-        """How many candidates there are; nothing is written if they are too many."""
+        """Whether it has: nothing is written if there are too many candidates."""
         like = row_max
         if leads_block():
             find_entries(k, row_max, team, split)
@@ -391,14 +394,16 @@ def largest_with(write):
                 write_masked(k, count, split, like, numbers)
         if split_cluster(split) > 1:
             cluster_wait()
-        return count
+        return count <= N_CANDIDATES
 
     @device
     def largest(source, k, n_cols, exists, row_max, team, split, params, numbers):
-        count = int32(N_CANDIDATES + 1)
+        done = False
         if is_long(split) and k <= MOST_LARGEST:
-            count = write_by_candidates(source, k, n_cols, row_max, team, split, numbers)
-        if count > N_CANDIDATES:
+            done = write_by_candidates(source, k, n_cols, row_max, team, split, numbers)
+        if is_short(split) and enough_for(k) <= most_candidates(split):
+            done = write_short(source, k, n_cols, exists, row_max, team, split, params, numbers)
+        if not done:
             writes = exists and team.rank == 0 and team.lane == 0
             write_by_tournament(source, k, n_cols, writes, team, split, params, numbers)
 

@@ -144,7 +144,8 @@ def _at_block(builder, at, rank, text, constraints, *arguments):
     """An int32 from an instruction on a place in the shared memory of the cluster's block `rank`, sm_90 and later: the
     text names the result $0 and the address `remote`, and the arguments from $3 on.
     """
-    result = builder.alloca(_I32)
+    with builder.goto_entry_block():
+        result = builder.alloca(_I32)
     with builder.if_then(compiled_for(builder, 90)):
         place = builder.ptrtoint(dynamic_shared(builder, at, _I32), _I32)
         arguments = place, builder.trunc(rank, _I32), *arguments

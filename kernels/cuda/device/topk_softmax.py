@@ -74,7 +74,10 @@ def topk_softmax_rows(rows, split, start, logits, probs, indices, k, renormalize
     numbers = target, indices, row_offset(indices, row, rows), halved(row_max), exponent, lowest, factor, params
     write_largest(source, k, n_cols, exists, row_max, team, split, params, numbers)
     if renormalize != 0:
+        # Every thread has written its exponentials before they are added.
         if is_long(split):
-            cuda.syncthreads()  # every thread has written its exponentials before they are added
+            cuda.syncthreads()
+        else:
+            cuda.syncwarp()
         if exists and team.rank == 0 and team.lane == 0:
             renormalise(target, k, scale)

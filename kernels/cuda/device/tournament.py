@@ -1,5 +1,5 @@
-"""The k largest logits of a row one after the other, once its first pass is done: of rows of one piece, of rows side by
-side, and where largest.py finds too many candidates.
+"""The k largest logits of a row one after the other, once its first pass is done: of rows side by side, and where
+largest.py finds too many candidates.
 
 A tournament: every part has one candidate, the best of its columns that has not been chosen, and the best candidate of
 all parts is chosen, k times. Only the part whose candidate was chosen looks at its columns again, most of which are
