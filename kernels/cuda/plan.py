@@ -58,7 +58,7 @@ N_BEST, N_CANDIDATES, MOST_LARGEST = 256, 256, 64
 """Of kernels that look for the largest logits of a long row: maxima of a few of a lane's columns that a block keeps (as
 many as it has threads), logits that it takes into the choice, and how many are looked for in this way.
 """
-LARGEST_SCRATCH = 2 * N_CANDIDATES + 2 * N_BEST + 4
+LARGEST_SCRATCH = 2 * N_CANDIDATES + N_BEST + N_CANDIDATES // 2 + 4
 """Numbers in shared memory for that: candidates with their columns, maxima, where to look, and three more."""
 LANE_CANDIDATES = 4
 """Of the same kernels, where rows are short: how many candidates a row has room for, for each lane that shares it."""
@@ -336,15 +336,15 @@ def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multip
     def bytes_of(cluster, way, slots):
         return first_slot + warps(cluster, way) * slots * slot_bytes_of_all
 
-    def room(way):
+    def room(blocks):
         """Shared memory of each block."""
-        return min(limits.multiprocessor_bytes // way[1] - BLOCK_RESERVE, limits.block_bytes)
+        return min(limits.multiprocessor_bytes // blocks - BLOCK_RESERVE, limits.block_bytes)
 
-    def fitting_slots(cluster, way):
-        return max((room(way) - first_slot) // (warps(cluster, way) * slot_bytes_of_all), 1)
+    def fitting_slots(cluster, way, blocks, first_slot):
+        return max((room(blocks) - first_slot) // (warps(cluster, way) * slot_bytes_of_all), 1)
 
     def holds(cluster, way):
-        return passes == 1 or bytes_of(cluster, way, turns(cluster, way) * pieces) <= room(way)
+        return passes == 1 or bytes_of(cluster, way, turns(cluster, way) * pieces) <= room(way[1])
 
     size = 8 if compute == "float64" else itemsize
     ways = TWO_PASSES[size] if passes == 2 else (ONE_PASS[size],)
@@ -360,7 +360,11 @@ def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multip
     while cluster * 2 in clusters and cluster * 2 <= most and n_rows * cluster < WAVES * way[1] * multiprocessors:
         cluster *= 2
     needed = turns(cluster, way) * pieces
-    slots = min(needed, fitting_slots(cluster, way))
+    slots = min(needed, fitting_slots(cluster, way, way[1], first_slot))
+    blocks, without = way[1], first_slot - scratch * _number_bytes(compute)
+    while blocks > 1 and slots < min(needed, fitting_slots(cluster, way, way[1], without)):
+        blocks -= 1  # rather a block less than a slot less
+        slots = min(needed, fitting_slots(cluster, way, blocks, first_slot))
     held = passes == 1 or slots >= needed
     return Plan(
         regime="online" if not held else "cluster" if cluster > 1 else "held",

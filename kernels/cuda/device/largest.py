@@ -77,6 +77,7 @@ from gpusoftmax.kernels.cuda.device.transform import transform
 from gpusoftmax.kernels.cuda.plan import MOST_LARGEST, N_BEST, N_CANDIDATES, WARP_SIZE
 
 N_READ = N_BEST // WARP_SIZE
+N_ENTRIES = N_CANDIDATES // 2
 RANKERS = 8  # threads that count together what is better than a candidate
 
 
@@ -105,17 +106,17 @@ def entry_place(k, split, like):
 
 @device
 def bound_place(split, like):
-    return scratch_place(2 * N_CANDIDATES + 2 * N_BEST, split, like)
+    return scratch_place(2 * N_CANDIDATES + N_BEST + N_ENTRIES, split, like)
 
 
 @device
 def n_entries_place(split, like):
-    return scratch_place(2 * N_CANDIDATES + 2 * N_BEST + 1, split, like)
+    return scratch_place(2 * N_CANDIDATES + N_BEST + N_ENTRIES + 1, split, like)
 
 
 @device
 def n_candidates_place(split, like):
-    return scratch_place(2 * N_CANDIDATES + 2 * N_BEST + 2, split, like)
+    return scratch_place(2 * N_CANDIDATES + N_BEST + N_ENTRIES + 2, split, like)
 
 
 # ---------------------------------------------------------------- maxima
@@ -228,12 +229,12 @@ def find_entries(k, row_max, team, split):
         value = kept_max(int32(turn), team, split, like)
         reaches = value >= bound and value > number(bound, -math.inf)
         lanes = lanes_where(reaches)
-        if reaches:
-            entry = int32(turn * WARP_SIZE + team.lane)
-            put(entry_place(count + n_lanes(lanes_below(lanes, team.lane)), split, bound), entry)
+        k = int32(count + n_lanes(lanes_below(lanes, team.lane)))
+        if reaches and k < N_ENTRIES:
+            put(entry_place(k, split, bound), int32(turn * WARP_SIZE + team.lane))
         count = int32(count + n_lanes(lanes))
     if team.lane == 0:
-        if count > N_CANDIDATES // 2:  # equal ones: spare the others the search
+        if count > N_ENTRIES:  # equal ones: spare the others the search
             claim(int32(N_CANDIDATES + 1), split, bound)
             count = int32(0)
         put(bound_place(split, bound), bound)
