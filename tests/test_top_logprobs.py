@@ -49,6 +49,31 @@ def test_number_of_tokens(target, k):
     check(run(target, logits, k), logits, log_probs(target, logits), k)
 
 
+@pytest.mark.parametrize(("n_cols", "k"), [(64, 8), (300, 20), (1000, 64), (1100, 64), (4099, 64), (20011, 20)])
+def test_candidates(target, n_cols, k):
+    """As many as are wanted and a few more; equal ones; too many, so that it is done without them; too few, so that
+    masked tokens follow; all of them neighbours.
+    """
+    logits = inputs.make("spread", (5, n_cols), np.float32)
+    logits[1] = np.round(logits[1])
+    logits[2] = 3
+    logits[2, n_cols - k // 2 :] = 4
+    allowed = np.random.default_rng(n_cols).permutation(n_cols)[: k // 2]
+    logits[3], logits[3, allowed] = -np.inf, logits[0, allowed]
+    logits[3, 1] = 2.5
+    logits[4] = np.sort(logits[4])
+    check(run(target, logits, k), logits, log_probs(target, logits), k)
+
+
+@pytest.mark.parametrize("n_cols", [300, 5000])
+def test_rows_of_nan(target, n_cols):
+    """Fewer numbers than tokens, and all but one."""
+    logits = inputs.make("spread", (2, n_cols), np.float32)
+    logits[0, 7:], logits[1, n_cols - 9] = np.nan, np.nan
+    top = run(target, logits, 20)
+    assert (top.token == -1).all() and np.isnan(top.logprob).all()
+
+
 @pytest.mark.parametrize("n_cols", [300, 5000])
 def test_target_comes_first(target, n_cols):
     logits = inputs.make("spread", (4, n_cols), np.float32)

@@ -134,12 +134,13 @@ def launch_rows(
     passes: int = 2,
     side_by_side: bool = True,
     writes_rows: bool = True,
+    scratch: int = 0,
 ) -> None:
     """Starts a kernel that goes over rows: those of the first `reads` arguments, once or (passes) twice.
 
     With two passes, it writes rows of the last argument that is an array, unless it writes none. side_by_side: whether
     it can take rows that lie so together: it cannot where logits go through a transform, which a thread knows for its
-    own row.
+    own row. scratch: see plan.row_plan.
     """
     device = device_of(place)
     formats = tuple(argument.dtype for argument in arguments[:reads])
@@ -147,7 +148,7 @@ def launch_rows(
     transformed = any(type(argument) is Operand and argument.transform for argument in arguments)
     side_by_side = side_by_side and not transformed
     neighbours = _neighbours(rows, arguments, reads, passes == 2 and writes_rows) if side_by_side else 1
-    shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes, neighbours
+    shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes, neighbours, scratch
     plan = row_plan(rows.n_rows, *shape)
     for start in range(0, rows.n_rows, plan.rows):  # once, unless there are more rows than blocks
         last = row_plan(min(plan.rows, rows.n_rows - start), *shape)

@@ -54,6 +54,14 @@ TWO_PASSES = {2: ((256, 3), (256, 2)), 4: ((128, 5), (128, 3), (256, 2)), 8: ((2
 """The same where a row is read twice: the first for which the shared memory of a cluster holds the row."""
 ONLINE = {2: (256, 3), 4: (256, 2), 8: (256, 1)}
 """The same where none does. The second time, most of the row comes from the second-level cache."""
+N_BEST, N_CANDIDATES, MOST_LARGEST = 256, 256, 64
+"""Of kernels that look for the largest logits of a long row: maxima of a few of a lane's columns that a block keeps (as
+many as it has threads), logits that it takes into the choice, and how many are looked for in this way.
+"""
+LARGEST_SCRATCH = 2 * N_CANDIDATES + N_BEST + N_CANDIDATES // 2 + 4
+"""Numbers in shared memory for that: candidates with their columns, maxima, where to look, and three more."""
+LANE_CANDIDATES = 4
+"""Of the same kernels, where rows are short: how many candidates a row has room for, for each lane that shares it."""
 WARP_CHUNKS = 4
 """Of a row, what a warp takes at least where there are rows for all warps: what it pays for a row (addresses, the state
 of the chunks, the logarithm) is as much as for two thousand logits.
@@ -241,6 +249,7 @@ def row_plan(
     multiprocessors: int,
     passes: int = 2,
     neighbours: int = 1,
+    scratch: int = 0,
 ) -> Plan:
     """The launch of a kernel that reads rows.
 
@@ -258,6 +267,9 @@ def row_plan(
         1: the rows are only summed up; 2: results are computed from the columns after that.
     neighbours : int
         How many rows lie side by side in memory, in each array whose rows are read or written.
+    scratch : int
+        So many numbers a kernel keeps in shared memory behind the states of a row of several chunks; if any, then for
+        each lane of shorter rows LANE_CANDIDATES with their columns.
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
@@ -268,13 +280,14 @@ def row_plan(
         if plan is not None:
             return plan
     if tree.n_chunks == 1:
-        return _short(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors)
-    return _long(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
+        return _short(n_rows, tree, slot_bytes, len(formats), compute, limits, multiprocessors, scratch)
+    return _long(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes, scratch)
 
 
-def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors):
+def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors, scratch):
     threads = MAX_THREADS
-    part_bytes = n_sources * slot_bytes + STATE_NUMBERS * _number_bytes(compute)
+    numbers = STATE_NUMBERS + (2 * LANE_CANDIDATES * tree.lanes if scratch else 0)
+    part_bytes = n_sources * slot_bytes + numbers * _number_bytes(compute)
 
     def too_large():
         parts = threads // tree.lanes
@@ -295,9 +308,10 @@ def _short(n_rows, tree, slot_bytes, n_sources, compute, limits, multiprocessors
     )
 
 
-def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes):
+def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multiprocessors, passes, scratch):
     pieces = tree.chunk_cols // tree.piece_cols
-    first_slot = _rounded((tree.n_chunks + 1) * STATE_NUMBERS * _number_bytes(compute))  # one for the row
+    # One for the row.
+    first_slot = _rounded(((tree.n_chunks + 1) * STATE_NUMBERS + scratch) * _number_bytes(compute))
     slot_bytes_of_all = n_sources * slot_bytes
     clusters = [size for size in (1, 2, 4, 8, 16) if size <= limits.cluster and size <= tree.n_chunks]
 
@@ -322,15 +336,15 @@ def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multip
     def bytes_of(cluster, way, slots):
         return first_slot + warps(cluster, way) * slots * slot_bytes_of_all
 
-    def room(way):
+    def room(blocks):
         """Shared memory of each block."""
-        return min(limits.multiprocessor_bytes // way[1] - BLOCK_RESERVE, limits.block_bytes)
+        return min(limits.multiprocessor_bytes // blocks - BLOCK_RESERVE, limits.block_bytes)
 
-    def fitting_slots(cluster, way):
-        return max((room(way) - first_slot) // (warps(cluster, way) * slot_bytes_of_all), 1)
+    def fitting_slots(cluster, way, blocks, first_slot):
+        return max((room(blocks) - first_slot) // (warps(cluster, way) * slot_bytes_of_all), 1)
 
     def holds(cluster, way):
-        return passes == 1 or bytes_of(cluster, way, turns(cluster, way) * pieces) <= room(way)
+        return passes == 1 or bytes_of(cluster, way, turns(cluster, way) * pieces) <= room(way[1])
 
     size = 8 if compute == "float64" else itemsize
     ways = TWO_PASSES[size] if passes == 2 else (ONE_PASS[size],)
@@ -346,7 +360,11 @@ def _long(n_rows, tree, itemsize, slot_bytes, n_sources, compute, limits, multip
     while cluster * 2 in clusters and cluster * 2 <= most and n_rows * cluster < WAVES * way[1] * multiprocessors:
         cluster *= 2
     needed = turns(cluster, way) * pieces
-    slots = min(needed, fitting_slots(cluster, way))
+    slots = min(needed, fitting_slots(cluster, way, way[1], first_slot))
+    blocks, without = way[1], first_slot - scratch * _number_bytes(compute)
+    while blocks > 1 and slots < min(needed, fitting_slots(cluster, way, way[1], without)):
+        blocks -= 1  # rather a block less than a slot less
+        slots = min(needed, fitting_slots(cluster, way, blocks, first_slot))
     held = passes == 1 or slots >= needed
     return Plan(
         regime="online" if not held else "cluster" if cluster > 1 else "held",

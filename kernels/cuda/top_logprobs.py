@@ -1,6 +1,7 @@
 """The largest log-probabilities of each row, on the GPU. kernels/cuda/device/top_logprobs.py holds the kernel."""
 
 from gpusoftmax.kernels.cuda.launch import launch_rows
+from gpusoftmax.kernels.cuda.plan import LARGEST_SCRATCH
 from gpusoftmax.kernels.operands import Labels, Operand, Place, Rows, scale_of
 
 
@@ -16,7 +17,8 @@ def top_logprobs(
     place: Place,
 ) -> None:
     scale = scale_of(2.0, temperature, logprobs.dtype)
-    # Two passes: the row is looked at again.
+    arguments = rows, logits, labels, logprobs, tokens, k, ignore_index, *scale
+    # One pass: of a long row only the lanes of the largest logits are looked at again.
     launch_rows(
-        "top_logprobs.top_logprobs_rows", place, rows, logits, labels, logprobs, tokens, k, ignore_index, *scale
-    )  # fmt: skip
+        "top_logprobs.top_logprobs_rows", place, *arguments, passes=1, side_by_side=k == 1, scratch=LARGEST_SCRATCH
+    )

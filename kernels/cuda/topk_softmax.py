@@ -3,6 +3,7 @@ the arguments mean stands in kernels/cpu/topk_softmax.py.
 """
 
 from gpusoftmax.kernels.cuda.launch import launch_rows
+from gpusoftmax.kernels.cuda.plan import LARGEST_SCRATCH
 from gpusoftmax.kernels.operands import Labels, Operand, Place, Rows, scale_of
 
 
@@ -17,5 +18,8 @@ def topk_softmax(
     place: Place,
 ) -> None:
     scale = scale_of(2.0, temperature, probs.dtype)
-    # Two passes: the row is looked at again.
-    launch_rows("topk_softmax.topk_softmax_rows", place, rows, logits, probs, indices, k, int(renormalize), *scale)
+    arguments = rows, logits, probs, indices, k, int(renormalize), *scale
+    # One pass: of a long row only the lanes of the largest logits are looked at again.
+    launch_rows(
+        "topk_softmax.topk_softmax_rows", place, *arguments, passes=1, side_by_side=k == 1, scratch=LARGEST_SCRATCH
+    )

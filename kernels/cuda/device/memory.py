@@ -357,6 +357,13 @@ def number_size(typingctx, like):
 
 
 @intrinsic
+def mantissa_bits(typingctx, like):
+    """Bits of a number of the computation format that do not tell its power of two."""
+    bits = 23 if like.bitwidth == 32 else 52
+    return types.int64(like), lambda context, builder, signature, args: context.get_constant(types.int64, bits)
+
+
+@intrinsic
 def n_values(typingctx, like):
     """plan.values_per_lane, a constant."""
 

@@ -13,7 +13,7 @@ from gpusoftmax.kernels import conversion
 from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
 from gpusoftmax.kernels.cuda.device.arithmetic import add, is_above, maximum, number
 from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE, compiled_for, n_values
-from gpusoftmax.kernels.cuda.device.piece_state import piece_max
+from gpusoftmax.kernels.cuda.device.piece_state import lane_max
 from gpusoftmax.kernels.cuda.device.reduce import warp_max
 from gpusoftmax.kernels.cuda.device.rows import has_columns
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes
@@ -112,10 +112,10 @@ def is_as_stored(transform):
 
 
 @device
-def largest_of_piece(held, piece, source, split, params):
-    """The bits of `piece_max`."""
+def largest_of_lane(held, piece, source, split, params):
+    """The bits of `lane_max`."""
     if not (orders_pairs(source.pointer) and is_as_stored(source.through.transform)):
-        return piece_max(held, piece, split, params)
+        return lane_max(held, piece, split, params)
     least = number(params[0], -math.inf)
     largest = pair_of(source.pointer, least, least)
     for group in range(0, n_values(least), GROUP):
@@ -125,7 +125,13 @@ def largest_of_piece(held, piece, source, split, params):
                 of_group = larger_pair(source.pointer, of_group, pair_of(source.pointer, held[k], held[k + 1]))
             largest = larger_pair(source.pointer, largest, of_group)
     low, high = numbers_of_pair(source.pointer, largest, least)
-    return warp_max(maximum(low, high), split_lanes(split))
+    return maximum(low, high)
+
+
+@device
+def largest_of_piece(held, piece, source, split, params):
+    """The bits of `piece_max`."""
+    return warp_max(largest_of_lane(held, piece, source, split, params), split_lanes(split))
 
 
 @device

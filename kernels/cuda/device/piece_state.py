@@ -81,12 +81,18 @@ def group_max(values, first):
 
 
 @device
-def piece_max(held, piece, split, params):
+def lane_max(held, piece, split, params):
+    """The maximum of this lane's columns."""
     largest = number(params[0], -math.inf)
     for group in range(0, n_values(params[0]), GROUP):
         if has_columns(group, piece, split):
             largest = maximum(largest, group_max(held, group))
-    return warp_max(largest, split_lanes(split))
+    return largest
+
+
+@device
+def piece_max(held, piece, split, params):
+    return warp_max(lane_max(held, piece, split, params), split_lanes(split))
 
 
 def group_sum_with(near, with_maximum=True, lift=0):

@@ -83,6 +83,36 @@ def lanes_where(condition):
 
 
 @device
+def n_lanes(lanes):
+    """How many lanes there are among some."""
+    return int32(cuda.popc(lanes))
+
+
+@device
+def lanes_below(lanes, lane):
+    """Those of some lanes that come before a lane."""
+    return int32(lanes & ((1 << lane) - 1))
+
+
+@device
+def lanes_before(value, lane, lanes):
+    """The sum of the integers of those of `lanes` neighbouring lanes that come before a lane."""
+    total = value
+    for offset in (1, 2, 4, 8, 16):
+        if offset < lanes:
+            other = cuda.shfl_up_sync(FULL_WARP, total, offset)
+            if lane >= offset:
+                total = int32(total + other)
+    return int32(total - value)
+
+
+@device
+def last_of_lanes(value, lane, lanes):
+    """The value that the last of `lanes` neighbouring lanes has."""
+    return cuda.shfl_sync(FULL_WARP, value, int32(cuda.laneid - lane + lanes - 1))
+
+
+@device
 def first_lane(lanes):
     """The first of some lanes."""
     return int64(cuda.ffs(lanes) - 1)

@@ -44,7 +44,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 )
 from gpusoftmax.kernels.cuda.device.exponential_sums import quotient_pair, sum_of_lanes, with_part
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, number_size, piece_numbers
-from gpusoftmax.kernels.cuda.device.pairs import largest_of_piece, unpack_again
+from gpusoftmax.kernels.cuda.device.pairs import largest_of_lane, unpack_again
 from gpusoftmax.kernels.cuda.device.piece_state import (
     halved,
     is_near,
@@ -88,6 +88,7 @@ from gpusoftmax.kernels.cuda.device.split import (
     own_part,
     remainder,
     split_chunks,
+    split_lanes,
     split_piece_bits,
 )
 from gpusoftmax.kernels.cuda.device.staging import hidden
@@ -218,10 +219,17 @@ def row_second_look(row_max, team, split, params):
 
 
 @device
-def state_of_piece(held, sums, piece, source, split, params):
-    largest = largest_of_piece(held, piece, source, split, params)
+def state_above(own, held, sums, piece, source, split, params):
+    """(max, total) of a piece, given the maximum of this lane's columns."""
+    largest = warp_max(own, split_lanes(split))
     unpack_again(held, source, split)
     return largest, piece_sum(held, sums, largest, anchor(largest, params[2]), piece, split, params)
+
+
+@device
+def state_of_piece(held, sums, piece, source, split, params):
+    own = largest_of_lane(held, piece, source, split, params)
+    return state_above(own, held, sums, piece, source, split, params)
 
 
 @device
@@ -231,11 +239,17 @@ def begin_row(source, n_cols, team, split, params):
     open_row((source,), n_cols, team, split, number(params[0], -math.inf))
 
 
-def first_pass_with(second_looks, leaves_transformed=False):
+@device
+def keep_nothing(k, largest, team, split):
+    pass
+
+
+def first_pass_with(second_looks, leaves_transformed=False, keep=keep_nothing):
     """A device function that publishes the states of all chunks of a row that has begun; the state of the one chunk is
     its result.
 
     With second looks, rows that are not known to be confident until their chunks have met have theirs later.
+    keep(k, largest, team, split) is told the maximum of each lane's columns of piece k.
     """
 
     @device
@@ -252,7 +266,9 @@ def first_pass_with(second_looks, leaves_transformed=False):
             if leaves_transformed and are_left_transformed(source, team, split, zero):
                 leave_transformed(held, source, slot_of(k, team, split, 1), team, split)
             stage_next(k, (source,), n_cols, team, split, least)
-            largest, total = state_of_piece(held, sums, piece, source, split, params)
+            own = largest_of_lane(held, piece, source, split, params)
+            keep(k, own, team, split)
+            largest, total = state_above(own, held, sums, piece, source, split, params)
             ties, rest = zero, zero
             if second_looks and not is_long(split):
                 ties, rest = second_look(held, sums, largest, total, piece, split, params)
@@ -394,6 +410,24 @@ def look_again_with(with_distances):
     return look_again
 
 
+@device
+def softmax_row(state, team, split, params):
+    """(max, sum) of a row whose chunks have been summed; `state`: of the one chunk."""
+    largest, total, _, _ = state
+    if is_one_chunk(split):
+        return largest, total
+    exchange_states(split)
+    if is_columns(split):
+        return row_sums(team, split, params)
+    at = state_place(0, split_chunks(split), split, total)
+    if leads_block():
+        largest, total = row_sums(team, split, params)
+        if team.lane == 0:
+            put_pair(at, largest, total)
+    cuda.syncthreads()  # the sums are there before any warp reads them
+    return get_pair(at, total)
+
+
 def softmax_state_with(leaves_transformed):
     """A device function: (max, sum) of a row, the same for all threads that share it.
 
@@ -405,19 +439,7 @@ def softmax_state_with(leaves_transformed):
     def softmax_state(source, n_cols, team, split, params):
         params = of_cheap(params)
         begin_row(source, n_cols, team, split, params)
-        largest, total, _, _ = sums_of_chunks(source, n_cols, team, split, params)
-        if is_one_chunk(split):
-            return largest, total
-        exchange_states(split)
-        if is_columns(split):
-            return row_sums(team, split, params)
-        at = state_place(0, split_chunks(split), split, total)
-        if leads_block():
-            largest, total = row_sums(team, split, params)
-            if team.lane == 0:
-                put_pair(at, largest, total)
-        cuda.syncthreads()  # the sums are there before any warp reads them
-        return get_pair(at, total)
+        return softmax_row(sums_of_chunks(source, n_cols, team, split, params), team, split, params)
 
     return softmax_state
 

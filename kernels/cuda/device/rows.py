@@ -185,6 +185,16 @@ def team_of(split, n_sources):
 
 
 @device
+def part_of_block(part, lane, team, split):
+    """The team as a lane of another part of this block sees it, where rows are long."""
+    step = int32(part - own_part(split))
+    rank = int32(team.rank + step)
+    n_chunks = quotient(max(int32(split_chunks(split) - rank + team.size - 1), int32(0)), team.size)
+    slots = int32(team.slots + step * split_slots(split) * split.slot_bytes)
+    return Team(lane, rank, team.size, int32(n_chunks << split_piece_bits(split)), slots)
+
+
+@device
 def chunk_of(k, team, split):
     """The chunk of this part's piece number k: the chunks are dealt out in turn."""
     return int32(team.rank + team.size * shifted_down(k, split_piece_bits(split)))

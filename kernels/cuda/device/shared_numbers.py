@@ -140,6 +140,53 @@ def put_pair_in_block(typingctx, at, rank, first, second):
     return types.void(types.int64, types.int64, first, first), codegen
 
 
+def _at_block(builder, at, rank, text, constraints, *arguments):
+    """An int32 from an instruction on a place in the shared memory of the cluster's block `rank`, sm_90 and later: the
+    text names the result $0 and the address `remote`, and the arguments from $3 on.
+    """
+    with builder.goto_entry_block():
+        result = builder.alloca(_I32)
+    with builder.if_then(compiled_for(builder, 90)):
+        place = builder.ptrtoint(dynamic_shared(builder, at, _I32), _I32)
+        arguments = place, builder.trunc(rank, _I32), *arguments
+        kind = ir.FunctionType(_I32, [argument.type for argument in arguments])
+        text = f"{{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $1, $2; {text} }}"
+        asm = ir.InlineAsm(kind, text, ",".join(["=r", "r", "r", *constraints, "~{memory}"]), True)
+        builder.store(builder.call(asm, arguments), result)
+    return builder.load(result)
+
+
+@intrinsic
+def count_up(typingctx, at, amount):
+    """Adds to an int32 in shared memory; what it was before."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", dynamic_shared(builder, args[0], _I32), args[1], "monotonic")
+
+    return types.int32(types.int64, types.int32), codegen
+
+
+@intrinsic
+def count_up_in_block(typingctx, at, rank, amount):
+    """As `count_up`, in the shared memory of the cluster's block `rank`."""
+
+    def codegen(context, builder, signature, args):
+        text = "atom.relaxed.cluster.shared::cluster.add.u32 $0, [remote], $3;"
+        return _at_block(builder, args[0], args[1], text, ["r"], args[2])
+
+    return types.int32(types.int64, types.int64, types.int32), codegen
+
+
+@intrinsic
+def count_in_block(typingctx, at, rank):
+    """The int32 at a place in the shared memory of the cluster's block `rank`."""
+
+    def codegen(context, builder, signature, args):
+        return _at_block(builder, args[0], args[1], "ld.shared::cluster.u32 $0, [remote];", [])
+
+    return types.int32(types.int64, types.int64), codegen
+
+
 @intrinsic
 def cluster_arrive(typingctx):
     """The first half of a barrier of the cluster: what this thread wrote before is seen after the second half."""

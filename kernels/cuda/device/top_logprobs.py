@@ -1,4 +1,4 @@
-"""The largest log-probabilities of each row, by the tournament of largest.py."""
+"""The largest log-probabilities of each row, which largest.py finds."""
 
 import math
 
@@ -7,10 +7,10 @@ from numpy import int64
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import log_sum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import negative_log_probability
-from gpusoftmax.kernels.cuda.device.largest import largest_with
+from gpusoftmax.kernels.cuda.device.largest import keep_best, keep_none, largest_with
 from gpusoftmax.kernels.cuda.device.memory import load, load_label, store, store_integer
-from gpusoftmax.kernels.cuda.device.piece_state import gap_params
-from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, of_cheap
+from gpusoftmax.kernels.cuda.device.row_state import begin_row, first_pass_with, loss_numbers_with
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_offset, team_of
 from gpusoftmax.kernels.cuda.device.transform import transformed
 
@@ -23,7 +23,8 @@ def finish(state, params):
     return state[0], log, has_nan, has_nan
 
 
-numbers_of_row, _ = loss_numbers_with(finish)
+_, finished_row = loss_numbers_with(finish)
+states_and_maxima = first_pass_with(second_looks=True, keep=keep_best)
 
 
 @device
@@ -42,10 +43,13 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
     row = own_row(start, split)
     exists = row < rows.n_rows
     n_cols = rows.n_cols if exists else 0
-    source, target = row_of(logits, row, rows), row_of(logprobs, row, rows).pointer
+    source = row_of(logits, row, rows)
     writes = exists and team.rank == 0 and team.lane == 0
-    half, log, has_nan, _ = numbers_of_row(source, n_cols, team, split, params)
-    first = row_offset(tokens, row, rows)
+    keep_none(split, scale)
+    begin_row(source, n_cols, team, split, params)
+    state = states_and_maxima(source, n_cols, team, split, of_cheap(params))
+    half, log, has_nan, _ = finished_row(state, source, n_cols, team, split, of_cheap(params))
+    target, first = row_of(logprobs, row, rows).pointer, row_offset(tokens, row, rows)
     if labels.pointer != 0:
         if writes:
             label, value = load_label(labels.pointer, row_offset(labels, row, rows), labels.code), number(scale, 0.0)
@@ -59,4 +63,5 @@ def top_logprobs_rows(rows, split, start, logits, labels, logprobs, tokens, k, i
             store_integer(tokens.pointer, first, label)
         first += 1
     numbers = target, tokens, first, first - row_offset(tokens, row, rows), half, log, has_nan, scale
-    write_largest(source, k, n_cols, writes, team, split, params, numbers)
+    row_max = mul(half, number(scale, 2.0))
+    write_largest(source, k, n_cols, exists, row_max, team, split, params, numbers)

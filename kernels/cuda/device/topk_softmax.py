@@ -1,4 +1,4 @@
-"""Softmax over the largest logits of each row, by the tournament of largest.py.
+"""Softmax over the largest logits of each row, which largest.py finds.
 
 The mathematics stands in kernels/cpu/topk_softmax.py. Probabilities among all columns have the bits of softmax.py.
 """
@@ -7,7 +7,7 @@ import math
 
 from numpy import int64
 
-from gpusoftmax.kernels.cuda.device._cuda import device
+from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add_pair, div, mul, number, row_inverse
 from gpusoftmax.kernels.cuda.device.exponential import (
     anchor,
@@ -17,11 +17,12 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     lowest_of,
     ordered_exp_from,
 )
-from gpusoftmax.kernels.cuda.device.largest import largest_with
+from gpusoftmax.kernels.cuda.device.largest import keep_best, keep_none, largest_with
 from gpusoftmax.kernels.cuda.device.memory import load, store, store_integer
-from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
-from gpusoftmax.kernels.cuda.device.row_state import softmax_state
+from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
+from gpusoftmax.kernels.cuda.device.row_state import begin_row, first_pass_with, softmax_row
 from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_offset, team_of
+from gpusoftmax.kernels.cuda.device.split import is_long
 
 
 @device
@@ -37,6 +38,7 @@ def write_probability(j, x, col, numbers):
 
 
 write_largest = largest_with(write_probability)
+sums_and_maxima = first_pass_with(second_looks=False, keep=keep_best)
 
 
 @device
@@ -54,10 +56,13 @@ def topk_softmax_rows(rows, split, start, logits, probs, indices, k, renormalize
     params = gap_params(scale, scale_low)
     team = team_of(split, 1)
     row = own_row(start, split)
-    n_cols = rows.n_cols if row < rows.n_rows else 0
+    exists = row < rows.n_rows
+    n_cols = rows.n_cols if exists else 0
     source, target = row_of(logits, row, rows), row_of(probs, row, rows).pointer
-    writes = row < rows.n_rows and team.rank == 0 and team.lane == 0
-    row_max, total = softmax_state(source, n_cols, team, split, params)
+    keep_none(split, scale)
+    begin_row(source, n_cols, team, split, params)
+    state = sums_and_maxima(source, n_cols, team, split, of_cheap(params))
+    row_max, total = softmax_row(state, team, split, of_cheap(params))
     exponent = anchor(row_max, params[2])
     lowest = lowest_of(exponent, params[2])
     if total == cheap_exp_from(row_max, exponent, lowest, params[2], params[3]):
@@ -67,6 +72,12 @@ def topk_softmax_rows(rows, split, start, logits, probs, indices, k, renormalize
     if renormalize != 0 and factor == factor:
         factor = number(total, 1.0)
     numbers = target, indices, row_offset(indices, row, rows), halved(row_max), exponent, lowest, factor, params
-    write_largest(source, k, n_cols, writes, team, split, params, numbers)
-    if writes and renormalize != 0:
-        renormalise(target, k, scale)
+    write_largest(source, k, n_cols, exists, row_max, team, split, params, numbers)
+    if renormalize != 0:
+        # Every thread has written its exponentials before they are added.
+        if is_long(split):
+            cuda.syncthreads()
+        else:
+            cuda.syncwarp()
+        if exists and team.rank == 0 and team.lane == 0:
+            renormalise(target, k, scale)
