@@ -403,7 +403,7 @@ def _may_round(one):
     formats = [FLOATS[word] for word in one.words if word in FLOATS]
     if one.words[0] == "cvt" and one.words[-2] in FLOATS:  # cvt.to.from; float to integer names its rounding anyway
         return one.words[-1] not in FLOATS or formats[0] < formats[1]
-    return one.words[0] in MAY_ROUND and bool(formats)
+    return one.words[0] in MAY_ROUND and bool(formats) and "approx" not in one.words  # check_exact judges those
 
 
 def check_exact(ptx, allowed=APPROXIMATE):
