@@ -104,8 +104,8 @@ def test_a_warp_takes_four_chunks_of_a_row_where_there_are_rows_for_all(n_cols, 
 def test_rows_are_shared_until_the_device_is_filled_often():
     """The last blocks leave little of it idle: 512 rows would not fill it once."""
     chosen = row_plan(512, 1 << 20, ("bfloat16",), "float32", "sm_90", 132, 1)
-    assert chosen.threads == 128 and chosen.blocks >= 8 * 6 * 132
-    assert row_plan(8192, 1 << 20, ("bfloat16",), "float32", "sm_90", 132, 1).cluster == 1
+    assert chosen.threads == 128 and chosen.blocks >= 3 * 6 * 132
+    assert row_plan(2500, 1 << 20, ("bfloat16",), "float32", "sm_90", 132, 1).cluster == 1
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])

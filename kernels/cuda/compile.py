@@ -12,7 +12,6 @@ import numpy as np
 
 from gpusoftmax.kernels.cuda import cache
 from gpusoftmax.kernels.cuda.plan import (
-    FEW_BYTES,
     MAX_THREADS,
     MORE_REGISTERS,
     REGISTERS,
@@ -88,13 +87,13 @@ def entry_of(ptx: str) -> str:
 def link(ptx: str, arch: str, lineinfo: bool = False) -> tuple[bytes, str]:
     """PTX -> (cubin, the assembler's report on registers and spills). Needs no GPU.
 
-    A kernel that would spill gets more registers than its bound (plan.REGISTERS), where that is faster.
+    A kernel that would spill gets more registers than its bound (plan.REGISTERS).
     """
     cubin, report = _link(ptx, arch, lineinfo)
     bound = re.search(r"\.maxnreg (\d+)", ptx)
     for registers in MORE_REGISTERS.get(int(bound[1]), ()) if bound else ():
         spilled = re.search(r"(\d+) bytes spill stores", report)  # no report: the driver has linked it before
-        if spilled is None or int(spilled[1]) <= FEW_BYTES:
+        if spilled is None or int(spilled[1]) == 0:
             break
         cubin, report = _link(ptx.replace(bound[0], f".maxnreg {registers}"), arch, lineinfo)
     return cubin, report

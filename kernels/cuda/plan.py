@@ -44,8 +44,7 @@ for memory, barriers and shuffles; the fewer registers it has, the more of them 
 multiprocessor (measured: kernels/README.md, 2026-11-26). float64 takes what it needs.
 """
 MORE_REGISTERS = {80: (96, 128), 96: (128,)}
-"""What a kernel gets instead that would spill more than FEW_BYTES, which cost less than warps. Not short ones."""
-FEW_BYTES = 64
+"""What a kernel gets instead that would spill. Not those of short rows: there a few spilled numbers cost less than warps."""
 ONE_PASS = {2: (128, 6), 4: (128, 5), 8: (256, 2)}
 """(threads of a block at most, blocks on a multiprocessor) where long rows are read once, by the bytes of an element
 (float64: 8). Of several blocks, one loads while another computes.
@@ -66,9 +65,9 @@ WARP_CHUNKS = 4
 """Of a row, what a warp takes at least where there are rows for all warps: what it pays for a row (addresses, the state
 of the chunks, the logarithm) is as much as for two thousand logits.
 """
-WAVES = 8
+WAVES = 3
 """So often a launch fills the device at least where its rows can be shared: what the last blocks leave idle, and what
-the first ones wait for, is an eighth of a block's time.
+the first ones wait for, is a third of a block's time, and the blocks of a cluster wait for each other.
 """
 MAX_BLOCKS = 2**31 - 1
 """The launch limit of the grid's first axis; further rows take further launches."""
