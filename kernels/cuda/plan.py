@@ -44,7 +44,7 @@ for memory, barriers and shuffles; the fewer registers it has, the more of them 
 multiprocessor (measured: kernels/README.md, 2026-11-26). float64 takes what it needs.
 """
 MORE_REGISTERS = {80: (96, 128), 96: (128,)}
-"""What a kernel gets instead that would spill. Not those of short rows: there a few spilled numbers cost less than warps."""
+"""What a kernel gets instead that would spill. Not short ones: there a few spilled numbers cost less than warps."""
 ONE_PASS = {2: (128, 6), 4: (128, 5), 8: (256, 2)}
 """(threads of a block at most, blocks on a multiprocessor) where long rows are read once, by the bytes of an element
 (float64: 8). Of several blocks, one loads while another computes.
