@@ -11,6 +11,7 @@ import pytest
 
 import gpusoftmax
 from gpusoftmax.kernels.cuda import driver
+from gpusoftmax.kernels.cuda.plan import PART_ROWS
 from tests import codegen, inputs
 from tests.calls import CALLS, arguments
 from tests.emulator import emulated_gpu
@@ -36,6 +37,12 @@ def _sums(gpu):
         gpusoftmax.cross_entropy(x, target, weight, reduction=reduction, label_smoothing=0.1, validate=True)
         for reduction in ("mean", "sum")
     )
+
+
+def _sums_of_parts(gpu):
+    n_rows = PART_ROWS + 100
+    x, target = gpu.array(inputs.make("spread", (n_rows, 2), F32)), gpu.array(inputs.targets(n_rows, 2))
+    return gpusoftmax.cross_entropy(x, target)
 
 
 def _correct(gpu):
@@ -108,6 +115,7 @@ CASES = {
     **{name: _op(name) for name in CALLS},
     "spatial_softmax": _maps,
     "sums over rows": _sums,
+    "sums over rows by several blocks": _sums_of_parts,
     "correct predictions": _correct,
     "losses of soft targets": _soft_losses,
     "temperatures of gradients": _tempered_backwards,

@@ -28,7 +28,7 @@ def normalise(
     launch("batch.normalise_rows", parts_plan(n), place, *arguments)
     if scratch.pointer:
         none = Numbers(0, normaliser.dtype)
-        launch("batch.total_parts", SINGLE_BLOCK, place, n_parts(n), scratch, none, normaliser, zero + 1)
+        launch("batch.total_parts_of_rows", SINGLE_BLOCK, place, n_parts(n), scratch, none, normaliser, zero + 1)
 
 
 def total(
@@ -37,7 +37,7 @@ def total(
     number = STORAGE[normaliser.dtype](divisor)
     launch("batch.total_rows", parts_plan(n), place, n, values, normaliser, result, scratch, number)
     if scratch.pointer:
-        launch("batch.total_parts", SINGLE_BLOCK, place, n_parts(n), scratch, normaliser, result, number)
+        launch("batch.total_parts_of_rows", SINGLE_BLOCK, place, n_parts(n), scratch, normaliser, result, number)
 
 
 def count(n: int, values: Numbers, result: Numbers, scratch: Numbers, place: Place) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from gpusoftmax.kernels.cuda import cache
 from gpusoftmax.kernels.cuda.plan import (
     MAX_THREADS,
+    MAY_SPILL,
     MORE_REGISTERS,
     REGISTERS,
     Columns,
@@ -90,12 +91,13 @@ def link(ptx: str, arch: str, lineinfo: bool = False) -> tuple[bytes, str]:
     A kernel that would spill gets more registers than its bound (plan.REGISTERS).
     """
     cubin, report = _link(ptx, arch, lineinfo)
-    bound = re.search(r"\.maxnreg (\d+)", ptx)
-    for registers in MORE_REGISTERS.get(int(bound[1]), ()) if bound else ():
+    found = re.search(r"\.maxnreg (\d+)", ptx)
+    bound = int(found[1]) if found else None
+    for registers in MORE_REGISTERS.get(bound, ()):
         spilled = re.search(r"(\d+) bytes spill stores", report)
-        if spilled is None or int(spilled[1]) == 0:
+        if spilled is None or int(spilled[1]) <= MAY_SPILL.get(bound, 0):
             break
-        cubin, report = _link(ptx.replace(bound[0], f".maxnreg {registers}"), arch, lineinfo)
+        cubin, report = _link(ptx.replace(found[0], f".maxnreg {registers}"), arch, lineinfo)
     return cubin, report
 
 

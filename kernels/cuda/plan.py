@@ -43,8 +43,10 @@ REGISTERS = {"short": 64, "long 2": 80, "long 4": 96, "columns": 128}
 for memory, barriers and shuffles; the fewer registers it has, the more of them there are: 32, 24 and 20 on a
 multiprocessor (measured: kernels/README.md, 2026-11-26). float64 takes what it needs.
 """
-MORE_REGISTERS = {80: (96, 128), 96: (128,)}
-"""What a kernel gets instead that would spill. Not short ones: there a few spilled numbers cost less than warps."""
+MORE_REGISTERS = {64: (80, 128), 80: (96, 128), 96: (128,)}
+"""What a kernel gets instead that would spill."""
+MAY_SPILL = {64: 256}
+"""Bytes of a thread that cost less than warps: a few numbers, where rows are short."""
 ONE_PASS = {2: (128, 6), 4: (128, 5), 8: (256, 2)}
 """(threads of a block at most, blocks on a multiprocessor) where long rows are read once, by the bytes of an element
 (float64: 8). Of several blocks, one loads while another computes.

@@ -105,7 +105,7 @@ def part_of(n):
 
 @device
 def tell_part(total, parts):
-    """Leaves the (sum, error) of this block to `total_parts`."""
+    """Leaves the (sum, error) of this block to `total_parts_of_rows`."""
     store(parts, 2 * cuda.blockIdx.x, total[0])
     store(parts, 2 * cuda.blockIdx.x + 1, total[1])
 
@@ -142,7 +142,7 @@ def total_rows(n, values, normaliser, result, parts, divisor):
             tell_part(total, parts)
 
 
-def total_parts(n_parts, parts, normaliser, result, divisor):
+def total_parts_of_rows(n_parts, parts, normaliser, result, divisor):
     zero = number(divisor, 0.0)
     total, low = zero, zero
     for k in range(cuda.threadIdx.x, n_parts, cuda.blockDim.x):
