@@ -110,6 +110,13 @@ def softcap(value) -> float | None:
     return number
 
 
+def softcap_fits(softcap: float, dtype: str) -> None:
+    """The kernels divide by it, in the format they compute in."""
+    largest = float(np.finfo(dtype).max)
+    if not 1 / largest <= softcap <= largest:
+        raise ValueError(f"softcap is {softcap}, expected {1 / largest:.3g} to {largest:.3g} for arithmetic in {dtype}")
+
+
 def valid_count(value, n_cols: int) -> int:
     try:
         number = operator.index(value)

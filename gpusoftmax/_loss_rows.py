@@ -69,6 +69,7 @@ class Results(NamedTuple):
 
     of_rows: dict[str, Array]
     totals: dict[str, Array]
+    rooms: dict[str, Array | None]  # for what is found on the way to the totals
 
 
 def sums(rows: LossRows, reduction: str, divisor: Array | None, normalizer: Array | None, divide_by: Any) -> Sums:
@@ -93,7 +94,10 @@ def new_results(rows: LossRows, reduction: str, wanted: tuple[bool, bool, bool],
             dtypes[name] = one
     of_rows = {name: _arrays.empty(rows.x, rows.batch_shape, one) for name, one in dtypes.items()}
     added = {"correct"} if reduction == "none" else {"losses", "z_losses", "correct"}
-    return Results(of_rows, {name: _arrays.empty(rows.x, (), dtypes[name]) for name in of_rows if name in added})
+    totals = {name: _arrays.empty(rows.x, (), dtypes[name]) for name in of_rows if name in added}
+    size, formats = math.prod(rows.batch_shape), {"correct": "int64"}
+    rooms = {name: _totals.scratch(rows.x, size, formats.get(name, rows.dtype)) for name in totals}
+    return Results(of_rows, totals, rooms)
 
 
 def measure(rows: LossRows, over: Sums, of_rows: dict[str, Array], grad_scale: float, gradient: Array | None) -> None:
@@ -124,9 +128,9 @@ def finished(rows: LossRows, over: Sums, made: Results) -> list[Any]:
     for name, total in made.totals.items():
         each = made.of_rows[name]
         if name == "correct":
-            _totals.count(each, total)
+            _totals.count(each, total, made.rooms[name])
         else:
-            _totals.total(each, rows.numbers(over.divisor), total, over.divide_by)
+            _totals.total(each, rows.numbers(over.divisor), total, over.divide_by, made.rooms[name])
     found = {**made.of_rows, **made.totals}
     arrays = [found.get(name) for name in ("losses", "z_losses", "lses", "correct")]
     return [None if array is None else _arrays.result(array) for array in arrays]

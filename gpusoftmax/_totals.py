@@ -5,16 +5,19 @@ from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import Numbers
 
 
-def total(values: Array, normaliser: Numbers, result: Array, divisor: float = 1.0) -> None:
-    """result[0] = sum(values), divided by normaliser[0] or, where there is none, by `divisor`."""
-    room = scratch(values, values.size, normaliser.dtype)
+def total(values: Array, normaliser: Numbers, result: Array, divisor: float = 1.0, room: Array | None = None) -> None:
+    """result[0] = sum(values), divided by normaliser[0] or, where there is none, by `divisor`.
+
+    room: what `scratch` gave, where nothing may be allocated any more.
+    """
+    room = room or scratch(values, values.size, normaliser.dtype)
     numbers = _arrays.numbers(values), normaliser, _arrays.numbers(result), numbers_of(room, normaliser.dtype)
     _arrays.kernels(values.place, "batch").total(values.size, *numbers, values.place, divisor)
 
 
-def count(values: Array, result: Array) -> None:
+def count(values: Array, result: Array, room: Array | None = None) -> None:
     """result[0] = sum(values), of int64."""
-    room = scratch(values, values.size, "int64")
+    room = room or scratch(values, values.size, "int64")
     numbers = _arrays.numbers(values), _arrays.numbers(result), numbers_of(room, "int64")
     _arrays.kernels(values.place, "batch").count(values.size, *numbers, values.place)
 

@@ -84,6 +84,8 @@ def applied(
         valid = _arrays.per_row(valid, axes, x.ndim)
     else:
         valid = None if n_valid is None else one_value(_checks.valid_count(n_valid, n_cols))
+    if softcap is not None:
+        _checks.softcap_fits(softcap, dtype)
     cap = None if softcap is None else _arrays.numpy_dtype(dtype).type(softcap)
     zero_rows = True if empty_row == "zero" else None
     fields = scale, rows_temperature, bias, cap, mask, valid, zero_rows

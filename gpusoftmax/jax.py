@@ -151,6 +151,7 @@ def cross_entropy(
     [[ 0.25  0.25 -0.75  0.25]]
     """
     given = {
+        "target": _probabilities(target),
         "weight": weight,
         "z_loss": z_loss,
         "row_weight": row_weight,
@@ -285,9 +286,15 @@ _WITHOUT = {"z_loss": 0.0, "temperature": 1.0, "empty_row": "nan"}
 
 
 def _is_given(name, value):
-    """Whether an option of a loss is more than its default; `weight` goes its own way."""
+    """Whether an option of a loss is more than its default; `target` and `weight` go their own way."""
     is_default = value is None or (not hasattr(value, "shape") and value == _WITHOUT.get(name))
-    return name != "weight" and not is_default
+    return name not in ("target", "weight") and not is_default
+
+
+def _probabilities(target):
+    """What of a target might have a gradient."""
+    soft = target[1] if isinstance(target, tuple) else target
+    return soft if jnp.issubdtype(getattr(soft, "dtype", int), jnp.floating) else None
 
 
 def _array(value):

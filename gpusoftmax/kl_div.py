@@ -199,6 +199,7 @@ def _kl_div(
     losses = _arrays.empty(x, batch_shape, loss_dtype)
     # Everything is allocated before anything is written: a failure leaves the logits of an in-place call as they were.
     loss = losses if reduction == "none" else _arrays.empty(x, (), loss_dtype)
+    room = None if reduction == "none" else _totals.scratch(x, losses.size, dtype)
     dtarget = _arrays.empty(x, x.shape, x.dtype) if target_grad else None
     reads = [x, y] if weights is None else [x, y, _arrays.per_row(weights, axes, x.ndim)]
     no_weights, no_gradient = NO_OPERAND._replace(dtype=dtype), NO_OPERAND._replace(dtype=x.dtype)
@@ -219,7 +220,7 @@ def _kl_div(
     per_row = _arrays.per_row(losses, axes, x.ndim)
     _arrays.for_rows(divergences, axes, reads, [per_row, gradient] if with_grad else [per_row])
     if reduction != "none":
-        _totals.total(losses, normaliser, loss, divisor)
+        _totals.total(losses, normaliser, loss, divisor, room)
     return (
         _arrays.result(loss),
         None if gradient is None else _arrays.result(gradient, out),

@@ -20,6 +20,7 @@ import pytest
 
 import gpusoftmax
 from gpusoftmax import _replay
+from gpusoftmax.kernels.cuda.plan import PART_ROWS
 from tests import inputs, tolerances
 from tests.calls import CALLS, Untouched, arguments, same_bits
 from tests.emulator import emulated_gpu
@@ -378,6 +379,8 @@ ALLOCATING = {
         logits, target, weight, label_smoothing=0.1, validate=True, out=logits
     ),
     "axes in place": lambda x: gpusoftmax.softmax(x, (0, 2), out=x),
+    "many rows in place": lambda logits, target: gpusoftmax.cross_entropy_with_grad(logits, target, out=logits),
+    "many pairs of rows in place": lambda logits, others: gpusoftmax.kl_div_with_grad(logits, others, out=logits),
 }
 
 
@@ -388,6 +391,9 @@ def test_failing_allocations(gpu, monkeypatch, case):
         arrays = arguments(case, (3, 40), F32)
     elif case.startswith("axes"):
         arrays = {"x": X.reshape(2, 6, 10)}
+    elif case.startswith("many"):  # their sums take several blocks, which need room of their own
+        logits = inputs.make("spread", (PART_ROWS + 1, 3), F32)
+        arrays = {"logits": logits, "others": logits[::-1].copy() if "pairs" in case else inputs.targets(*logits.shape)}
     else:
         arrays = {"logits": X, "target": np.array([3, 0, 39]), "weight": np.linspace(1, 2, 40, dtype=np.float16)}
 

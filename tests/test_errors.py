@@ -234,6 +234,11 @@ CASES = {
         "softcap is 0.0, expected a finite number above 0; None leaves it out",
         lambda a: softmax(a.x, softcap=0, out=a.out),
     ),
+    "softcap too small for float32": (
+        ValueError,
+        "softcap is 1e-39, expected 2.94e-39 to 3.4e+38 for arithmetic in float32",
+        lambda a: softmax(a.x, softcap=1e-39, out=a.out),
+    ),
     "softcap of text": (
         TypeError,
         "softcap is '30', expected a number",

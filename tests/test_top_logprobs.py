@@ -5,6 +5,7 @@ import pytest
 
 import gpusoftmax
 from tests import inputs
+from tests.emulator import emulated_gpu
 
 ROW_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 # Less than a warp; one piece; five chunks of the GPU, three of the CPU.
@@ -63,6 +64,26 @@ def test_candidates(target, n_cols, k):
     logits[3, 1] = 2.5
     logits[4] = np.sort(logits[4])
     check(run(target, logits, k), logits, log_probs(target, logits), k)
+
+
+@pytest.mark.parametrize("value", [-np.inf, -5.0])
+def test_candidates_of_float64_far_below_the_first(target, value):
+    """The search for a bound goes down by steps that double, to the end of what 64 bits hold."""
+    logits = np.full((1, 513), value)
+    logits[0, 3] = 1
+    check(run(target, logits, 2), logits, log_probs(target, logits), 2)
+
+
+def test_columns_from_n_valid_on_are_no_candidates():
+    """Also of a piece that has left its slot, and comes from memory again: a warp has one more of them than slots."""
+    logits = np.zeros((14, 9217), np.float32)
+    logits[:, 100], logits[:, 101] = 1, 50
+    with emulated_gpu("sm_90", multiprocessors=2, track=False) as gpu:
+        top = gpusoftmax.top_logprobs(gpu.array(logits), 1, n_valid=101)
+        split = gpu.stats[-1].plan.split
+        assert split.slots < -(-split.n_chunks // (gpu.stats[-1].plan.threads // 32))
+        assert (gpu.get(top.token) == 100).all()
+        np.testing.assert_allclose(gpu.get(top.logprob), 1 - np.log(np.e + 100), rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_cols", [300, 5000])

@@ -161,6 +161,18 @@ def test_softcap_is_accurate(target, dtype):
         assert np.abs(capped[:-1]).max() <= cap
 
 
+def test_options_near_the_limits(target):
+    """1 / temperature is subnormal there, and twice the softcap infinite."""
+    logits = np.array([[0, 1, 2, 3, -INF]], np.float32)
+    x = target.array(logits)
+    probs = target.get(gpusoftmax.softmax(x, temperature=2e45, bias=target.array(np.zeros(5, np.float32))))
+    assert (probs == [[0.25, 0.25, 0.25, 0.25, 0]]).all()
+    far = target.array(np.array([[3e38, 0], [INF, -INF]], np.float32))
+    capped = target.get(gpusoftmax.log_softmax(far, softcap=2e38))
+    # 2e38 tanh(1.5) is 1.81e38.
+    np.testing.assert_allclose(capped, [[0, -1.8103e38], [0, -INF]], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "dtype", [pytest.param(one, marks=[] if one == np.float32 else MATRIX) for one in inputs.DTYPES]
 )

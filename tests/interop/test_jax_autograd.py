@@ -213,6 +213,13 @@ def test_class_weights_have_no_gradient():
         jax.grad(lambda weight: ours.cross_entropy(x, target, weight))(jnp.ones(4))
 
 
+def test_soft_targets_have_no_gradient():
+    x, probs = random(3, 4), jnp.full((3, 4), 0.25)
+    for soft in (lambda probs: probs, lambda probs: (jnp.zeros((3, 4), int), probs)):
+        with pytest.raises(TypeError, match=r"^target is traced by jax.*stop_gradient"):
+            jax.grad(lambda probs, soft=soft: ours.cross_entropy(x, soft(probs)))(probs)
+
+
 def test_errors_are_those_of_the_core():
     x = random(3, 4)
     with pytest.raises(IndexError, match=r"^target\[1\] .* is 4"):

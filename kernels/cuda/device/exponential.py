@@ -208,12 +208,13 @@ def _ordered_from(a, x, exponent, lowest, c, c_low):
 def _of_one_sign(a, high, low):
     """A positive pair as one whose low part is above 0: an infinity times both is that infinity.
 
-    The least number instead of 0 breaks ties of products that are subnormal.
+    The least number instead of 0 breaks ties of products that are subnormal. Below it there is no high part.
     """
-    one = a.builder.sub(a.builder.bitcast(high, a.integers), a.integer(1))
-    below = a.select(a.less(low, a.number(0)), a.builder.bitcast(one, a.type), high)
-    low = a.add(low, a.sub(high, below))
     least = a.builder.bitcast(a.integer(1), a.type)
+    one = a.builder.sub(a.builder.bitcast(high, a.integers), a.integer(1))
+    lowered = a.builder.and_(a.less(low, a.number(0)), a.less(least, high))
+    below = a.select(lowered, a.builder.bitcast(one, a.type), high)
+    low = a.add(low, a.sub(high, below))
     return below, a.select(a.less(least, low), low, least)
 
 
@@ -261,7 +262,8 @@ def _softcap(a, x, cap, inverse):
     if a.format is formulas.DOUBLE:
         return near
     e = _ex2(a, a.mul(_size(a, x), a.mul(inverse, a.number(-2 * math.log2(math.e)))))
-    far = a.fma(a.mul(e, _reciprocal(a, a.add(a.number(1), e))), a.mul(cap, a.number(-2)), cap)
+    # -2 e, not -2 cap, which may overflow.
+    far = a.fma(a.mul(a.mul(e, a.number(-2)), _reciprocal(a, a.add(a.number(1), e))), cap, cap)
     far = a.select(a.less(x, a.number(0)), a.negative(far), far)
     return a.select(a.less(_size(a, x), cap), near, far)
 

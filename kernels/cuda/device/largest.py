@@ -73,7 +73,7 @@ from gpusoftmax.kernels.cuda.device.split import (
 )
 from gpusoftmax.kernels.cuda.device.threshold import halfway, of_order, order_of
 from gpusoftmax.kernels.cuda.device.tournament import NO_COLUMN, is_better, tournament_with
-from gpusoftmax.kernels.cuda.device.transform import transform
+from gpusoftmax.kernels.cuda.device.transform import left_to_read, transform
 from gpusoftmax.kernels.cuda.plan import MOST_LARGEST, N_BEST, N_CANDIDATES, WARP_SIZE
 
 N_READ = N_BEST // WARP_SIZE
@@ -202,11 +202,11 @@ def bound_of(maxima, k, row_max):
     """A number that k of the maxima reach, and not many more."""
     lowest, step = order_of(number(row_max, -math.inf)), 1 << mantissa_bits(row_max)
     high = order_of(row_max) + 1
-    low = max(high - step, lowest)
+    low = max(high, lowest + step) - step  # in this order 64 bits hold it, float64's last step too
     count = count_of(maxima, of_order(low, row_max))
     while count < k and low > lowest:
         high, step = low, step + step
-        low = max(high - step, lowest)
+        low = max(high, lowest + step) - step  # in this order 64 bits hold it, float64's last step too
         count = count_of(maxima, of_order(low, row_max))
     while count > k + shifted_down(int32(k), int32(2)) + 4 and halfway(low, high, 1) != low:
         middle = halfway(low, high, 1)
@@ -279,9 +279,10 @@ def read_granule(values, k, within, width, piece, source, team, split):
         place = int32(slot_of(k, team, split, 1) + (source.shift + within) * size)
         read_columns(values, source, place, width, is_granule(source, place, width))
     else:
+        left = left_to_read(piece, source.through)  # a slot has -inf from n_valid on, memory has not
         for j in range(width):
             values[j] = number(values[j], -math.inf)
-            if within + j < piece.count:
+            if within + j < left:
                 values[j] = load(source.pointer, (piece.first + within + j) * source.stride, values[j])
     transform(values, piece.first + within, width, source.through)
 
