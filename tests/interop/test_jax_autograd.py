@@ -121,6 +121,7 @@ def test_first_gradients_are_those_of_the_kernels(dtype):
     assert jax.grad(lambda x: ours.log_softmax(x)[0, 0])(x).dtype == dtype
 
 
+TARGETS = "labels", "shares", "probs"
 OPTIONS = {
     "z_loss": {"z_loss": 0.01, "row_weight": np.array([0.5, 0, 2, 1])},
     "transform": {"temperature": np.array([0.5, 1, 2, 1]), "bias": np.arange(7.0), "softcap": 3.0},
@@ -129,10 +130,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("target", ["labels", "shares", "probs"])
+WHOLE = [*itertools.product(("z_loss", "transform", "mask"), ("mean", "none"), TARGETS)]
+WHOLE += [("normalizer", "mean", target) for target in TARGETS]
+BY_DEFAULT = [("z_loss", "none", "labels"), ("transform", "mean", "shares"), ("mask", "none", "probs")]
+BY_DEFAULT += [("normalizer", "mean", "labels")]
+
+
 @pytest.mark.parametrize(
-    ("name", "reduction"),
-    [*itertools.product(("z_loss", "transform", "mask"), ("mean", "none")), ("normalizer", "mean")],
+    ("name", "reduction", "target"),
+    [pytest.param(*case, marks=[] if case in BY_DEFAULT else pytest.mark.matrix) for case in WHOLE],
 )
 def test_whole_losses(name, reduction, target):
     """Every option of the core: its loss, and its gradient times what comes from above."""

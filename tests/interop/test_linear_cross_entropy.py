@@ -80,20 +80,19 @@ def test_torch_defines_it(reduction, smoothing, has_weight, ignore_index):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_half_types_as_a_gpu_multiplies_them(monkeypatch):
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.matrix)])
+def test_half_types_as_a_gpu_multiplies_them(monkeypatch, dtype):
     """On a GPU the factors stay half types, and sums over the chunks are float32. Here torch's CPU multiplies them."""
     monkeypatch.setattr(_layer, "_factor_dtype", lambda x: x.dtype)
-    for dtype in ("bfloat16", "float16"):
-        arrays = problem(96, 32, 200, dtype)
-        exact = problem(96, 32, 200, dtype)
-        exact = [array.astype(np.float64) if array.dtype != np.int64 else array for array in exact]
-        wanted = run(exact, tensor, values)
-        for chunk_size in (5, 96):
-            result = run(arrays, tensor, values, chunk_size=chunk_size)
-            assert result.loss.dtype == np.float32 and result.dinput.dtype == arrays[0].dtype
-            unit = float(tolerances.FORMATS[dtype].unit)
-            for got, want in zip(result, wanted, strict=True):
-                assert np.abs(got.astype(np.float64) - want).max() <= 8 * unit * np.abs(want).max()
+    arrays = problem(96, 32, 200, dtype)
+    exact = [array.astype(np.float64) if array.dtype != np.int64 else array for array in arrays]
+    wanted = run(exact, tensor, values)
+    for chunk_size in (5, 96):
+        result = run(arrays, tensor, values, chunk_size=chunk_size)
+        assert result.loss.dtype == np.float32 and result.dinput.dtype == arrays[0].dtype
+        unit = float(tolerances.FORMATS[dtype].unit)
+        for got, want in zip(result, wanted, strict=True):
+            assert np.abs(got.astype(np.float64) - want).max() <= 8 * unit * np.abs(want).max()
 
 
 def test_labels_that_wrap_around_to_the_index_are_not_ignored():

@@ -322,7 +322,10 @@ def test_torch_agrees_on_samples_of_the_module():
     assert count > 10
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(one, marks=pytest.mark.matrix if one == torch.float16 else [], id=str(one)) for one in DTYPES],
+)
 def test_dtypes_of_results_and_gradients(dtype):
     x = random(6, 40, dtype=dtype)
     target = labels((6,), 40, ignored=-100)
