@@ -39,6 +39,17 @@ def widen(builder: ir.IRBuilder, value, dtype: str, compute: ir.Type):
     return value
 
 
+def widen_unordered(builder: ir.IRBuilder, value, dtype: str, compute: ir.Type):
+    """`widen` of a vector, its lanes in any order: two bfloat16 are halves of a word, which need not be moved apart."""
+    if dtype != "bfloat16" or _is_double(compute):
+        return widen(builder, value, dtype, compute)
+    words = builder.bitcast(value, ir.VectorType(ir.IntType(32), value.type.count // 2))
+    lower = builder.shl(words, _constant(words.type, 16))
+    upper = builder.and_(words, _constant(words.type, 0xFFFF0000))
+    both = ir.Constant(ir.VectorType(ir.IntType(32), value.type.count), list(range(value.type.count)))
+    return builder.bitcast(builder.shuffle_vector(lower, upper, both), _shaped(FLOAT, value.type))
+
+
 def narrow(builder: ir.IRBuilder, value, dtype: str):
     """A number in storage format, rounded once to nearest even."""
     if dtype == "float64":
@@ -57,7 +68,12 @@ def narrow(builder: ir.IRBuilder, value, dtype: str):
     # Rounding could carry a NaN's payload into infinity.
     quiet = builder.or_(bits, _constant(bits.type, 0x00400000))
     bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
-    return builder.trunc(builder.lshr(bits, sixteen), bits_type)
+    if not isinstance(bits.type, ir.VectorType):
+        return builder.trunc(builder.lshr(bits, sixteen), bits_type)
+    # Where there are vectors, one shuffle takes the upper halves of two registers.
+    halves = builder.bitcast(bits, ir.VectorType(ir.IntType(16), 2 * bits.type.count))
+    upper = ir.Constant(ir.VectorType(ir.IntType(32), bits.type.count), [2 * k + 1 for k in range(bits.type.count)])
+    return builder.shuffle_vector(halves, halves, upper)
 
 
 def _to_odd_float(builder: ir.IRBuilder, value):

@@ -18,6 +18,7 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -205,6 +206,10 @@ class Arithmetic:
     def integer(self, value: int):
         return self._constant(self.integers, value)
 
+    def kept(self, value: float):
+        """A number for a loop, which should stay in a register there; a target knows how to see to that."""
+        return self.number(value)
+
     def _constant(self, type, value):
         if self.lanes:
             return ir.Constant(type, [ir.Constant(type.element, value)] * self.lanes)
@@ -220,6 +225,9 @@ class Arithmetic:
 
     def equal(self, x, y):
         return self.builder.fcmp_ordered("==", x, y)
+
+    def differs(self, x, y):
+        return self.builder.fcmp_unordered("!=", x, y)
 
     def less(self, x, y):
         return self.builder.fcmp_ordered("<", x, y)
@@ -245,11 +253,12 @@ class Arithmetic:
         """The smaller one; y if either is a NaN."""
         return self.select(self.less(x, y), x, y)
 
-    def polynomial(self, x, coefficients):
-        """Horner's rule; the coefficient of the lowest power comes first."""
-        result = self.number(coefficients[-1])
+    def polynomial(self, x, coefficients, number: Callable | None = None):
+        """Horner's rule; the coefficient of the lowest power comes first. number: `kept` in a loop."""
+        number = number or self.number
+        result = number(coefficients[-1])
         for coefficient in coefficients[-2::-1]:
-            result = self.fma(result, x, self.number(coefficient))
+            result = self.fma(result, x, number(coefficient))
         return result
 
     def power_of_two(self, exponent):
@@ -466,15 +475,15 @@ def _exp_from(a: Arithmetic, x, shift, exponent, floor, scale, scale_low, terms)
     # Added to y / ln 2, this leaves the biased exponent of 2^(n - exponent + lift) in the low bits.
     bias = (1 << (f.integer.width - f.mantissa_bits - 2)) - 1
     magic = a.sub(a.number(f.magic + bias + f.exp_lift), exponent)
-    shifted = a.fma(y, a.number(1 / math.log(2)), magic)
+    shifted = a.fma(y, a.kept(1 / math.log(2)), magic)
     n = a.sub(shifted, magic)
-    r = a.fma(n, a.number(-f.ln2), y)
-    r = a.fma(n, a.number(-f.ln2_rest), r)
+    r = a.fma(n, a.kept(-f.ln2), y)
+    r = a.fma(n, a.kept(-f.ln2_rest), r)
     if scale_low is not None:
         low = a.fma(x, scale_low, a.fma(x, scale, a.negative(product)))
         r = a.add(r, a.select(a.less(product, floor), a.number(0), low))
     drop = 2.0**-f.exp_lift
-    result = a.polynomial(r, tuple(drop * term for term in terms))
+    result = a.polynomial(r, tuple(drop * term for term in terms), a.kept)
     power = a.builder.shl(a.builder.bitcast(shifted, a.integers), a.integer(f.mantissa_bits))
     return a.mul(result, a.builder.bitcast(power, a.type))
 
@@ -528,12 +537,14 @@ def tie(a: Arithmetic, x, max):
     return a.select(a.equal(x, max), a.number(1), a.number(0))
 
 
-def set_ties_apart(a: Arithmetic, e, x, ties, max):
-    """(e, ties): a logit of exponential e that equals the maximum is counted instead of added. max None: none does."""
+def set_ties_apart(a: Arithmetic, e, x, others, max):
+    """(e, others): a logit of exponential e that equals the maximum is not added, any other is counted. max None: all
+    are added.
+    """
     if max is None:
-        return e, ties
-    same = a.equal(x, max)
-    return a.select(same, a.number(0), e), a.select(same, a.add(ties, a.number(1)), ties)
+        return e, others
+    differs = a.differs(x, max)
+    return a.select(differs, e, a.number(0)), a.select(differs, a.add(others, a.number(1)), others)
 
 
 def tied_total(a: Arithmetic, ties, own_ties, own, own_max, max):

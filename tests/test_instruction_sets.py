@@ -47,3 +47,46 @@ def test_narrower_vectors(name, tmp_path):
         timeout=600,
     )
     assert completed.stdout == "done\n", completed.stderr[-3000:]
+
+
+LOOPS = """
+import re
+import numpy as np
+from numba.core.codegen import CPUCodeLibrary
+from gpusoftmax.kernels.cpu import vector
+if vector.REGISTER_BYTES != 64:
+    print("not AVX-512")
+    raise SystemExit
+texts, finalize = [], CPUCodeLibrary.finalize
+def listen(library):
+    finalize(library)
+    texts.append(library.get_asm_str())
+CPUCodeLibrary.finalize = listen
+import gpusoftmax
+gpusoftmax.logsumexp(np.zeros((4, 5000), np.float32))
+lines = next(text for text in texts if re.search("^_ZN.*logsumexp_rows.*:", text, re.M)).splitlines()
+labels = {line[:-1]: number for number, line in enumerate(lines) if re.match(r"\\.L\\w+:$", line)}
+loops = []
+for number, line in enumerate(lines):
+    jump = re.match(r"\\s+j\\w+\\s+(\\.L\\w+)$", line)
+    if jump and labels[jump[1]] < number:
+        loops.append(lines[labels[jump[1]]:number])
+exponentials = min((loop for loop in loops if sum("vfmadd" in line and "zmm" in line for line in loop) >= 9), key=len)
+print(len(exponentials), sum("broadcast" in line for line in exponentials), sum("rsp" in line for line in exponentials))
+"""
+
+
+@pytest.mark.matrix
+def test_a_loop_of_exponentials_keeps_its_constants(tmp_path):
+    completed = subprocess.run(
+        [sys.executable, "-c", LOOPS],
+        env={**os.environ, "GPUSOFTMAX_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    if completed.stdout == "not AVX-512\n":
+        pytest.skip("there are fewer registers")
+    _, n_broadcast, n_on_stack = map(int, completed.stdout.split())
+    assert n_broadcast <= 1 and n_on_stack == 0

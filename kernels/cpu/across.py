@@ -123,6 +123,7 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
                 line,
                 line,
                 False,
+                False,
                 Through(None, number(like, 0.0)),
             )
             prepare(here, 0, n_chunks, numbers)

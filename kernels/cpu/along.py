@@ -69,6 +69,7 @@ def place_of(row, slot, job, rows, first, second, target, like):
         result,
         Line(home, 1, 0),
         job.streamed != 0,
+        job.streamed == 0 and job.has_target != 0,
         through_of(first.transform, row, rows, like),
     )
 

@@ -36,6 +36,7 @@ def block_at(way, row, n_rows, slot, job, rows, first, second, target, like):
         result,
         home,
         job.streamed != 0,
+        job.streamed == 0 and job.has_target != 0,
         Through(None, number(like, 0.0)),
     )
 

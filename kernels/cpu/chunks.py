@@ -32,9 +32,11 @@ from gpusoftmax.kernels.cpu.vector import (
     lanes_of,
     load,
     load_cols,
+    load_unordered,
     max_per_row,
     maximum,
     negative,
+    number,
     power_of_two_ratio,
     prefetch_to_read,
     prefetch_to_write,
@@ -49,6 +51,7 @@ from gpusoftmax.kernels.cpu.vector import (
     store_cols,
     stream_cols,
     stripe_of,
+    sub,
     sum_per_row,
     unless_none,
     weighted_distance,
@@ -58,7 +61,7 @@ from gpusoftmax.kernels.cpu.vector import (
 CHUNK_COLS = 2048
 STRIP = 4
 # What is left of the columns of the rows of a block: a register of each row for each of these.
-SUMS, LOWS, TIES, BESIDE, REGISTERS = range(5)
+SUMS, LOWS, OTHERS, BESIDE, REGISTERS = range(5)
 
 
 # ---------------------------------------------------------------- maxima
@@ -70,7 +73,7 @@ def max_of_cols(line, here, first, count):
     largest = here.nothing
     full = count - count % cols
     for col in range(first, first + full, cols):
-        largest = maximum(largest, load_cols(line, col, None, here.nothing))
+        largest = maximum(largest, load_unordered(line, col, here.nothing))
     if full < count:
         largest = maximum(largest, load_cols(line, first + full, count - full, here.nothing))
     return largest
@@ -105,66 +108,61 @@ def accumulate(total, error, part, is_coarse):
 
 @device
 def sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside):
-    """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), their ties, what is beside."""
+    """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), the others, what is beside."""
     zero = here.zeros
     stripe = stripe_of(zero)
     strip = STRIP * stripe
     whole = count - count % stripe
-    in_strips = count - count % strip
-    total, error, ties = zero, zero, zero
+    total, error, others = zero, zero, zero
     part = zero
     last = phase + strip - stripe
     for k in range(phase, whole, stripe):
-        value, ties, more = term(first + k, None, ties, here, arguments)
+        value, others, more = term(first + k, None, others, here, arguments)
         beside = add(beside, more)
         part = add(part, value)
-        if k == last or k >= in_strips:
+        if k == last:
             total, error = accumulate(total, error, part, is_coarse)
             part = zero
             last += strip
     if whole < count:
         value = zero
         if whole + phase < count:
-            value, ties, more = term(first + whole + phase, count - whole - phase, ties, here, arguments)
+            value, others, more = term(first + whole + phase, count - whole - phase, others, here, arguments)
             beside = add(beside, more)
-        total, error = accumulate(total, error, value, is_coarse)
-    return total, error, ties, beside
+        part = add(part, value)
+    if count < strip:
+        total = part
+    elif count % strip != 0:
+        total, error = accumulate(total, error, part, is_coarse)
+    return total, error, others, beside
 
 
 @device
-def sum_of_cols(term, here, arguments, first, count, is_coarse, beside):
-    """sum_chunk along a row, before the lanes of the vectors are folded."""
-    stripe = stripe_of(here.zeros)
-    if count <= stripe:  # one term each, nothing to round
-        if count == stripe:
-            total, ties, beside = term(first, None, here.zeros, here, arguments)
-        else:
-            total, ties, beside = term(first, count, here.zeros, here, arguments)
-        return total, here.zeros, ties, beside
-    total, error, ties, beside = sum_stripe(term, here, arguments, first, count, 0, is_coarse, beside)
-    return total, negative(error), ties, beside
+def has_errors(here, count):
+    """Whether a sum over so many columns may have left any."""
+    return count > STRIP * stripe_of(here.zeros)
 
 
-def _sum_along(term, here, arguments, first, count, is_coarse=False, has_ties=False, beside=None):
-    total, low, ties, beside = sum_of_cols(term, here, arguments, first, count, is_coarse, beside)
-    return sum_per_row(total), sum_per_row(low), sum_per_row(ties), sum_per_row(beside)
+def _sum_along(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
+    total, error, others, beside = sum_stripe(term, here, arguments, first, count, 0, is_coarse, beside)
+    return sum_per_row(total), negative(sum_per_row(error)), sum_per_row(others), sum_per_row(beside)
 
 
-def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_ties=False, beside=None):
-    has_low = count > stripe_of(here.zeros)
+def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
+    has_low = has_errors(here, count)
     save_lanes(here.stage, arguments)
     for k in range(here.n_rows):
         of_row = saved_lane(here.stage, k, arguments)
-        total, low, ties, more = sum_of_cols(term, row_in(here, k), of_row, first, count, is_coarse, beside)
+        total, error, others, more = sum_stripe(term, row_in(here, k), of_row, first, count, 0, is_coarse, beside)
         save_sum(register_in(here, SUMS, k), total)
         save_sum(register_in(here, BESIDE, k), more)
         if has_low:
-            save_sum(register_in(here, LOWS, k), low)
-        if has_ties:
-            save_sum(register_in(here, TIES, k), ties)
-    low = sums_of_rows(here, LOWS, here.zero) if has_low else here.zero
-    ties = sums_of_rows(here, TIES, here.zero) if has_ties else here.zero
-    return sums_of_rows(here, SUMS, here.zero), low, ties, sums_of_rows(here, BESIDE, unless_none(beside, here.zero))
+            save_sum(register_in(here, LOWS, k), error)
+        if has_others:
+            save_sum(register_in(here, OTHERS, k), others)
+    low = negative(sums_of_rows(here, LOWS, here.zero)) if has_low else here.zero
+    others = sums_of_rows(here, OTHERS, here.zero) if has_others else here.zero
+    return sums_of_rows(here, SUMS, here.zero), low, others, sums_of_rows(here, BESIDE, unless_none(beside, here.zero))
 
 
 @device
@@ -176,19 +174,21 @@ def sums_of_rows(here, which, like):
     return load(result, 0, like)
 
 
-def _sum_across(term, here, arguments, first, count, is_coarse=False, has_ties=False, beside=None):
+def _sum_across(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
     zero, partials = here.zeros, here.partials
     lanes = lanes_of(zero)
     stripe = stripe_of(zero)
-    ties = zero
+    others = zero
     n_phases = min(stripe, count)
+    has_low = has_errors(here, count)
     for phase in range(n_phases):
-        if count <= stripe:  # one term each, nothing to round
-            total, ties, more = term(first + phase, 1, ties, here, arguments)
+        if count <= stripe:  # one term each
+            total, others, more = term(first + phase, 1, others, here, arguments)
         else:
-            total, error, more_ties, more = sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside)
-            ties = add(ties, more_ties)
-            store(partials, (stripe + phase) * lanes, error)
+            total, error, more_others, more = sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside)
+            others = add(others, more_others)
+            if has_low:
+                store(partials, (stripe + phase) * lanes, error)
         store(partials, phase * lanes, total)
         store(partials, (2 * stripe + phase) * lanes, more)
     # As the lanes of a vector are folded: the upper half of what there is on the lower one.
@@ -196,13 +196,13 @@ def _sum_across(term, here, arguments, first, count, is_coarse=False, has_ties=F
     while half > 0:
         for k in range(half * lanes, min(n_phases, 2 * half) * lanes, lanes):
             fold_partial(partials, k - half * lanes, k, zero)
-            if count > stripe:
+            if has_low:
                 fold_partial(partials, k + (stripe - half) * lanes, k + stripe * lanes, zero)
             if beside is not None:
                 fold_partial(partials, k + (2 * stripe - half) * lanes, k + 2 * stripe * lanes, zero)
         half //= 2
-    low = zero if count <= stripe else negative(load(partials, stripe * lanes, zero))
-    return load(partials, 0, zero), low, ties, load(partials, 2 * stripe * lanes, beside)
+    low = negative(load(partials, stripe * lanes, zero)) if has_low else zero
+    return load(partials, 0, zero), low, others, load(partials, 2 * stripe * lanes, beside)
 
 
 @device
@@ -210,9 +210,10 @@ def fold_partial(partials, one, other, zero):
     store(partials, one, add(load(partials, one, zero), load(partials, other, zero)))
 
 
-# (sum, low, ties, beside) over the columns of a chunk. term(col, left, ties, here, arguments) -> vector, ties, more.
+# (sum, low, others, beside) over the columns of a chunk.
+# term(col, left, others, here, arguments) -> a vector, the others counted so far, and more, a vector or None.
 # is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
-# has_ties: a constant. Whether `term` counts any.
+# has_others: a constant. Whether `term` counts any.
 # beside: zeros where a second sum, of `more`, is taken along, coarsely; None where there is none.
 sum_chunk = by_way(_sum_along, _sum_across, _sum_in_block)
 
@@ -221,56 +222,74 @@ sum_chunk = by_way(_sum_along, _sum_across, _sum_in_block)
 
 
 @device
-def exponential(col, left, ties, here, arguments):
-    """exp of the columns relative to the chunk's anchor; where `largest` is given, a logit that equals it is counted in
-    `ties` instead of added.
+def exponential(col, left, others, here, arguments):
+    """exp of the columns relative to the chunk's anchor; where `largest` is given, a logit that equals it is not added,
+    and the others are counted.
     """
-    largest, shift, exponent, low, scale, scale_low, is_kept, is_coarse = arguments
+    largest, shift, exponent, low, scale, scale_low, is_kept, is_written, is_coarse = arguments
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
+    if is_written and here.is_cached:
+        # While there is much to compute, and not when all of it has to be written.
+        prefetch_to_write(here.target, col + CHUNK_COLS, here.zeros)
     x = load_cols(here.first, col, left, here.nothing)
     if is_coarse:
         e = coarse_exp_from(x, shift, exponent, low, scale, scale_low)
     else:
         e = exp_from(x, shift, exponent, low, scale, scale_low)
     if is_kept:
-        prefetch_to_write(here.home, col + CHUNK_COLS, here.zeros)
         store_cols(here.home, col, left, e)
-    e, ties = set_ties_apart(e, x, ties, largest)
-    return e, ties, None
+    e, others = set_ties_apart(e, x, others, largest)
+    return e, others, None
 
 
 @device
-def sum_of_exponentials(here, is_kept, largest, ties_of, first, count, scale, scale_low, is_coarse):
-    """What sum_chunk gives of a chunk's exponentials, relative to the anchor of its maximum `largest`.
+def sum_of_exponentials(
+    here, is_kept, largest, ties_of, first, count, scale, scale_low, is_coarse, is_written=False
+):  # fmt: skip
+    """What sum_chunk gives of a chunk's exponentials, relative to the anchor of its maximum `largest`, with the ties.
 
-    is_kept: a constant, whether the exponentials are left in here.home. ties_of: the maximum again, if logits that
-    equal it are to be counted instead of added, or None. is_coarse: a constant, see sum_chunk.
+    is_kept: a constant, whether the exponentials are left in here.home until results are written. ties_of: the maximum
+    again, if logits that equal it are to be counted instead of added, or None. is_coarse: a constant, see sum_chunk.
+    is_written: a constant, whether there will be a result for each column although no exponentials are kept.
     """
     shift, exponent = anchor(largest, scale)
-    arguments = ties_of, shift, exponent, floor(exponent), scale, scale_low, is_kept, is_coarse
-    return sum_chunk(exponential, here, arguments, first, count, is_coarse, ties_of is not None)
+    is_written = is_kept or is_written
+    arguments = ties_of, shift, exponent, floor(exponent), scale, scale_low, is_kept, is_written, is_coarse
+    sums = sum_chunk(exponential, here, arguments, first, count, is_coarse, ties_of is not None)
+    return with_ties(sums, here, count, ties_of)
 
 
 @device
-def exponential_and_distance(col, left, ties, here, arguments):
+def with_ties(sums, here, count, ties_of):
+    """What sum_chunk gives, with those that tie in place of the others; columns that fill up a vector are others."""
+    if ties_of is None:
+        return sums
+    total, low, others, beside = sums
+    cols = cols_of(here.zeros)
+    return total, low, sub(number(here.zero, (count + cols - 1) // cols * cols), others), beside
+
+
+@device
+def exponential_and_distance(col, left, others, here, arguments):
     """exponential, and beside it the exponential times the distance to the maximum, which is 0 for those that tie."""
-    e, ties, _ = exponential(col, left, ties, here, arguments)
-    largest, _, _, _, scale, scale_low, _, _ = arguments
+    e, others, _ = exponential(col, left, others, here, arguments)
+    largest, _, _, _, scale, scale_low, _, _, _ = arguments
     x = load_cols(here.first, col, left, here.nothing)
-    return e, ties, weighted_distance(e, x, largest, scale, scale_low)
+    return e, others, weighted_distance(e, x, largest, scale, scale_low)
 
 
 @device
 def sum_of_distances(here, largest, first, count, scale, scale_low):
     """What sum_chunk gives of a chunk's exponentials, ties apart, and beside it the sum of exponential_and_distance."""
     shift, exponent = anchor(largest, scale)
-    arguments = largest, shift, exponent, floor(exponent), scale, scale_low, False, False
-    return sum_chunk(exponential_and_distance, here, arguments, first, count, False, True, here.zeros)
+    arguments = largest, shift, exponent, floor(exponent), scale, scale_low, False, False, False
+    sums = sum_chunk(exponential_and_distance, here, arguments, first, count, False, True, here.zeros)
+    return with_ties(sums, here, count, largest)
 
 
 @device
-def above(col, left, ties, here, arguments):
-    return is_above(load_cols(here.first, col, left, here.nothing), arguments[0]), ties, None
+def above(col, left, others, here, arguments):
+    return is_above(load_cols(here.first, col, left, here.nothing), arguments[0]), others, None
 
 
 @device

@@ -53,7 +53,8 @@ class Here(NamedTuple):
     second: object  # of another one beside it,
     target: object  # of the result,
     home: object  # and of where exponentials stay until they are written
-    streamed: bool  # the result is written past the caches
+    streamed: bool  # the result is written past the caches,
+    is_cached: bool  # or there is one, and it is not
     through: Through  # logits are transformed along rows alone
 
 
@@ -75,7 +76,7 @@ def row_in(here, k):
     first, second, target = line_in(here.first, k), line_in(here.second, k), line_in(here.target, k)
     return Here(
         here.row + k, 1, here.n_cols, here.states, None, None, here.zeros, here.nothing, number(here.zero, 0.0),
-        first, second, target, line_in(here.home, k), here.streamed, here.through,
+        first, second, target, line_in(here.home, k), here.streamed, here.is_cached, here.through,
     )  # fmt: skip
 
 

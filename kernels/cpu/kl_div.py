@@ -174,7 +174,7 @@ def of_target(here):
     states = advance(here.states, OWN * lanes_of(here.zero))
     return Here(
         here.row, here.n_rows, here.n_cols, states, here.partials, here.stage, here.zeros, here.nothing, here.zero,
-        here.second, here.first, here.target, here.home, here.streamed, here.through,
+        here.second, here.first, here.target, here.home, here.streamed, here.is_cached, here.through,
     )  # fmt: skip
 
 
@@ -244,21 +244,21 @@ def at_columns(col, left, here, arguments):
 
 
 @device
-def term(col, left, ties, here, arguments):
+def term(col, left, others, here, arguments):
     """What the columns add to the divergence."""
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
-    return divergence(*at_columns(col, left, here, arguments)), ties, None
+    return divergence(*at_columns(col, left, here, arguments)), others, None
 
 
 @device
-def term_and_change(col, left, ties, here, arguments):
+def term_and_change(col, left, others, here, arguments):
     """Beside it, q - p takes the place of what was read, perhaps."""
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
     p, q, d = at_columns(col, left, here, arguments)
     store_cols(here.home, col, left, sub(q, p))
-    return divergence(p, q, d), ties, None
+    return divergence(p, q, d), others, None
 
 
 @device

@@ -69,7 +69,7 @@ def measure(here, first, last, numbers):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
         largest = saved(here.states, chunk, MAX, here.zero)
-        sums = sum_of_exponentials(here, False, largest, largest, col, count, scale, scale_low, is_half(tag))
+        sums = sum_of_exponentials(here, False, largest, largest, col, count, scale, scale_low, is_half(tag), True)
         save_state(here.states, chunk, sums)
 
 
@@ -132,8 +132,8 @@ def sum_gradient(here, first, last, numbers):
 
 
 @device
-def upstream(col, left, ties, here, arguments):
-    return load_cols(here.second, col, left, here.zeros), ties, None
+def upstream(col, left, others, here, arguments):
+    return load_cols(here.second, col, left, here.zeros), others, None
 
 
 @device

@@ -84,16 +84,16 @@ def weights_of_chunk(here, first, count, loss):
 
 
 @device
-def weighted_distance(col, left, ties, here, arguments):
+def weighted_distance(col, left, others, here, arguments):
     """eps/V w_c (max - x_c). The factor is inside: the sum of the bare differences of large logits would overflow."""
     loss, largest = arguments
     x = load_cols(here.first, col, left, add(here.zeros, largest))
-    return mul(distance(x, largest, loss.share), weights_at(col, left, here, loss)), ties, None
+    return mul(distance(x, largest, loss.share), weights_at(col, left, here, loss)), others, None
 
 
 @device
-def only_weight(col, left, ties, here, arguments):
-    return weights_at(col, left, here, arguments[0]), ties, None
+def only_weight(col, left, others, here, arguments):
+    return weights_at(col, left, here, arguments[0]), others, None
 
 
 @device
@@ -164,10 +164,10 @@ def measure_mass(here, chunk, largest, first, count, loss):
 
 
 @device
-def mass_and_distance(col, left, ties, here, arguments):
+def mass_and_distance(col, left, others, here, arguments):
     loss, largest = arguments
     x = load_cols(here.first, col, left, add(here.zeros, largest))
-    return distance_of_mass(mass_at(col, left, here, loss), x, add(here.zeros, largest)), ties, None
+    return distance_of_mass(mass_at(col, left, here, loss), x, add(here.zeros, largest)), others, None
 
 
 @device
@@ -182,8 +182,8 @@ def sum_of_mass(here, chunk, first, count, loss):
 
 
 @device
-def only_share(col, left, ties, here, arguments):
-    return mul(shares_at(col, left, here), weights_at(col, left, here, arguments[0])), ties, None
+def only_share(col, left, others, here, arguments):
+    return mul(shares_at(col, left, here), weights_at(col, left, here, arguments[0])), others, None
 
 
 @device

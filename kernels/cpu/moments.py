@@ -92,12 +92,12 @@ def measure_moments(here, first, last, width, scale, scale_low):
 
 
 @device
-def exponential(col, left, ties, here, arguments):
+def exponential(col, left, others, here, arguments):
     kept, largest, scale, scale_low = arguments
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     e = exp_below(load_cols(here.first, col, left, here.nothing), largest, scale, scale_low)
     store_cols(kept, col, left, e)
-    return e, ties, None
+    return e, others, None
 
 
 @device
@@ -113,17 +113,17 @@ def save_moments(here, chunk, kept, first, count, width, like):
 
 
 @device
-def times_place(col, left, ties, here, arguments):
+def times_place(col, left, others, here, arguments):
     kept, first, width, like = arguments
     _, places = positions(col, first, width, here.zeros, like)
-    return mul(load_cols(kept, col, left, here.zeros), places), ties, None
+    return mul(load_cols(kept, col, left, here.zeros), places), others, None
 
 
 @device
-def times_line(col, left, ties, here, arguments):
+def times_line(col, left, others, here, arguments):
     kept, first, width, like = arguments
     lines, _ = positions(col, first, width, here.zeros, like)
-    return mul(load_cols(kept, col, left, here.zeros), lines), ties, None
+    return mul(load_cols(kept, col, left, here.zeros), lines), others, None
 
 
 @device

@@ -13,7 +13,7 @@ from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, REGISTERS
 from gpusoftmax.kernels.cpu.job import MAX_PARTS, Job
 from gpusoftmax.kernels.cpu.rows import Address, Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
-from gpusoftmax.kernels.cpu.vector import CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
+from gpusoftmax.kernels.cpu.vector import ACROSS_BYTES, CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
 from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Numbers, Operand, Rows, Transform
 
@@ -154,7 +154,7 @@ def plan(
     like = next(number for number in numbers if isinstance(number, np.floating))
     lines = [line for line in (first, second, target) if line is not None]
     way = ALONG if only_along else _way(rows, lines, in_blocks)
-    lanes = VECTOR_BYTES // like.itemsize
+    lanes = ACROSS_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
     # A result along rows may be written past the caches; exponentials may need another place than the result's.
@@ -170,7 +170,7 @@ def plan(
     is_staged = transformed or (way is ALONG and any(line.col_stride != 1 for line in lines))
 
     # The memory of a slot, see Job: one record for every chunk, and one for the row.
-    size = ((n_chunks + 1) * FIELDS + numbers_of_row) * (like.itemsize if way is ALONG else VECTOR_BYTES)
+    size = ((n_chunks + 1) * FIELDS + numbers_of_row) * (like.itemsize if way is ALONG else ACROSS_BYTES)
     places = {}
 
     def reserve(name, n_bytes):
@@ -183,13 +183,13 @@ def plan(
     reserve("scratch", height * scratch_bytes)
     if way is ACROSS:
         side = REGISTER_BYTES // like.itemsize
-        stage_bytes = -(-rows.n_cols // side) * side * VECTOR_BYTES
-        reserve("partials", 3 * lanes * VECTOR_BYTES)
+        stage_bytes = -(-rows.n_cols // side) * side * ACROSS_BYTES
+        reserve("partials", 3 * (VECTOR_BYTES // like.itemsize) * ACROSS_BYTES)
         reserve("stage", (2 if second is not None else 1) * stage_bytes)
     elif way is IN_BLOCKS:
         stage_bytes = 0
         reserve("partials", REGISTERS * lanes * REGISTER_BYTES)
-        reserve("stage", FIELDS * VECTOR_BYTES)
+        reserve("stage", FIELDS * ACROSS_BYTES)
     else:
         stage_bytes = _padded(rows.n_cols * 8) if is_staged else 0
         reserve("partials", 0)
@@ -277,7 +277,7 @@ def _way(rows: Rows, lines: list[Operand], in_blocks: bool) -> Way:
 def _is_across(rows: Rows, lines: list[Operand]) -> bool:
     if rows.n_cols <= SHORT_ROW:
         return True
-    if rows.n_cols > WORKSPACE_BYTES // (2 * VECTOR_BYTES):
+    if rows.n_cols > WORKSPACE_BYTES // (2 * ACROSS_BYTES):
         return False
     return rows.n_inner >= FEW_ROWS and any(line.col_stride != 1 and line.inner_stride == 1 for line in lines)
 

@@ -23,6 +23,7 @@ from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.softmax import softmax_of_rows
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import (
+    ACROSS_BYTES,
     REGISTER_BYTES,
     VECTOR_BYTES,
     across,
@@ -41,9 +42,9 @@ BYTE_ORDER, NATIVE = HEADER + 10, ord("=")
 # C-contiguous and aligned; and writable.
 READABLE, WRITABLE = 0x101, 0x501
 # Scratch memory: the states of a chunk and of the row, registers of rows, numbers of rows; in words.
-PARTIALS = 2 * FIELDS * VECTOR_BYTES
-STAGE = PARTIALS + REGISTERS * (VECTOR_BYTES // 4) * REGISTER_BYTES
-SCRATCH = (STAGE + FIELDS * VECTOR_BYTES) // 8
+PARTIALS = 2 * FIELDS * ACROSS_BYTES
+STAGE = PARTIALS + REGISTERS * (ACROSS_BYTES // 4) * REGISTER_BYTES
+SCRATCH = (STAGE + FIELDS * ACROSS_BYTES) // 8
 COUNTERS = NEXT + LINE
 # A row that fits one register takes a quarter of the instructions there: 8 x 16 0.15 us instead of 0.33.
 wide, narrow = in_blocks(VECTOR_BYTES), in_blocks(REGISTER_BYTES)

@@ -136,11 +136,11 @@ def sum_products(here, first, last, numbers):
 
 
 @device
-def product(col, left, ties, here, arguments):
+def product(col, left, others, here, arguments):
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
     p = load_cols(here.first, col, left, here.zeros)
-    return mul(p, load_cols(here.second, col, left, here.zeros)), ties, None
+    return mul(p, load_cols(here.second, col, left, here.zeros)), others, None
 
 
 @device

@@ -160,9 +160,9 @@ def mass_reaching(here, limit):
 
 
 @device
-def exponential_reaching(col, left, ties, here, arguments):
+def exponential_reaching(col, left, others, here, arguments):
     x = load_cols(here.first, col, left, here.nothing)
-    return where_reaching(x, arguments[0], load_cols(here.home, col, left, here.zeros)), ties, None
+    return where_reaching(x, arguments[0], load_cols(here.home, col, left, here.zeros)), others, None
 
 
 # ---------------------------------------------------------------- instructions
