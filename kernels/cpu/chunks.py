@@ -289,6 +289,8 @@ def sum_of_distances(here, largest, first, count, scale, scale_low):
 
 @device
 def above(col, left, others, here, arguments):
+    if left is None:  # whichever lane counts it
+        return is_above(load_unordered(here.first, col, here.nothing), arguments[0]), others, None
     return is_above(load_cols(here.first, col, left, here.nothing), arguments[0]), others, None
 
 
