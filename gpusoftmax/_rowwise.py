@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy import ndarray
 
-from gpusoftmax import _arrays, _checks, _replay, _transform
+from gpusoftmax import _arrays, _checks, _memory, _replay, _transform
 
 _SMALL = 4096
 """Logits that one thread turns into probabilities in less than 10 us."""
@@ -25,10 +25,12 @@ def forward(op: str, x: Any, axis: Any, dtype: Any, out: Any, transform: tuple, 
     where 2 / temperature overflows.
     """
     plain = type(axis) is int and axis == -1 and dtype is None and _transform.is_nothing(*transform)
-    if plain and type(x) is ndarray is type(out) and x.size <= _SMALL:
+    if plain and type(x) is ndarray and x.size <= _SMALL and x.ndim == 2 and (out is None or type(out) is ndarray):
         kernel = _small_kernel(op, x.dtype.char)
-        if kernel is not None and kernel(x, out):
-            return out
+        if kernel is not None:
+            result = _memory.aligned(x.shape, x.dtype) if out is None else out
+            if kernel(x, result):
+                return result
     arrays, options = _transform.split(*transform)
     return _replay.call(_forward, (x, out, *arrays), op, axis, dtype, any_temperature, *options)
 
