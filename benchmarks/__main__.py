@@ -2,7 +2,7 @@
 
 python -m benchmarks cpu | gpu [--quick]                      the whole suite for a target
 python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
-python -m benchmarks layer                                    a linear layer with its loss: seconds and memory
+python -m benchmarks layer [--target gpu]                     a linear layer with its loss: seconds and memory
 python -m benchmarks launch                                   what a call on a GPU costs on the host; needs no GPU
 python -m benchmarks predict [--op OP ...]                    what an H200 should do: predicted on paper, not measured
 python -m benchmarks transforms [--op OP ...]             instructions that a transform of logits costs; needs no GPU
@@ -21,7 +21,9 @@ from benchmarks.measure import Effort
 _GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
 """Seconds for the whole suite and for the quick one: what is left then is named instead of measured."""
 _WITHOUT_CASES = {
-    "layer": lambda arguments: layer.run(arguments.attempts or 7, arguments.threads, arguments.save, print),
+    "layer": lambda arguments: layer.run(
+        arguments.attempts or 7, arguments.threads, arguments.save, print, arguments.target, _layer_shape(arguments)
+    ),
     "launch": lambda _: launch.run(print),
     "predict": lambda arguments: importlib.import_module("benchmarks.predict").run(
         print, arguments.op
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cases = [
             Case(arguments.what, *map(int, shape.split("x")), dtype)
             for dtype in arguments.dtype
-            for shape in arguments.shape
+            for shape in arguments.shape or ["4096x1024"]
         ]
     effort = Effort(arguments.attempts or (2 if arguments.quick else 5), threads=arguments.threads)
     budget = arguments.budget or (_GPU_BUDGET[arguments.quick] if arguments.what == "gpu" else float("inf"))
@@ -80,6 +82,10 @@ def run(target: str, cases: Sequence[Case], effort: Effort, budget: float, names
             results.save(records)
 
 
+def _layer_shape(arguments: argparse.Namespace) -> tuple[int, int, int] | None:
+    return tuple(map(int, arguments.shape[0].split("x"))) if arguments.shape else None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
     parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--shape", nargs="+", default=["4096x1024"], metavar="ROWSxCOLS")
+    parser.add_argument("--shape", nargs="+", help="ROWSxCOLS; of a layer one ROWSxFEATURESxCLASSES")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--provider", nargs="+", default=[], help="these beside gpusoftmax instead of all")
     parser.add_argument("--op", nargs="+", default=[], help="what is predicted or counted (default: all)")

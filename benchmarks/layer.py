@@ -2,8 +2,8 @@
 
 Every provider gives the loss and the gradients of input and weights, and is held against plain float64 first. They take
 turns; the best turn of each is compared, for whatever else the machine does can only add to it, and the medians are
-given beside. Memory is the most that the process has had more than before the call, results included: Linux counts it
-(VmHWM).
+given beside. Memory is the most that is in use beyond what it was before the call, results included: of the process, as
+Linux counts it (VmHWM), or on a GPU of torch's allocator, of which all that a call on tensors needs there is taken.
 """
 
 import gc
@@ -24,47 +24,72 @@ from benchmarks.measure import Report
 from tests import inputs
 
 OP = "linear_cross_entropy_with_grad"
-SHAPE = 4096, 512, 32768
+SHAPES = {"cpu": (4096, 512, 32768), "gpu": (8192, 2048, 131072)}
 """Rows, features, classes."""
+DTYPES = {"cpu": ("float32",), "gpu": ("float32", "bfloat16")}
 _BLOCK = 256
-_FAR_OFF = 2**-12
+_FAR_OFF = {"float32": 2**-12, "bfloat16": 2**-4}
 
 Call = Callable[[], tuple[Any, Any, Any]]
 
 
-def run(turns: int, threads: int, save: bool, report: Report, shape: tuple[int, int, int] = SHAPE) -> None:
-    x, weight, target = _problem(*shape)
+def run(turns: int, threads: int, save: bool, report: Report, target: str, shape: tuple[int, int, int] | None) -> None:
+    """shape: instead of that of the target."""
+    shape = shape or SHAPES[target]
+    for dtype in DTYPES[target]:
+        records = [
+            {
+                "op": OP,
+                "n_rows": shape[0],
+                "n_features": shape[1],
+                "n_cols": shape[2],
+                "dtype": dtype,
+                **measured,
+                **({"threads": threads} if target == "cpu" else {}),
+                **results.environment(target),
+            }
+            for measured in (_on_cpu(shape, turns, threads) if target == "cpu" else _on_gpu(shape, dtype, turns))
+        ]
+        for line in lines(records):
+            cells = zip(line, (28, 8, 10, 6, 13, 15, 10), strict=True)
+            report("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+        if save:
+            results.save(records)
+
+
+def _on_cpu(shape: tuple[int, int, int], turns: int, threads: int) -> list[dict]:
+    problem = _problem(*shape)
     with measure.threads(threads):
-        calls = _calls(x, weight, target)
-        wanted = _exact(x, weight, target)
-        peaks, errors = {}, {}
-        for name, call in calls.items():
-            errors[name] = _worst_error(call(), wanted)  # and what is done once is done
-            peaks[name] = peak_bytes(call)
-        seconds = _in_turns(calls, turns)
-    records = [
+        return _measured(_calls(*problem), _exact(*problem), "float32", turns, peak_bytes, lambda: None)
+
+
+def _on_gpu(shape: tuple[int, int, int], dtype: str, turns: int) -> list[dict]:
+    torch = importlib.import_module("torch")
+    x, weight, target = (torch.from_numpy(array).cuda() for array in _problem(*shape))
+    tensors = x.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype)), target
+    del x, weight
+    wanted = _with_gradients(_whole, *(tensor.double() for tensor in tensors[:2]), target)()
+    calls = _torch_calls(*tensors)
+    return _measured(calls, wanted, dtype, turns, peak_bytes_on_gpu, torch.cuda.synchronize)
+
+
+def _measured(
+    calls: dict[str, Call], wanted: tuple, dtype: str, turns: int, peak: Callable[[Call], int], wait: Callable[[], Any]
+) -> list[dict]:
+    peaks, errors = {}, {}
+    for name, call in calls.items():
+        errors[name] = _worst_error(call(), wanted, _FAR_OFF[dtype])  # and what is done once is done
+        peaks[name] = peak(call)
+    return [
         {
-            "op": OP,
-            "n_rows": shape[0],
-            "n_features": shape[1],
-            "n_cols": shape[2],
-            "dtype": "float32",
             "provider": name,
             "median_ms": 1e3 * statistics.median(taken),
             "attempts_ms": [1e3 * one for one in taken],
             "peak_bytes": peaks[name],
             "error": errors[name],
-            "threads": threads,
-            **results.environment("cpu"),
         }
-        for name, taken in seconds.items()
+        for name, taken in _in_turns(calls, turns, wait).items()
     ]
-    for line in lines(records):
-        report(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, (28, 8, 10, 6, 13, 15, 10), strict=True)).rstrip()
-        )
-    if save:
-        results.save(records)
 
 
 def lines(records: Sequence[dict]) -> list[list[str]]:
@@ -90,14 +115,16 @@ def lines(records: Sequence[dict]) -> list[list[str]]:
     return table
 
 
-def _in_turns(calls: dict[str, Call], turns: int) -> dict[str, list[float]]:
-    """Seconds per call, in changing order."""
+def _in_turns(calls: dict[str, Call], turns: int, wait: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds per call, in changing order. wait: for the device."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name in order.sample(list(calls), len(calls)):
+            wait()
             start = time.perf_counter()
             calls[name]()
+            wait()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -111,31 +138,54 @@ def _problem(n_rows: int, n_features: int, n_classes: int) -> tuple[np.ndarray, 
 
 
 def _calls(x: np.ndarray, weight: np.ndarray, target: np.ndarray) -> dict[str, Call]:
-    def ours(x, weight, target):
-        return gpusoftmax.linear_cross_entropy_with_grad(x, weight, target)[:3]
-
-    calls = {"gpusoftmax": partial(ours, x, weight, target), "NumPy": partial(_plain, x, weight, target)}
+    calls = {"gpusoftmax": partial(_ours, x, weight, target), "NumPy": partial(_plain, x, weight, target)}
     try:
         torch = importlib.import_module("torch")
     except ImportError:
         return calls
+    ours, *others = _torch_calls(*map(torch.from_numpy, (x, weight, target))).items()
+    return calls | {"gpusoftmax, torch tensors": ours[1]} | dict(others)
+
+
+def _torch_calls(x: Any, weight: Any, target: Any) -> dict[str, Call]:
+    """Of torch tensors on any device: ours first."""
+    torch = importlib.import_module("torch")
+    calls = {
+        "gpusoftmax": partial(_ours, x, weight, target),
+        "torch": _with_gradients(_whole, x, weight, target),
+    }
     functional = torch.nn.functional
-    tensors = [torch.from_numpy(array) for array in (x, weight, target)]
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
-
-    def whole(x, weight, target):
-        return functional.cross_entropy(functional.linear(x, weight), target)
-
-    def with_gradients(loss):
-        value = loss(*leaves, tensors[2])
-        return value, *torch.autograd.grad(value, leaves)
-
-    calls["gpusoftmax, torch tensors"] = partial(ours, *tensors)
-    calls["torch"] = partial(with_gradients, whole)
     if hasattr(functional, "linear_cross_entropy"):
         chunked = partial(functional.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-        calls["torch linear_cross_entropy"] = partial(with_gradients, chunked)
+        calls["torch linear_cross_entropy"] = _with_gradients(chunked, x, weight, target)
+    if x.is_cuda:
+        try:
+            liger = importlib.import_module("liger_kernel.transformers.functional")
+        except ImportError:
+            return calls
+        fused = liger.liger_fused_linear_cross_entropy
+        calls["Liger"] = _with_gradients(lambda x, weight, target: fused(x, weight, target), x, weight, target)
     return calls
+
+
+def _ours(x: Any, weight: Any, target: Any) -> tuple[Any, Any, Any]:
+    return gpusoftmax.linear_cross_entropy_with_grad(x, weight, target)[:3]
+
+
+def _whole(x: Any, weight: Any, target: Any) -> Any:
+    """What one writes in torch."""
+    functional = importlib.import_module("torch").nn.functional
+    return functional.cross_entropy(functional.linear(x, weight), target)
+
+
+def _with_gradients(loss: Callable[..., Any], x: Any, weight: Any, target: Any) -> Call:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight)]
+
+    def call() -> tuple[Any, Any, Any]:
+        value = loss(*leaves, target)
+        return value, *importlib.import_module("torch").autograd.grad(value, leaves)
+
+    return call
 
 
 def _plain(x: np.ndarray, weight: np.ndarray, target: np.ndarray, n_rows: int | None = None) -> tuple[Any, Any, Any]:
@@ -165,12 +215,14 @@ def _exact(x: np.ndarray, weight: np.ndarray, target: np.ndarray) -> tuple[Any, 
     return loss, np.concatenate(dx), dweight
 
 
-def _worst_error(result: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any]) -> float:
+def _worst_error(result: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any], bound: float) -> float:
     """As a part of the largest number; ValueError for another result."""
     worst = 0.0
-    for got, want in zip(map(arrays.to_numpy, result), wanted, strict=True):
-        error = float(np.abs(got - want).max() / np.abs(want).max())
-        if not error <= _FAR_OFF:
+    for got, want in zip(result, wanted, strict=True):
+        # Where both are on a GPU they stay there.
+        difference = got.double() - want if hasattr(want, "is_cuda") else arrays.to_numpy(got) - want
+        error = float(abs(difference).max() / abs(want).max())
+        if not error <= bound:
             raise ValueError(f"its answer is wrong: off by {error:.3g} of its largest number")
         worst = max(worst, error)
     return worst
@@ -183,6 +235,18 @@ def peak_bytes(call: Callable[[], object]) -> int:
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
+
+
+def peak_bytes_on_gpu(call: Callable[[], object]) -> int:
+    """The same of what torch has allocated on the device."""
+    cuda = importlib.import_module("torch").cuda
+    gc.collect()
+    cuda.synchronize()
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    call()
+    cuda.synchronize()
+    return cuda.max_memory_allocated() - before
 
 
 def _status(key: str) -> int:

@@ -4,6 +4,7 @@ A number in the column of another library is its time over ours: 2.0 means that 
 that it is faster. `copy` is the share of the speed of a plain copy of the same bytes that we reach.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,9 @@ def write(root: Path = results.RESULTS, readme: Path = README) -> None:
         text = "\n\n".join([f"# {directory.name}", _circumstances(ops), *_details(ops), *map(_figure, figures)])
         layers = results.load(directory / f"{layer.OP}.jsonl")
         if layers:
-            text += f"\n\n{_layer(layers)}"
+            text += f"\n\n## {layer.OP}"
+        for _, records in itertools.groupby(layers, lambda record: (record["dtype"], record["n_cols"])):
+            text += f"\n\n{_layer(list(records))}"
         (directory / "README.md").write_text(text + "\n")
         link = f"[{directory.name}](benchmarks/results/{directory.name}/README.md)"
         sections.append(f"{link}: {_circumstances(ops)}\n\n" + table(_summary(ops)))
@@ -78,7 +81,7 @@ def _layer(records: Sequence[dict]) -> str:
     first = records[0]
     shape = f"{first['n_rows']} rows x {first['n_features']} features x {first['n_cols']} classes, {first['dtype']}"
     circumstances = _circumstances({layer.OP: [{OURS: record} for record in records]}, "best and median")
-    return f"## {layer.OP}\n\n{shape}: {circumstances}\n\n{table(layer.lines(records))}"
+    return f"{shape}: {circumstances}\n\n{table(layer.lines(records))}"
 
 
 def _rivals(ops: dict[str, list[Measured]]) -> list[str]:

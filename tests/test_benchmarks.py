@@ -286,9 +286,8 @@ def test_launch_cost_is_measured_without_a_gpu(monkeypatch):
 def test_a_layer_is_measured(monkeypatch, capsys):
     saved = []
     monkeypatch.setattr(results, "save", saved.extend)
-    monkeypatch.setattr(layer.run, "__defaults__", ((300, 64, 500),))
     monkeypatch.setattr(layer, "peak_bytes", lambda call: 2**20)
-    command.main(["layer", "--attempts", "1", "--save"])
+    command.main(["layer", "--attempts", "1", "--save", "--shape", "300x64x500"])
     names = {record["provider"] for record in saved}
     assert {"gpusoftmax", "NumPy"} <= names
     assert all(record["error"] < 1e-5 and len(record["attempts_ms"]) == 1 for record in saved)
@@ -303,7 +302,7 @@ def test_wrong_answers_of_a_layer_are_not_timed(monkeypatch):
 
     monkeypatch.setattr(layer, "_calls", lambda *problem: {"gpusoftmax": lambda: wrong(*problem)})
     with pytest.raises(ValueError, match="answer is wrong: off by 0.001"):
-        layer.run(1, 2, False, pytest.fail, (300, 8, 500))
+        layer.run(1, 2, False, pytest.fail, "cpu", (300, 8, 500))
 
 
 def test_the_peak_of_memory():
