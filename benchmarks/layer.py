@@ -220,7 +220,7 @@ def _worst_error(result: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any], bou
     worst = 0.0
     for got, want in zip(result, wanted, strict=True):
         # Where both are on a GPU they stay there.
-        difference = got.double() - want if hasattr(want, "is_cuda") else arrays.to_numpy(got) - want
+        difference = got.detach().double() - want.detach() if hasattr(want, "is_cuda") else arrays.to_numpy(got) - want
         error = float(abs(difference).max() / abs(want).max())
         if not error <= bound:
             raise ValueError(f"its answer is wrong: off by {error:.3g} of its largest number")
