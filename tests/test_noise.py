@@ -8,7 +8,10 @@ from numba.extending import intrinsic
 
 from gpusoftmax.kernels import formulas, noise
 from gpusoftmax.kernels.cpu.noise import words_of
-from gpusoftmax.kernels.cpu.vector import along, lanes_of
+from gpusoftmax.kernels.cpu.vector import (
+    along,
+    lanes_of,
+)
 from tests import oracle
 
 # Random123 1.09, tests/kat_vectors: (counter, key, words).

@@ -5,20 +5,22 @@ import math
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import Here, Line, Through
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
-from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
-from gpusoftmax.kernels.cpu.vector import (
-    across,
+from gpusoftmax.kernels.cpu.memory import (
     advance,
-    lanes_of,
     load,
     load_part,
     load_transposed,
-    number,
     pointer_to,
-    square_of,
     store,
     store_part,
     store_transposed,
+)
+from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
+from gpusoftmax.kernels.cpu.vector import (
+    across,
+    lanes_of,
+    number,
+    square_of,
 )
 
 

@@ -17,9 +17,16 @@ from gpusoftmax.kernels.cpu.job import (
     draw_part,
     wait_until_at_least,
 )
+from gpusoftmax.kernels.cpu.memory import (
+    as_numbers,
+    pointer_to,
+)
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
 from gpusoftmax.kernels.cpu.transform import through_of, transformed_line
-from gpusoftmax.kernels.cpu.vector import along, as_numbers, number, pointer_to
+from gpusoftmax.kernels.cpu.vector import (
+    along,
+    number,
+)
 
 
 @device

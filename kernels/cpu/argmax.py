@@ -4,24 +4,30 @@ A NaN leads every number and the first NaN every other one, as in NumPy. Places 
 chunks by themselves: both are numbers that float32 holds exactly, so that vectors of the computation format carry them.
 """
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    leading,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
+from gpusoftmax.kernels.cpu.lanes import (
+    leading_per_row,
+)
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    load_cols,
+    pointer_to,
+    store,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, row_offset
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, save, saved
 from gpusoftmax.kernels.cpu.vector import (
-    add,
     cols_of,
     column_numbers,
     lanes_of,
-    leading,
-    leading_per_row,
-    load,
-    load_cols,
     number,
-    pointer_to,
-    store,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import STORAGE, Labels, Operand, Place, Rows, compute_dtype

@@ -2,11 +2,24 @@
 
 import math
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    add_pair,
+    div,
+    mul,
+)
 from gpusoftmax.kernels.cpu.cache import kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.loss_target import label_of, number_at
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    pointer_to,
+    store,
+)
 from gpusoftmax.kernels.cpu.run import run_alone
-from gpusoftmax.kernels.cpu.vector import add, add_pair, div, load, mul, number, pointer_to, store
+from gpusoftmax.kernels.cpu.vector import (
+    number,
+)
 from gpusoftmax.kernels.operands import NO_BAD_LABEL, STORAGE, Labels, Numbers, Place, Rows
 
 

@@ -10,8 +10,16 @@ import math
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import Here, Line, Through
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
+from gpusoftmax.kernels.cpu.memory import (
+    as_numbers,
+    pointer_to,
+)
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
-from gpusoftmax.kernels.cpu.vector import across, along_in, as_numbers, number, pointer_to
+from gpusoftmax.kernels.cpu.vector import (
+    across,
+    along_in,
+    number,
+)
 
 
 @device

@@ -13,48 +13,54 @@ lane. Rows of a block do not wait for each other, and what a row's vector is fol
 there are enough of them to be folded together.
 """
 
-from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.here import by_way, line_in, register_in, row_in
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.arithmetic import (
     add,
-    advance,
-    all_equal,
     anchor,
     coarse_exp_from,
-    cols_before_line,
-    cols_of,
     compensated_add,
     exp_from,
     floor,
-    fold_max,
-    fold_sums,
     is_above,
-    lanes_of,
-    load,
-    load_cols,
-    load_unordered,
-    max_per_row,
     maximum,
     negative,
-    number,
     power_of_two_ratio,
-    prefetch_to_read,
-    prefetch_to_write,
     ratio_of_anchors,
+    set_ties_apart,
+    sub,
+    weighted_distance,
+)
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.here import by_way, line_in, register_in, row_in
+from gpusoftmax.kernels.cpu.lanes import (
+    all_equal,
+    fold_max,
+    fold_sums,
+    max_per_row,
     save_lanes,
     save_max,
     save_sum,
     saved_lane,
-    set_ties_apart,
-    square_of,
+    sum_per_row,
+)
+from gpusoftmax.kernels.cpu.memory import (
+    advance,
+    cols_before_line,
+    load,
+    load_cols,
+    load_unordered,
+    prefetch_to_read,
+    prefetch_to_write,
     store,
     store_cols,
     stream_cols,
+)
+from gpusoftmax.kernels.cpu.vector import (
+    cols_of,
+    lanes_of,
+    number,
+    square_of,
     stripe_of,
-    sub,
-    sum_per_row,
     unless_none,
-    weighted_distance,
 )
 
 # 8 KiB of float32: a chunk, its exponentials and what is prefetched of the next ones fit a 32 KiB L1 cache.

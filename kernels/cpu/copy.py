@@ -3,9 +3,11 @@
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import write_chunk
+from gpusoftmax.kernels.cpu.memory import (
+    load_cols,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, nothing_first
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.vector import load_cols
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import STORAGE, Operand, Place, Rows, compute_dtype
 

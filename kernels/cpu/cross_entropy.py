@@ -17,6 +17,9 @@ labels have shares. Where the losses are there already, p_c is exp(x_c - lse), a
 row's loss: one read and one write.
 """
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    div,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.loss_fold import fold, fold_backward
@@ -26,7 +29,9 @@ from gpusoftmax.kernels.cpu.loss_target import number_at
 from gpusoftmax.kernels.cpu.loss_write import write, write_backward, write_nothing
 from gpusoftmax.kernels.cpu.rows import nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.vector import div, number
+from gpusoftmax.kernels.cpu.vector import (
+    number,
+)
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import STORAGE, Extras, Labels, Numbers, Operand, Place, Probs, Rows, Shares
 

@@ -4,9 +4,20 @@ import math
 
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import index_in
+from gpusoftmax.kernels.cpu.lanes import (
+    any_equal,
+)
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    load_cols,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, SUM
-from gpusoftmax.kernels.cpu.vector import any_equal, lanes_of, load, load_cols, number, stripe_of
+from gpusoftmax.kernels.cpu.vector import (
+    lanes_of,
+    number,
+    stripe_of,
+)
 
 
 @device

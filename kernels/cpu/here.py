@@ -7,18 +7,22 @@ from typing import NamedTuple
 from numba import types
 from numba.extending import overload
 
-from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
-from gpusoftmax.kernels.cpu.vector import (
-    advance,
-    lanes_of,
-    load,
-    load_cols,
+from gpusoftmax.kernels.cpu.arithmetic import (
     mul,
-    number,
     pulled_through_mask,
     pulled_through_softcap,
-    square_of,
     zero_where_empty,
+)
+from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS, device
+from gpusoftmax.kernels.cpu.memory import (
+    advance,
+    load,
+    load_cols,
+)
+from gpusoftmax.kernels.cpu.vector import (
+    lanes_of,
+    number,
+    square_of,
 )
 
 

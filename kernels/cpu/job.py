@@ -19,7 +19,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.vector import CACHE_LINE
+from gpusoftmax.kernels.cpu.memory import (
+    CACHE_LINE,
+)
 
 # Counters that different threads write lie in different cache lines.
 LINE = CACHE_LINE // 8

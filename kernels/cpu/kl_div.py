@@ -24,36 +24,40 @@ A row whose weight is 0 is left out: loss 0, gradients 0.
 
 from typing import NamedTuple
 
-from gpusoftmax.kernels.cpu.cache import device, kernel
-from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max, sum_chunk, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import Here, index_in
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first, number_or
-from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, fold_state, save, save_state, saved
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     add_pair,
-    advance,
     div,
     divergence,
     exp_from,
     floor,
     half_difference,
-    lanes_of,
-    load,
-    load_cols,
     log_ratio,
     log_sum,
     mul,
-    number,
-    pointer_to,
-    prefetch_to_read,
     pull_on_target,
     row_inverse,
+    sub,
+)
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import Here, index_in
+from gpusoftmax.kernels.cpu.memory import (
+    advance,
+    load,
+    load_cols,
+    pointer_to,
+    prefetch_to_read,
     store,
     store_cols,
-    sub,
+)
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first, number_or
+from gpusoftmax.kernels.cpu.run import run
+from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, fold_state, save, save_state, saved
+from gpusoftmax.kernels.cpu.vector import (
+    lanes_of,
+    number,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import STORAGE, Numbers, Operand, Place, Rows, scale_of, unless_one

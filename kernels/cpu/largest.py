@@ -10,21 +10,27 @@ Equal logits stay in the order of their columns.
 
 import math
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    maximum,
+)
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import Line
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.lanes import (
     add_at,
     lanes_equal,
     lanes_not_below,
-    load,
-    load_cols,
     lowest_bit,
     max_per_row,
-    maximum,
-    number,
+)
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    load_cols,
     numbers_on_stack,
     store,
     store_cols,
+)
+from gpusoftmax.kernels.cpu.vector import (
+    number,
     stripe_of,
 )
 

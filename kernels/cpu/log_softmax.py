@@ -9,24 +9,28 @@ same row state, so log_probs[target] is -loss bit for bit.
 
 import numpy as np
 
-from gpusoftmax.kernels.cpu.cache import device, kernel
-from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import unless_empty
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, number_of_row, save_maxima
-from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, fold_state, save, save_state, saved, sum_of_saved
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     exp,
     fma,
     inverse_temperature,
-    is_half,
-    load_cols,
     log_probability,
     log_sum,
     mul,
     negative,
+)
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
+from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import unless_empty
+from gpusoftmax.kernels.cpu.memory import (
+    load_cols,
+)
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, number_of_row, save_maxima
+from gpusoftmax.kernels.cpu.run import run
+from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, fold_state, save, save_state, saved, sum_of_saved
+from gpusoftmax.kernels.cpu.vector import (
+    is_half,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one

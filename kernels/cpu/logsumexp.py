@@ -1,12 +1,14 @@
 """Log-sum-exp over rows of logits on the CPU: max / T + log s, one pass over the row."""
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    logsumexp as logsumexp_of_state,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import sum_of_exponentials
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, save_maxima, store_per_row
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import MAX, fold_state, save_state, saved
-from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 

@@ -9,14 +9,21 @@ import math
 
 import numpy as np
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    logsumexp as logsumexp_of_state,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_of_exponentials
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+)
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, nothing_first, save_maxima, store_per_row
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, TIES, fold_state, save, save_state, saved
-from gpusoftmax.kernels.cpu.vector import load, number
-from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
+from gpusoftmax.kernels.cpu.vector import (
+    number,
+)
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import STATE_COLS, STATE_NUMBERS, Operand, Place, Rows, scale_of, unless_one
 

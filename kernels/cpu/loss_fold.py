@@ -1,5 +1,22 @@
 """The second step of a loss: the chunks of a row become its loss, and what its gradient is made of."""
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    add_pair,
+    anchor,
+    exp_from,
+    floor,
+    fma,
+    log_probability,
+    log_sum,
+    mul,
+    negative,
+    rise_to,
+    row_inverse,
+)
+from gpusoftmax.kernels.cpu.arithmetic import (
+    logsumexp as logsumexp_of_state,
+)
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
 from gpusoftmax.kernels.cpu.first_max import chunk_of_max
@@ -29,28 +46,17 @@ from gpusoftmax.kernels.cpu.loss_target import (
     unused,
     weight_of_row,
 )
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    pointer_to,
+    store,
+)
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element, number_of_row, row_offset
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, fold_state, save, saved
 from gpusoftmax.kernels.cpu.vector import (
-    add,
-    add_pair,
-    anchor,
-    exp_from,
-    floor,
-    fma,
     lanes_of,
-    load,
-    log_probability,
-    log_sum,
-    mul,
-    negative,
     number,
-    pointer_to,
-    rise_to,
-    row_inverse,
-    store,
 )
-from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
 
 
 @device

@@ -2,6 +2,13 @@
 
 import math
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    add_pair,
+    distance,
+    distance_of_mass,
+    mul,
+)
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials
 from gpusoftmax.kernels.cpu.first_max import first_max
@@ -18,19 +25,16 @@ from gpusoftmax.kernels.cpu.loss_target import (
     weighted_share,
     weights_at,
 )
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    load_cols,
+    store,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, save, save_state, saved
 from gpusoftmax.kernels.cpu.vector import (
-    add,
-    add_pair,
-    distance,
-    distance_of_mass,
     lanes_of,
-    load,
-    load_cols,
-    mul,
     number,
-    store,
 )
 
 

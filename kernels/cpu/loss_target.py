@@ -10,19 +10,23 @@
 
 import math
 
-from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.here import Line
-from gpusoftmax.kernels.cpu.rows import element, number_or, row_offset
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     fma,
-    is_across,
+    mul,
+)
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.here import Line
+from gpusoftmax.kernels.cpu.memory import (
     load,
     load_cols,
     load_label,
-    mul,
-    number,
     pointer_to,
+)
+from gpusoftmax.kernels.cpu.rows import element, number_or, row_offset
+from gpusoftmax.kernels.cpu.vector import (
+    is_across,
+    number,
 )
 
 COUNTED, IGNORED, BAD = 1, 0, -1

@@ -1,5 +1,12 @@
 """The third step of a loss: the gradient of a row, a chunk at a time, see cross_entropy.py."""
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    exp_from,
+    floor,
+    mul,
+    sub,
+)
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import write_chunk
 from gpusoftmax.kernels.cpu.here import index_in, pulled_back_cols, pulled_back_one
@@ -16,9 +23,17 @@ from gpusoftmax.kernels.cpu.loss_target import (
     unused,
     weights_at,
 )
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    load_cols,
+    store,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
 from gpusoftmax.kernels.cpu.states import FIELDS, chunk_ratio, save
-from gpusoftmax.kernels.cpu.vector import add, exp_from, floor, lanes_of, load, load_cols, mul, number, store, sub
+from gpusoftmax.kernels.cpu.vector import (
+    lanes_of,
+    number,
+)
 
 
 @device

@@ -5,10 +5,15 @@ import math
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import write_chunk
+from gpusoftmax.kernels.cpu.memory import (
+    load_cols,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of, limit_of_own, nothing_measured
-from gpusoftmax.kernels.cpu.vector import load_cols, number
+from gpusoftmax.kernels.cpu.vector import (
+    number,
+)
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import (
     Limits,

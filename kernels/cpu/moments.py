@@ -21,31 +21,35 @@ Backward: E_j has the derivative p_c (j - E_j) / T with respect to x_c. The prob
 
 from typing import NamedTuple
 
-from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import Line, pulled_back_cols
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
-from gpusoftmax.kernels.cpu.states import LOW, MAX, OWN, SUM, chunk_ratio, fold_sum, row_max, save, saved
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     add_pair,
-    advance,
-    column_numbers,
     div,
     exp_below,
     fma,
-    is_across,
     line_and_place,
-    load_cols,
     moved_moment,
     mul,
-    number,
-    numbers_on_stack,
-    prefetch_to_read,
     ratio_of_pairs,
     row_inverse,
-    store_cols,
     sub,
+)
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import Line, pulled_back_cols
+from gpusoftmax.kernels.cpu.memory import (
+    advance,
+    load_cols,
+    numbers_on_stack,
+    prefetch_to_read,
+    store_cols,
+)
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
+from gpusoftmax.kernels.cpu.states import LOW, MAX, OWN, SUM, chunk_ratio, fold_sum, row_max, save, saved
+from gpusoftmax.kernels.cpu.vector import (
+    column_numbers,
+    is_across,
+    number,
 )
 from gpusoftmax.kernels.operands import scale_of, unless_one
 

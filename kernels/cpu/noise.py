@@ -8,7 +8,9 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from gpusoftmax.kernels import formulas, noise
-from gpusoftmax.kernels.cpu.vector import formula
+from gpusoftmax.kernels.cpu.arithmetic import (
+    formula,
+)
 
 
 class Words(types.Type):

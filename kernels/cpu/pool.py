@@ -31,7 +31,10 @@ from gpusoftmax.kernels.cpu.job import (
     pause,
     wait_until_at_least,
 )
-from gpusoftmax.kernels.cpu.vector import address_of, pointer_to
+from gpusoftmax.kernels.cpu.memory import (
+    address_of,
+    pointer_to,
+)
 
 BELL, SEATS, LEFT, ENTRY, BUSY, SLEEPING, _MUTEX, _CONDITION, _END = (k * 2 * LINE for k in range(9))
 CALL = ENTRY + 1

@@ -6,8 +6,16 @@ import numpy as np
 
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max
+from gpusoftmax.kernels.cpu.memory import (
+    advance,
+    load,
+    pointer_to,
+    store,
+)
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, save, saved
-from gpusoftmax.kernels.cpu.vector import advance, lanes_of, load, pointer_to, store
+from gpusoftmax.kernels.cpu.vector import (
+    lanes_of,
+)
 from gpusoftmax.kernels.operands import Transform
 
 

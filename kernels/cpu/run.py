@@ -11,9 +11,17 @@ from gpusoftmax.kernels.cpu import call, parallel
 from gpusoftmax.kernels.cpu.call import WORKSPACE
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, REGISTERS
 from gpusoftmax.kernels.cpu.job import MAX_PARTS, Job
+from gpusoftmax.kernels.cpu.memory import (
+    CACHE_LINE,
+)
 from gpusoftmax.kernels.cpu.rows import Address, Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
-from gpusoftmax.kernels.cpu.vector import ACROSS_BYTES, CACHE_LINE, REGISTER_BYTES, VECTOR_BYTES, Way
+from gpusoftmax.kernels.cpu.vector import (
+    ACROSS_BYTES,
+    REGISTER_BYTES,
+    VECTOR_BYTES,
+    Way,
+)
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
 from gpusoftmax.kernels.operands import MASKS, STORAGE, Labels, Numbers, Operand, Rows, Transform
 

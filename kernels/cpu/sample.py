@@ -14,8 +14,18 @@ With limits (threshold.py) the same is done to what is left of a row, after pass
 
 import math
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    maximum,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
+from gpusoftmax.kernels.cpu.lanes import (
+    max_per_row,
+)
+from gpusoftmax.kernels.cpu.memory import (
+    load_cols,
+    pointer_to,
+)
 from gpusoftmax.kernels.cpu.noise import (
     any_reaches,
     first_equal,
@@ -32,11 +42,7 @@ from gpusoftmax.kernels.cpu.states import MAX, save, saved
 from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of, limit_of_own, nothing_measured, word_of
 from gpusoftmax.kernels.cpu.vector import (
     cols_of,
-    load_cols,
-    max_per_row,
-    maximum,
     number,
-    pointer_to,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import (

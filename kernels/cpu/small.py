@@ -19,6 +19,10 @@ from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, REGISTERS
 from gpusoftmax.kernels.cpu.job import LINE, NEXT, TICKETS, Job
 from gpusoftmax.kernels.cpu.log_softmax import log_softmax_of_rows
+from gpusoftmax.kernels.cpu.memory import (
+    on_stack,
+    pointer_to,
+)
 from gpusoftmax.kernels.cpu.rows import Strided
 from gpusoftmax.kernels.cpu.softmax import softmax_of_rows
 from gpusoftmax.kernels.cpu.states import FIELDS
@@ -29,8 +33,6 @@ from gpusoftmax.kernels.cpu.vector import (
     across,
     in_blocks,
     lanes_of,
-    on_stack,
-    pointer_to,
     size_of,
 )
 from gpusoftmax.kernels.operands import Rows

@@ -8,23 +8,27 @@ Softmax reads a row once: the exponentials stay where the probabilities go, and 
 
 import numpy as np
 
-from gpusoftmax.kernels.cpu.cache import device, kernel
-from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import unless_empty
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, number_of_row, save_maxima
-from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, row_max, save, saved, sum_of_saved
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     fma,
     inverse_pair,
     inverse_temperature,
-    is_half,
-    load_cols,
     mul,
-    prefetch_to_read,
     sub,
+)
+from gpusoftmax.kernels.cpu.cache import device, kernel
+from gpusoftmax.kernels.cpu.call import arguments
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import unless_empty
+from gpusoftmax.kernels.cpu.memory import (
+    load_cols,
+    prefetch_to_read,
+)
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, number_of_row, save_maxima
+from gpusoftmax.kernels.cpu.run import run
+from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, chunk_ratio, fold_sum, row_max, save, saved, sum_of_saved
+from gpusoftmax.kernels.cpu.vector import (
+    is_half,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one

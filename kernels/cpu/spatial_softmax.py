@@ -6,6 +6,11 @@ A place j along a line of `width` pixels has the coordinate linspace(-1, 1, widt
 last = width - 1. That is linear: the expected coordinate is that of the expected place. The same holds for lines.
 """
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    coordinate,
+    per_place_of,
+    place_of,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.moments import (
@@ -19,7 +24,9 @@ from gpusoftmax.kernels.cpu.moments import (
 )
 from gpusoftmax.kernels.cpu.rows import number_of_row, save_maxima, store_per_row
 from gpusoftmax.kernels.cpu.run import run
-from gpusoftmax.kernels.cpu.vector import coordinate, number, per_place_of, place_of
+from gpusoftmax.kernels.cpu.vector import (
+    number,
+)
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Operand, Place, Rows, compute_dtype, scale_of, unless_one
 

@@ -10,9 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.chunks import ratio
-from gpusoftmax.kernels.cpu.vector import (
+from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     add_pair,
     anchor,
@@ -24,9 +22,13 @@ from gpusoftmax.kernels.cpu.vector import (
     maximum,
     mul,
     negative,
-    number,
     tied_total,
     where_finite,
+)
+from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.chunks import ratio
+from gpusoftmax.kernels.cpu.vector import (
+    number,
 )
 
 # What is kept of a chunk: when it is measured, which other threads may read until they have all folded the row,

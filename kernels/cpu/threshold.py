@@ -14,22 +14,26 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpusoftmax.kernels import formulas, ordering
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    add_pair,
+    formula,
+    maximum,
+    mul,
+)
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials
+from gpusoftmax.kernels.cpu.memory import (
+    STORED_DTYPE,
+    load,
+    load_cols,
+    load_label,
+)
 from gpusoftmax.kernels.cpu.noise import distance_of_ratio, scale_of_temperature
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset
 from gpusoftmax.kernels.cpu.states import row_max
 from gpusoftmax.kernels.cpu.vector import (
-    STORED_DTYPE,
-    add,
-    add_pair,
     cols_of,
-    formula,
-    load,
-    load_cols,
-    load_label,
-    maximum,
-    mul,
     number,
 )
 from gpusoftmax.kernels.operands import ONE_VALUE

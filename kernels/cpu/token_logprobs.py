@@ -22,11 +22,40 @@ A target that is ignore_index has log-probability 0 and passes on no gradient; o
 import math
 from typing import NamedTuple
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    add_pair,
+    anchor,
+    div,
+    exp_from,
+    floor,
+    fma,
+    log_probability,
+    log_sum,
+    mul,
+    negative,
+    rise_to,
+    row_inverse,
+    weighted_distance,
+)
+from gpusoftmax.kernels.cpu.arithmetic import (
+    logsumexp as logsumexp_of_state,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import count_above, sum_of_distances, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.first_max import chunk_of_max, first_max, logit_at
 from gpusoftmax.kernels.cpu.here import index_in, pulled_back
+from gpusoftmax.kernels.cpu.lanes import (
+    add_at,
+)
+from gpusoftmax.kernels.cpu.memory import (
+    load,
+    load_cols,
+    load_label,
+    pointer_to,
+    store,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import (
@@ -42,31 +71,10 @@ from gpusoftmax.kernels.cpu.states import (
     saved,
 )
 from gpusoftmax.kernels.cpu.vector import (
-    add,
-    add_at,
-    add_pair,
-    anchor,
-    div,
-    exp_from,
-    floor,
-    fma,
     is_across,
     lanes_of,
-    load,
-    load_cols,
-    load_label,
-    log_probability,
-    log_sum,
-    mul,
-    negative,
     number,
-    pointer_to,
-    rise_to,
-    row_inverse,
-    store,
-    weighted_distance,
 )
-from gpusoftmax.kernels.cpu.vector import logsumexp as logsumexp_of_state
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Labels, Operand, Place, Rows, scale_of, unless_one
 

@@ -7,22 +7,26 @@ of the exponentials at hand they become log-probabilities, as in log_softmax.py.
 import math
 from typing import NamedTuple
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    log_probability,
+    log_sum,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import sum_of_exponentials
 from gpusoftmax.kernels.cpu.largest import find_largest
+from gpusoftmax.kernels.cpu.memory import (
+    advance,
+    load,
+    load_label,
+    pointer_to,
+    store,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import MAX, fold_state, save_state, saved
 from gpusoftmax.kernels.cpu.vector import (
-    advance,
-    load,
-    load_label,
-    log_probability,
-    log_sum,
     number,
-    pointer_to,
-    store,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Labels, Operand, Place, Rows, scale_of, unless_one

@@ -9,26 +9,30 @@ once, by one thread; its largest logits are kept where the results go (largest.p
 import math
 from typing import NamedTuple
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add_pair,
+    exp_from,
+    floor,
+    fma,
+    inverse_pair,
+    mul,
+)
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_of_exponentials
 from gpusoftmax.kernels.cpu.largest import find_largest
+from gpusoftmax.kernels.cpu.memory import (
+    advance,
+    load,
+    pointer_to,
+    store,
+)
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset, save_maxima
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import LOW, MAX, SUM, anchor_of_chunk, fold_sum, row_max, save, saved
 from gpusoftmax.kernels.cpu.states import chunk_ratio as ratio_of_chunk
 from gpusoftmax.kernels.cpu.vector import (
-    add_pair,
-    advance,
-    exp_from,
-    floor,
-    fma,
-    inverse_pair,
-    load,
-    mul,
     number,
-    pointer_to,
-    store,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import Labels, Operand, Place, Rows, scale_of, unless_one

@@ -11,26 +11,30 @@ import math
 
 import numpy as np
 
+from gpusoftmax.kernels.cpu.arithmetic import (
+    add,
+    inverse_temperature,
+    scaled,
+    softcap,
+)
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import Line, Through
-from gpusoftmax.kernels.cpu.rows import element, row_offset
-from gpusoftmax.kernels.cpu.vector import (
-    add,
+from gpusoftmax.kernels.cpu.memory import (
     advance,
-    along,
-    cols_of,
     has_bits,
-    inverse_temperature,
     load,
     load_cols,
     load_label,
-    number,
     pointer_to,
-    scaled,
-    softcap,
     store,
     store_cols,
     where_kept,
+)
+from gpusoftmax.kernels.cpu.rows import element, row_offset
+from gpusoftmax.kernels.cpu.vector import (
+    along,
+    cols_of,
+    number,
 )
 from gpusoftmax.kernels.operands import ONE_VALUE
 

@@ -21,7 +21,9 @@ from gpusoftmax.kernels.cpu.across import across_rows
 from gpusoftmax.kernels.cpu.along import along_rows
 from gpusoftmax.kernels.cpu.blocks import rows_in_blocks
 from gpusoftmax.kernels.cpu.cache import HELPER_OPTIONS
-from gpusoftmax.kernels.cpu.vector import Way
+from gpusoftmax.kernels.cpu.vector import (
+    Way,
+)
 
 ALONG, ACROSS, IN_BLOCKS = Way("along"), Way("across"), Way("in blocks")
 _WALKS = {"along": along_rows, "across": across_rows, "in blocks": rows_in_blocks}

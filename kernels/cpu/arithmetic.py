@@ -1,0 +1,78 @@
+"""The formulas for kernels on the CPU, on vectors and on single numbers."""
+
+import functools
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels.binding import bind
+from gpusoftmax.kernels.cpu.vector import REGISTER_BYTES
+
+
+class _Arithmetic(formulas.Arithmetic):
+    def kept(self, value: float):
+        """LLVM prefers loading a constant again in every step of a loop. What comes out of an assembler statement, even
+        one without instructions, is no constant to it. Where there are 32 registers.
+        """
+        if not self.lanes or REGISTER_BYTES != 64:
+            return self.number(value)
+        element = self.type.element
+        constant = ir.Constant(element, float(np.float32(value)) if self.format is formulas.SINGLE else value)
+        number = self.builder.asm(ir.FunctionType(element, [element]), "", "=x,0", [constant], side_effect=False)
+        number.attributes.add("readnone")
+        number.attributes.add("nounwind")
+        return self.splat(number)
+
+
+formula = functools.partial(bind, intrinsic, types, _Arithmetic)
+add = formula(formulas.Arithmetic.add)
+sub = formula(formulas.Arithmetic.sub)
+mul = formula(formulas.Arithmetic.mul)
+div = formula(formulas.Arithmetic.div)
+fma = formula(formulas.Arithmetic.fma)
+negative = formula(formulas.Arithmetic.negative)
+maximum = formula(formulas.Arithmetic.maximum)
+compensated_add = formula(formulas.compensated_add, n_results=2)
+add_pair = formula(formulas.add_pair, n_results=2)
+finite_or_zero = formula(formulas.finite_or_zero)
+where_finite = formula(formulas.where_finite)
+anchor = formula(formulas.anchor, n_results=2)
+floor = formula(formulas.floor)
+exp_from = formula(formulas.exp_from)
+coarse_exp_from = formula(formulas.coarse_exp_from)
+inverse_pair = formula(formulas.inverse_pair, n_results=2)
+ratio_of_anchors = formula(formulas.ratio_of_anchors)
+power_of_two_ratio = formula(formulas.power_of_two_ratio)
+exp = formula(formulas.exp)
+set_ties_apart = formula(formulas.set_ties_apart, n_results=2)
+tied_total = formula(formulas.tied_total, n_results=2)
+log_sum = formula(formulas.log_sum, n_results=2)
+distance = formula(formulas.distance)
+weighted_distance = formula(formulas.weighted_distance)
+distance_of_mass = formula(formulas.distance_of_mass)
+is_above = formula(formulas.is_above)
+rise_to = formula(formulas.rise_to)
+row_inverse = formula(formulas.row_inverse)
+scaled = formula(formulas.scaled)
+inverse_temperature = formula(formulas.inverse_temperature, n_results=2)
+softcap = formula(formulas.softcap)
+pulled_through_softcap = formula(formulas.pulled_through_softcap)
+pulled_through_mask = formula(formulas.pulled_through_mask)
+zero_where_empty = formula(formulas.zero_where_empty)
+log_probability = formula(formulas.log_probability)
+logsumexp = formula(formulas.logsumexp)
+leading = formula(formulas.leading, n_results=2)
+exp_below = formula(formulas.exp_below)
+line_and_place = formula(formulas.line_and_place, n_results=2)
+moved_moment = formula(formulas.moved_moment, n_results=2)
+ratio_of_pairs = formula(formulas.ratio_of_pairs)
+coordinate = formula(formulas.coordinate)
+place_of = formula(formulas.place_of)
+per_place_of = formula(formulas.per_place_of)
+half_difference = formula(formulas.half_difference, n_results=2)
+log_ratio = formula(formulas.log_ratio)
+divergence = formula(formulas.divergence)
+pull_on_target = formula(formulas.pull_on_target)
