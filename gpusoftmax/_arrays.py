@@ -1,8 +1,7 @@
 """Where an array lives and how the kernels see it: the one place that knows array libraries.
 
 `wrap` turns whatever the user holds into an `Array`: pointer, dtype name, shape, strides in elements, place. `empty`
-allocates a result of the same kind, and `for_rows` cuts arrays into the (outer, inner, column) form of the kernels.
-No library is imported unless an array of it was passed.
+allocates a result of the same kind. No library is imported unless an array of it was passed.
 
 A device array of another library takes part without CuPy if it has `__cuda_array_interface__` (version 3), `dtype`,
 `__dlpack_device__()` and `__gpusoftmax_empty__(shape, dtype)`, which returns a new array of its kind on its device.
@@ -11,7 +10,6 @@ A device array of another library takes part without CuPy if it has `__cuda_arra
 import contextlib
 import functools
 import importlib
-import itertools
 import math
 import sys
 import threading
@@ -25,7 +23,7 @@ import numpy as np
 
 from gpusoftmax import _checks, _memory
 from gpusoftmax.kernels import operands
-from gpusoftmax.kernels.operands import Labels, Numbers, Operand, Place, Rows, Transform
+from gpusoftmax.kernels.operands import Numbers, Place, Transform
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CPU = Place("cpu")
@@ -140,7 +138,7 @@ def _element_strides(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a C-contiguous array."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
@@ -322,7 +320,7 @@ def _from_device(x, name: str) -> Array:
     pointer, read_only = interface["data"]
     shape = tuple(interface["shape"])
     strides = interface.get("strides")
-    strides = _row_major(shape) if strides is None else _element_strides(tuple(strides), dtype.itemsize)
+    strides = row_major(shape) if strides is None else _element_strides(tuple(strides), dtype.itemsize)
     stream = interface.get("stream")
     if stream == 0:
         raise ValueError(
@@ -402,7 +400,7 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
                 "torch makes fake or functional tensors here, which have no memory for a result: leave FakeTensorMode "
                 "or torch.func.functionalize"
             )
-        array = Array(tensor, pointer, "torch", dtype, tuple(shape), _row_major(tuple(shape)), like.place, True)
+        array = Array(tensor, pointer, "torch", dtype, tuple(shape), row_major(tuple(shape)), like.place, True)
         if like.place.target == "cpu":
             _memory.in_huge_pages(array.pointer, array.size * array.itemsize)
         return array
@@ -412,7 +410,7 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
         array = _from_numpy(_memory.aligned(shape, numpy_dtype(dtype)), "out")
     else:
         owner = _empty_cupy(shape, numpy_dtype(dtype), like.place.device)
-        array = Array(owner, owner.data.ptr, "cupy", dtype, shape, _row_major(shape), like.place, True)
+        array = Array(owner, owner.data.ptr, "cupy", dtype, shape, row_major(shape), like.place, True)
     if like.kind == "jax":
         return array._replace(kind="jax", owner=(like.owner[0], array.owner), place=like.place)
     return array
@@ -501,24 +499,6 @@ def next_integer(given: Any) -> Any:
     return given + 1
 
 
-def contiguous(array: Array, dtype: str) -> Array:
-    """The array itself if it is C-contiguous and of this floating dtype, or else a copy that is."""
-    walks = zip(array.shape, array.strides, _row_major(array.shape), strict=True)
-    if dtype == array.dtype and all(size <= 1 or stride == dense for size, stride, dense in walks):
-        return array
-    if not array.ndim:  # rows of copies have an axis
-        return contiguous(array._replace(shape=(1,), strides=(1,)), dtype)._replace(shape=(), strides=())
-    copied = empty(array, array.shape, dtype)
-    copy_into(array, copied)
-    return copied
-
-
-def copy_into(source: Array, target: Array) -> None:
-    """target[...] = source, by a kernel, so that every kind of array can be copied alike."""
-    copy = kernels(source.place, "copy").copy
-    for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), [source], [target])
-
-
 def reshaped(array: Array, shape: tuple[int, ...], name: str) -> Array:
     """The array in another shape, by its own library: a view, or a copy where no strides walk it. One of JAX becomes
     the NumPy or CuPy array by which it is reached.
@@ -533,176 +513,6 @@ def current_device(array: Array) -> contextlib.AbstractContextManager:
     if array.place.target == "cuda" and array.kind in ("cupy", "jax"):
         return sys.modules["cupy"].cuda.Device(array.place.device)
     return contextlib.nullcontext()
-
-
-# ---------------------------------------------------------------- from arrays to rows
-
-
-def without_axes(array: Array, axes: tuple[int, ...], keepdims: bool = False) -> tuple[int, ...]:
-    """The shape of a result that has one number per row."""
-    if keepdims:
-        return tuple(1 if axis in axes else size for axis, size in enumerate(array.shape))
-    return tuple(size for axis, size in enumerate(array.shape) if axis not in axes)
-
-
-def column_count(array: Array, axes: tuple[int, ...]) -> int:
-    return math.prod(array.shape[axis] for axis in axes)
-
-
-def per_row(array: Array, axes: tuple[int, ...], ndim: int) -> Array:
-    """An array of one number per row, stretched over the reduced axes with stride 0, to walk beside the logits."""
-    if array.ndim == ndim:
-        strides = tuple(0 if axis in axes else stride for axis, stride in enumerate(array.strides))
-    else:
-        kept = iter(array.strides)
-        strides = tuple(0 if axis in axes else next(kept) for axis in range(ndim))
-    return Array(*array[:5], strides, *array[6:])  # _replace takes four times as long
-
-
-def part(array: Array, k: int) -> Array:
-    """array[..., k], which a kernel takes as one number per row; only to be read and written through its pointer."""
-    pointer = array.pointer + k * array.strides[-1] * array.itemsize
-    return array._replace(pointer=pointer, shape=array.shape[:-1], strides=array.strides[:-1])
-
-
-def rows_of(array: Array, rows: slice) -> Array:
-    """array[rows] of an array of one axis, for a kernel; only to be read and written through its pointer."""
-    pointer = array.pointer + rows.start * array.strides[0] * array.itemsize
-    return array._replace(pointer=pointer, shape=(rows.stop - rows.start,))
-
-
-class _Dim(NamedTuple):
-    size: int
-    strides: tuple[int, ...]  # one per array
-
-
-def _coalesce(dims: list[_Dim]) -> list[_Dim]:
-    """Joins neighbouring axes that every array walks with one stride; axes of size 1 vanish."""
-    joined: list[_Dim] = []
-    for dim in dims:
-        if dim.size == 1:
-            continue
-        if joined and all(
-            outer == inner * dim.size for outer, inner in zip(joined[-1].strides, dim.strides, strict=True)
-        ):
-            joined[-1] = _Dim(joined[-1].size * dim.size, dim.strides)
-        else:
-            joined.append(dim)
-    return joined
-
-
-def all_labels(array: Array, n_cols: int) -> tuple[Rows, Labels, Array]:
-    """An array of one label per row, by itself: all its rows in one call, in C order.
-
-    One that takes more than two strides to walk is flattened by its own library. The third result keeps the memory of
-    the labels; hold it until the kernels that read them have been started.
-    """
-    dims = _coalesce([_Dim(size, (stride,)) for size, stride in zip(array.shape, array.strides, strict=True)])
-    if len(dims) > 2:
-        if array.kind == "device":
-            raise TypeError(f"target, {array.home}, takes more than two strides to walk: pass a contiguous copy")
-        array = wrap(array.library_array.reshape(-1), "copy")
-        dims = [_Dim(array.size, array.strides)]
-    outer, inner = ([_Dim(1, (0,))] * 2 + dims)[-2:]
-    rows = Rows(array.size, max(inner.size, 1), n_cols)
-    labels = Labels(array.pointer, outer.strides[0], inner.strides[0], operands.label_code(array.dtype))
-    return rows, labels, array
-
-
-def for_rows(call: Callable[..., None], axes: tuple[int, ...], reads: Sequence[Array], writes: Sequence[Array]) -> None:
-    """call(rows, *operands of reads, *operands of writes) until every row is done; no call for an empty batch.
-
-    The logits come first in `reads` and give the shape. Two batch axes go to the kernel, further ones that cannot be
-    joined with them are looped over here. Reduced axes that form no single stride cost one copy of each array.
-    """
-    transform = reads[0].transform
-    arrays = [*reads, *writes]
-    if transform is not None:
-        arrays += [field for field in transform if isinstance(field, Array)]
-    walk = _walk(axes, reads[0].shape, tuple([array.strides for array in arrays]))
-    if walk is None:
-        _checks.one_stride(axes, transform)
-        _for_rows_of_copies(call, axes, reads, writes)
-        return
-    for index in itertools.product(*walk.calls):
-        here = []
-        for k, array in enumerate(arrays):
-            pointer, (outer, inner, col) = array.pointer, walk.strides[k]
-            for i, strides in zip(index, walk.call_strides, strict=True):
-                pointer += i * strides[k] * array.itemsize
-            if array.dtype in _LABELS:
-                here.append(Labels(pointer, outer, inner, operands.label_code(array.dtype)))
-            else:
-                here.append(Operand(pointer, outer, inner, col, array.dtype))
-        if transform is not None:
-            fields = iter(here[len(reads) + len(writes) :])
-            here[0] = here[0]._replace(
-                transform=Transform(*(next(fields) if isinstance(field, Array) else field for field in transform))
-            )
-            del here[len(reads) + len(writes) :]
-        call(walk.rows, *here)
-
-
-_LABELS = frozenset(operands.LABELS)
-
-
-class _Walk(NamedTuple):
-    """Strides count elements and come for each array."""
-
-    rows: Rows  # of one call
-    strides: tuple[tuple[int, int, int], ...]  # (outer, inner, column)
-    calls: tuple[range, ...]  # the batch axes that are looped over: none for one call, an empty range for no call
-    call_strides: tuple[tuple[int, ...], ...]
-
-
-@functools.lru_cache(maxsize=4096)
-def _walk(axes: tuple[int, ...], shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> _Walk | None:
-    """How kernels walk arrays of one shape along `axes`; None if no single stride walks these."""
-    n_cols = math.prod(shape[axis] for axis in axes)
-    _checks.column_count(n_cols)
-    dims = [_Dim(size, tuple(each[axis] for each in strides)) for axis, size in enumerate(shape)]
-    cols = _coalesce([dims[axis] for axis in axes])
-    batch = [dim for axis, dim in enumerate(dims) if axis not in axes]
-    if math.prod(dim.size for dim in batch) == 0:
-        return _Walk(Rows(0, 0, n_cols), (), (range(0),), ())
-    if len(cols) > 1 and n_cols:
-        return None
-    col_strides = cols[0].strides if cols else (1,) * len(strides)
-    batch = [_Dim(1, (0,) * len(strides))] * 2 + _coalesce(batch)
-    outer, inner = batch[-2:]
-    looped = [dim for dim in batch[:-2] if dim.size > 1]
-    return _Walk(
-        Rows(outer.size * inner.size, inner.size, n_cols),
-        tuple(zip(outer.strides, inner.strides, col_strides, strict=True)),
-        tuple(range(dim.size) for dim in looped),
-        tuple(dim.strides for dim in looped),
-    )
-
-
-def _for_rows_of_copies(call, axes, reads, writes) -> None:
-    """for_rows on copies that have the reduced axes last and contiguous; what was written is copied back."""
-    full = reads[0].shape
-    order = tuple(axis for axis in range(len(full)) if axis not in axes) + axes
-    last = tuple(range(len(full) - len(axes), len(full)))
-
-    def reordered(array: Array) -> Array:
-        """The axes in the new order. One number per row comes with as many strides, see per_row."""
-        shape = tuple(full[axis] for axis in order)
-        return array._replace(shape=shape, strides=tuple(array.strides[axis] for axis in order))
-
-    def copied(array: Array, filled: bool) -> Array:
-        if array.shape != full:
-            return reordered(array)
-        copy = empty(array, reordered(array).shape, array.dtype)
-        if filled:
-            copy_into(reordered(array), copy)
-        return copy
-
-    targets = [copied(array, filled=False) for array in writes]
-    for_rows(call, last, [copied(array, filled=True) for array in reads], targets)
-    for array, target in zip(writes, targets, strict=True):
-        if array.shape == full:
-            copy_into(target, reordered(array))
 
 
 def kernels(place: Place, op: str):

@@ -15,7 +15,7 @@ def are_checked(x: Array, validate: bool | None) -> bool:
 
 
 def check(x: Array, rows: Rows, labels: Labels, ignore_index: int) -> None:
-    """IndexError naming the first of all labels (see _arrays.all_labels) that is neither a class nor ignore_index."""
+    """IndexError naming the first of all labels (see _rows.all_labels) that is neither a class nor ignore_index."""
     bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
     kernels = _arrays.kernels(x.place, "batch")
     kernels.find_bad_label(rows, labels, _arrays.numbers(bad_row), _arrays.numbers(bad_label), ignore_index, x.place)

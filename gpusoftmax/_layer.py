@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from gpusoftmax import _arrays
+from gpusoftmax import _arrays, _rows
 from gpusoftmax._arrays import Array
 from gpusoftmax._products import add_product, adds, blocks, clear, factor, is_factor, multiply
 
@@ -52,7 +52,7 @@ def chunks(
     weight_rows = factor(weight, dtype, step)
     classes = [slice(0, n_classes)] if n_rooms == 1 else list(blocks(n_classes, step))
     if bias is not None:
-        bias = _arrays.contiguous(bias, dtype).library_array
+        bias = _rows.contiguous(bias, dtype).library_array
     if dx is not None:
         dx_rows = dx.library_array.reshape(n_rows, n_features)
         dx_room = None if dx.dtype == dtype else new((size, n_features))
@@ -63,7 +63,7 @@ def chunks(
         bias_room = None if dbias is None else new((1, n_classes))
     row_factors = None
     if row_scale is not None:
-        row_factors = _arrays.reshaped(_arrays.contiguous(row_scale, dtype), (n_rows, 1), "grad_scale").library_array
+        row_factors = _arrays.reshaped(_rows.contiguous(row_scale, dtype), (n_rows, 1), "grad_scale").library_array
         if idle is not None:  # whatever comes from above: 0 times NaN is none
             given, row_factors = row_factors, new((n_rows, 1))
             row_factors[...] = given
@@ -91,7 +91,7 @@ def chunks(
             if row_factors is not None:
                 product *= row_factors[rows]
             if dx_room is not None:
-                _arrays.copy_into(_arrays.wrap(product, "product"), _arrays.wrap(dx_rows[rows], "dinput"))
+                _rows.copy_into(_arrays.wrap(product, "product"), _arrays.wrap(dx_rows[rows], "dinput"))
         if dweight is not None:
             if row_factors is not None:  # the features are fewer than the classes
                 features *= row_factors[rows]
@@ -101,7 +101,7 @@ def chunks(
             add_product(scales, z, bias_sum.library_array[None], bias_room)
     for total, gradient in ((weight_sum, dweight), (bias_sum, dbias)):
         if total is not gradient:
-            _arrays.copy_into(total, gradient)
+            _rows.copy_into(total, gradient)
 
 
 def _factor_dtype(x: Array) -> str:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _labels, _loss_rows, _transform
+from gpusoftmax import _arrays, _checks, _labels, _loss_rows, _rows, _transform
 from gpusoftmax._arrays import Array
 from gpusoftmax._loss_rows import LossRows
 from gpusoftmax.kernels.operands import NO_LABELS, Labels, Operand, Rows
@@ -41,7 +41,7 @@ def normalizer_array(given: Any, x: Array, x_name: str, dtype: str, gradient: Ar
     _checks.one_element(array, "normalizer")
     if gradient is not None:
         _checks.no_overlap(gradient, array, "normalizer")
-    return _arrays.contiguous(array, dtype)
+    return _rows.contiguous(array, dtype)
 
 
 def loss_and_gradient(
@@ -89,7 +89,7 @@ def backward(
             array = array._replace(shape=rows.batch_shape, strides=(0,) * len(rows.batch_shape))
         _checks.same_shape(array, rows.batch_shape, name, "one number for each row")
         _checks.no_overlap(gradient, array, name)
-        reads[name] = array if array.dtype == rows.dtype else _arrays.contiguous(array, rows.dtype)
+        reads[name] = array if array.dtype == rows.dtype else _rows.contiguous(array, rows.dtype)
     weight_sum = _loss_rows.weight_sum(rows)
 
     def call(geometry: Rows, operands: dict[str, Operand | Labels]) -> None:
@@ -121,7 +121,7 @@ def _checked(logits, given, out, with_grad, options, arrays, transform) -> tuple
     labels = _arrays.wrap(target, "target")
     axes = _checks.class_axis(axis, x.ndim)
     n_cols = x.shape[axes[0]]
-    batch_shape = _arrays.without_axes(x, axes)
+    batch_shape = _rows.without_axes(x, axes)
     reason = f"to match logits {x.shape} without axis {axis}"
     probs = None
     if shares is not None:
@@ -167,13 +167,13 @@ def _checked(logits, given, out, with_grad, options, arrays, transform) -> tuple
             if array is not None:
                 _checks.no_overlap(gradient, array, name)
     if labels is not None and _labels.are_checked(x, validate):
-        all_rows, all_labels, held = _arrays.all_labels(labels, n_cols)
+        all_rows, all_labels, held = _rows.all_labels(labels, n_cols)
         _labels.check(x, all_rows, all_labels, ignore_index)
         del held  # a copy of the labels, perhaps: held until here
-    weight, row_weight = (None if one is None else _arrays.contiguous(one, dtype) for one in (weight, row_weight))
+    weight, row_weight = (None if one is None else _rows.contiguous(one, dtype) for one in (weight, row_weight))
     if shares is not None and shares.dtype != dtype:
-        shares = _arrays.contiguous(shares, dtype)
+        shares = _rows.contiguous(shares, dtype)
     if probs is not None and probs.dtype == "float64" and dtype != "float64":
-        probs = _arrays.contiguous(probs, dtype)
+        probs = _rows.contiguous(probs, dtype)
     numbers = dtype, ignore_index, label_smoothing, z_loss
     return LossRows(transformed, axes, *numbers, weight, labels, shares, probs, row_weight), gradient

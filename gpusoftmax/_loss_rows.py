@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _totals
+from gpusoftmax import _arrays, _rows, _totals
 from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import (
     NO_LABELS,
@@ -39,7 +39,7 @@ class LossRows(NamedTuple):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        return _arrays.without_axes(self.x, self.axes)
+        return _rows.without_axes(self.x, self.axes)
 
     @property
     def n_labels(self) -> int:
@@ -152,7 +152,7 @@ def _normalise(rows: LossRows, normaliser: Array) -> None:
     geometry, labels, n_labels, held = Rows(math.prod(rows.batch_shape), 1, n_cols), NO_LABELS, 0, None
     if rows.labels is not None:
         n_labels = rows.n_labels
-        geometry, labels, held = _arrays.all_labels(rows.labels, n_cols)
+        geometry, labels, held = _rows.all_labels(rows.labels, n_cols)
     weight = rows.numbers(rows.weight if rows.probs is None and rows.shares is None else None)
     room = _totals.scratch(rows.x, math.prod(rows.batch_shape), rows.dtype)
     numbers = weight, row_weight, result, rows.ignore_index, rows.numbers(room)
@@ -187,7 +187,7 @@ def for_rows(
     """call(rows, operands by name) until every row is done. `reads` and `writes` have a number for each row."""
     first = {"labels": rows.labels, "shares": rows.shares}
     if rows.shares is not None:
-        first = {name: _arrays.part(array, 0) for name, array in first.items()}
+        first = {name: _rows.part(array, 0) for name, array in first.items()}
     reads = {**first, "row_weight": rows.row_weight, **reads}
     reads = {name: _per_row(rows, array) for name, array in reads.items() if array is not None}
     if rows.probs is not None:
@@ -201,8 +201,8 @@ def for_rows(
     def rows_of_batch(geometry: Rows, *operands: Operand | Labels) -> None:
         call(geometry, dict(zip(names, operands, strict=True)))
 
-    _arrays.for_rows(rows_of_batch, rows.axes, list(reads.values()), list(writes.values()))
+    _rows.for_rows(rows_of_batch, rows.axes, list(reads.values()), list(writes.values()))
 
 
 def _per_row(rows: LossRows, array: Array) -> Array:
-    return _arrays.per_row(array, rows.axes, rows.x.ndim)
+    return _rows.per_row(array, rows.axes, rows.x.ndim)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _arrays, _checks, _rows
 from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import Labels, one_value
 
@@ -24,7 +24,7 @@ def integers(
     if type(given) is int:
         return one_value(given)
     array = _of(given, name, logits, result)
-    _checks.seeds(array, name, _arrays.without_axes(logits, axes))
+    _checks.seeds(array, name, _rows.without_axes(logits, axes))
     if array.dtype == "uint64":
         array = array._replace(dtype="int64")  # the same bits
     return _beside(array, logits, axes)
@@ -37,8 +37,8 @@ def floats(
     if given is None:
         return None
     array = _of(given, name, logits, result)
-    _checks.number_of_rows(array, name, _arrays.without_axes(logits, axes))
-    return _beside(array if array.dtype == dtype else _arrays.contiguous(array, dtype), logits, axes)
+    _checks.number_of_rows(array, name, _rows.without_axes(logits, axes))
+    return _beside(array if array.dtype == dtype else _rows.contiguous(array, dtype), logits, axes)
 
 
 def _of(given: Any, name: str, logits: Array, result: Array | None) -> Array:
@@ -52,4 +52,4 @@ def _of(given: Any, name: str, logits: Array, result: Array | None) -> Array:
 def _beside(array: Array, logits: Array, axes: tuple[int, ...]) -> Array:
     if array.size == 1:
         return array._replace(strides=(0,) * logits.ndim)
-    return _arrays.per_row(array, axes, logits.ndim)
+    return _rows.per_row(array, axes, logits.ndim)

@@ -9,7 +9,7 @@ from typing import Any
 
 import array_api_compat
 
-from gpusoftmax import _arrays
+from gpusoftmax import _arrays, _rows
 from gpusoftmax._arrays import Array
 
 
@@ -57,7 +57,7 @@ def factor(matrix: Array, dtype: str, most: int, copied: bool = False) -> Callab
 
     def copy(rows: slice) -> Any:
         part = room[: rows.stop - rows.start]
-        _arrays.copy_into(_arrays.wrap(rows_of[rows], "rows"), _arrays.wrap(part, "room"))
+        _rows.copy_into(_arrays.wrap(rows_of[rows], "rows"), _arrays.wrap(part, "room"))
         return part
 
     return copy

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy import ndarray
 
-from gpusoftmax import _arrays, _checks, _memory, _replay, _transform
+from gpusoftmax import _arrays, _checks, _memory, _replay, _rows, _transform
 
 _SMALL = 4096
 """Logits that one thread turns into probabilities in less than 10 us."""
@@ -49,7 +49,7 @@ def _forward(x, out, temperatures, bias, mask, valid, op, axis, dtype, any_tempe
     _checks.no_partial_overlap(result, logits, "x")
     kernel = getattr(_arrays.kernels(logits.place, op), op)
     if logits.size:
-        _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [result])
+        _rows.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [result])
     return _arrays.result(result, out)
 
 
@@ -81,5 +81,5 @@ def _backward(y, dy, out, temperatures, op, y_name, dy_name, axis, temperature):
         reads.append(_transform.temperatures_of_rows(temperatures, value, axes, dtype, y_name, result))
         call, numbers = getattr(kernels, f"tempered_{op}_backward"), (place,)
     if value.size:
-        _arrays.for_rows(lambda *rows: call(*rows, *numbers), axes, reads, [result])
+        _rows.for_rows(lambda *rows: call(*rows, *numbers), axes, reads, [result])
     return _arrays.result(result, out)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gpusoftmax import _arrays, _checks, _labels, _transform
+from gpusoftmax import _arrays, _checks, _labels, _rows, _transform
 from gpusoftmax.kernels.operands import Labels, Operand
 
 _FIELDS = ("logprob", "lse", "entropy", "rank", "argmax")
@@ -18,7 +18,7 @@ def token_logprobs(
     arrays = temperatures, bias, mask, valid
     x, temperature = _transform.applied(x, axes, dtype, arrays, transform, name="logits")
     _checks.temperature_fits(temperature, dtype)
-    batch_shape = _arrays.without_axes(x, axes)
+    batch_shape = _rows.without_axes(x, axes)
     per_target, per_row = {"logprob": _arrays.empty(x, labels.shape, dtype)}, {}
     if return_rank:
         per_target["rank"] = _arrays.empty(x, labels.shape, "int64")
@@ -37,24 +37,22 @@ def token_logprobs(
             numbers = targets.count, targets.stride, ignore_index, temperature
             kernel(rows, x_rows, label_rows, *operands.values(), *numbers, x.place)
 
-        reads = [x, _arrays.per_row(targets.labels, axes, x.ndim)]
-        _arrays.for_rows(
-            rows_of_batch, axes, reads, [_arrays.per_row(array, axes, x.ndim) for array in results.values()]
-        )
+        reads = [x, _rows.per_row(targets.labels, axes, x.ndim)]
+        _rows.for_rows(rows_of_batch, axes, reads, [_rows.per_row(array, axes, x.ndim) for array in results.values()])
 
     several = labels.ndim > len(batch_shape)
     if several and return_rank:  # a kernel counts for one of them
         for j in range(labels.shape[-1]):
-            one_of_each = {name: _arrays.part(array, j) for name, array in per_target.items()}
-            call(_Targets(_arrays.part(labels, j), 1, 0), one_of_each)
+            one_of_each = {name: _rows.part(array, j) for name, array in per_target.items()}
+            call(_Targets(_rows.part(labels, j), 1, 0), one_of_each)
         if per_row:
             call(
-                _Targets(_arrays.part(labels, 0), 0, 0),
-                {"logprob": _arrays.part(per_target["logprob"], 0), **per_row},
+                _Targets(_rows.part(labels, 0), 0, 0),
+                {"logprob": _rows.part(per_target["logprob"], 0), **per_row},
             )
     elif several:
-        first_of_each = {name: _arrays.part(array, 0) for name, array in per_target.items()}
-        call(_Targets(_arrays.part(labels, 0), labels.shape[-1], labels.strides[-1]), {**first_of_each, **per_row})
+        first_of_each = {name: _rows.part(array, 0) for name, array in per_target.items()}
+        call(_Targets(_rows.part(labels, 0), labels.shape[-1], labels.strides[-1]), {**first_of_each, **per_row})
     else:
         call(_Targets(labels, 1, 0), {**per_target, **per_row})
     results = {**per_target, **per_row}
@@ -81,9 +79,9 @@ def checked(logits, target, axis, ignore_index, validate):
     labels = _arrays.wrap(target, "target")
     _checks.integer(labels.dtype, "target")
     _checks.same_home(x, labels, "logits", "target")
-    _checks.targets(labels, _arrays.without_axes(x, axes), f"to match logits {x.shape} without axis {axis}")
+    _checks.targets(labels, _rows.without_axes(x, axes), f"to match logits {x.shape} without axis {axis}")
     if _labels.are_checked(x, validate):
-        rows, all_labels, memory = _arrays.all_labels(labels, n_cols)
+        rows, all_labels, memory = _rows.all_labels(labels, n_cols)
         _labels.check(x, rows, all_labels, ignore_index)
         del memory  # a copy of the labels, perhaps: held until here
     return x, labels, axes, ignore_index

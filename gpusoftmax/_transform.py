@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _arrays, _checks, _rows
 from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import Transform, one_value, scale_of
 
@@ -59,8 +59,8 @@ def applied(
     is_zero = takes_zero and _checks.is_zero(temperature)
     temperature, softcap = _LEAST if is_zero else _checks.temperature(temperature), _checks.softcap(softcap)
     empty_row = _checks.one_of(empty_row, ("nan", "zero"), "empty_row")
-    batch_shape = _arrays.without_axes(x, axes)
-    n_cols = _arrays.column_count(x, axes)
+    batch_shape = _rows.without_axes(x, axes)
+    n_cols = _rows.column_count(x, axes)
     scale, rows_temperature = None, None
     if temperatures is not None:
         rows_temperature = temperatures_of_rows(temperatures, x, axes, dtype, name, result)
@@ -69,7 +69,7 @@ def applied(
     if bias is not None:
         bias = _beside(bias, x, "bias", name, result, floating=True)
         if bias.dtype == "float64" != dtype:  # kernels widen what they read, and narrow nothing
-            bias = _arrays.contiguous(bias, dtype)
+            bias = _rows.contiguous(bias, dtype)
         bias = bias._replace(strides=_checks.stretched(bias, x, axes, n_cols, "bias"))
     if mask is not None:
         mask = _beside(mask, x, "mask", name, result)
@@ -81,7 +81,7 @@ def applied(
         valid = _beside(valid_of_rows, x, "n_valid", name, result)
         _checks.integer(valid.dtype, "n_valid", "numbers of columns")
         _checks.same_shape(valid, batch_shape, "n_valid", "one for each row, or a single int")
-        valid = _arrays.per_row(valid, axes, x.ndim)
+        valid = _rows.per_row(valid, axes, x.ndim)
     else:
         valid = None if n_valid is None else one_value(_checks.valid_count(n_valid, n_cols))
     if softcap is not None:
@@ -99,11 +99,11 @@ def temperatures_of_rows(
 ) -> Array:
     """One for each row of x, in the format of the computation, to be walked beside x."""
     array = _beside(given, x, "temperature", x_name, result, floating=True)
-    batch_shape = _arrays.without_axes(x, axes)
+    batch_shape = _rows.without_axes(x, axes)
     _checks.same_shape(array, batch_shape, "temperature", "one for each row, or a single number")
     if array.dtype != dtype:
-        array = _arrays.contiguous(array, dtype)
-    return _arrays.per_row(array, axes, x.ndim)
+        array = _rows.contiguous(array, dtype)
+    return _rows.per_row(array, axes, x.ndim)
 
 
 def _beside(given: Any, x: Array, name: str, x_name: str, result: Array | None, floating: bool = False) -> Array:

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _totals
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _totals
 from gpusoftmax._loss import normalizer_array, split_normalizer
 from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
@@ -161,7 +161,7 @@ def _kl_div(
 ):  # fmt: skip
     x, y = _arrays.logits(logits, "logits"), _arrays.logits(target_logits, "target_logits")
     axes = _checks.class_axis(axis, x.ndim)
-    n_cols, batch_shape = x.shape[axes[0]], _arrays.without_axes(x, axes)
+    n_cols, batch_shape = x.shape[axes[0]], _rows.without_axes(x, axes)
     _checks.same_home(x, y, "logits", "target_logits")
     _checks.same_dtype(x, y, "logits", "target_logits")
     _checks.same_shape(y, x.shape, "target_logits", "to match logits")
@@ -201,7 +201,7 @@ def _kl_div(
     loss = losses if reduction == "none" else _arrays.empty(x, (), loss_dtype)
     room = None if reduction == "none" else _totals.scratch(x, losses.size, dtype)
     dtarget = _arrays.empty(x, x.shape, x.dtype) if target_grad else None
-    reads = [x, y] if weights is None else [x, y, _arrays.per_row(weights, axes, x.ndim)]
+    reads = [x, y] if weights is None else [x, y, _rows.per_row(weights, axes, x.ndim)]
     no_weights, no_gradient = NO_OPERAND._replace(dtype=dtype), NO_OPERAND._replace(dtype=x.dtype)
 
     def target_gradients(rows, x_rows, y_rows, *rest):
@@ -216,9 +216,9 @@ def _kl_div(
         kernels.kl_div(rows, x_rows, y_rows, *rest, normaliser, upstream, temperature, x.place)
 
     if target_grad:  # first: the other gradient may be written over what is read
-        _arrays.for_rows(target_gradients, axes, reads, [dtarget])
-    per_row = _arrays.per_row(losses, axes, x.ndim)
-    _arrays.for_rows(divergences, axes, reads, [per_row, gradient] if with_grad else [per_row])
+        _rows.for_rows(target_gradients, axes, reads, [dtarget])
+    per_row = _rows.per_row(losses, axes, x.ndim)
+    _rows.for_rows(divergences, axes, reads, [per_row, gradient] if with_grad else [per_row])
     if reduction != "none":
         _totals.total(losses, normaliser, loss, divisor, room)
     return (
@@ -235,4 +235,4 @@ def _row_weights(row_weight, x, batch_shape, axis, gradient, dtype):
     _checks.same_shape(weights, batch_shape, "row_weight", f"to match logits {x.shape} without axis {axis}")
     if gradient is not None:
         _checks.no_overlap(gradient, weights, "row_weight")
-    return _arrays.contiguous(weights, dtype)
+    return _rows.contiguous(weights, dtype)

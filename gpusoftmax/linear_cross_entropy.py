@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _gradients, _labels, _layer, _loss, _loss_rows, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _labels, _layer, _loss, _loss_rows, _rows, _transform
 from gpusoftmax._arrays import Array
 from gpusoftmax._loss import CrossEntropy
 from gpusoftmax._loss_rows import LossRows
@@ -304,12 +304,12 @@ def _checked_loss(
 
     labels = _arrays.reshaped(labels, (labels.size,), "target")
     if _labels.are_checked(x, validate):
-        all_rows, all_labels, _ = _arrays.all_labels(labels, n_classes)
+        all_rows, all_labels, _ = _rows.all_labels(labels, n_classes)
         _labels.check(x, all_rows, all_labels, ignore_index)
     if weight is not None:
-        weight = _arrays.contiguous(weight, dtype)
+        weight = _rows.contiguous(weight, dtype)
     if row_weight is not None:
-        row_weight = _arrays.reshaped(_arrays.contiguous(row_weight, dtype), labels.shape, "row_weight")
+        row_weight = _arrays.reshaped(_rows.contiguous(row_weight, dtype), labels.shape, "row_weight")
     numbers = dtype, ignore_index, label_smoothing, z_loss
     return LossRows(logits, axes, *numbers, weight, labels, None, None, row_weight)
 
@@ -326,9 +326,9 @@ def _beside(given: Any, name: str, x: Array, shape: tuple[int, ...], reason: str
 def _part(rows: LossRows, of_rows: dict[str, Array], chunk: slice, logits: Array) -> tuple[LossRows, dict[str, Array]]:
     """Some of the rows, whose logits are there now, and the arrays for what is told of them."""
     labels, row_weight = (
-        None if array is None else _arrays.rows_of(array, chunk) for array in (rows.labels, rows.row_weight)
+        None if array is None else _rows.rows_of(array, chunk) for array in (rows.labels, rows.row_weight)
     )
     x = logits._replace(transform=rows.x.transform)
     some = rows._replace(x=x, axes=(1,), labels=labels, row_weight=row_weight)
     flat = {name: array._replace(shape=rows.labels.shape, strides=(1,)) for name, array in of_rows.items()}
-    return some, {name: _arrays.rows_of(array, chunk) for name, array in flat.items()}
+    return some, {name: _rows.rows_of(array, chunk) for name, array in flat.items()}

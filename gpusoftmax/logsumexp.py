@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _transform
 
 
 def logsumexp(
@@ -64,7 +64,7 @@ def _logsumexp(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype, *
     axes = _checks.axes(axis, logits.ndim)
     dtype = None if dtype is None else _checks.dtype_name(dtype)
     row_dtype = "float64" if logits.dtype == "float64" else "float32"
-    shape = _arrays.without_axes(logits, axes, keepdims)
+    shape = _rows.without_axes(logits, axes, keepdims)
     lse = _arrays.output(out, logits, shape, row_dtype, dtype)
     compute_dtype = _arrays.compute_dtype(logits, lse)
     arrays = temperatures, bias, mask, valid
@@ -72,6 +72,6 @@ def _logsumexp(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype, *
     _checks.temperature_fits(temperature, compute_dtype)
     _checks.no_partial_overlap(lse, logits, "x")
     kernel = _arrays.kernels(logits.place, "logsumexp").logsumexp
-    per_row = _arrays.per_row(lse, axes, logits.ndim)
-    _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [per_row])
+    per_row = _rows.per_row(lse, axes, logits.ndim)
+    _rows.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [per_row])
     return _arrays.result(lse, out)

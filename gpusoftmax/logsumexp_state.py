@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks
+from gpusoftmax import _arrays, _checks, _rows
 from gpusoftmax.kernels.operands import STATE_COLS, STATE_NUMBERS
 
 
@@ -141,7 +141,7 @@ class LogSumExpState:
         _checks.state_table(array, n_chunks, STATE_NUMBERS)
         temperature = _checks.temperature(temperature)
         _checks.temperature_fits(temperature, array.dtype)
-        table = _arrays.result(_arrays.contiguous(array, array.dtype))
+        table = _arrays.result(_rows.contiguous(array, array.dtype))
         parts, at = [], 0
         for first, stop in ranges or [(0, 0)]:
             parts.append(_Part(first, stop, table, at))
@@ -188,11 +188,11 @@ class LogSumExpState:
         table = _arrays.empty(home, (self.n_rows, _chunks_of(first, stop), STATE_NUMBERS), home.dtype)
         measure = _arrays.kernels(home.place, "logsumexp_state").measure
         for chunks, states in _by_size(x, table):
-            _arrays.for_rows(
+            _rows.for_rows(
                 lambda *rows: measure(*rows, self.temperature, x.place),
                 (2,),
                 [chunks],
-                [_arrays.per_row(_arrays.part(states, 0), (2,), 3)],
+                [_rows.per_row(_rows.part(states, 0), (2,), 3)],
             )
         self._add([_Part(first, stop, _arrays.result(table), 0)])
 
@@ -231,11 +231,11 @@ class LogSumExpState:
         states = _arrays.wrap(self.table, "table")
         lse = _arrays.empty(states, (self.n_rows,), states.dtype)
         fold = _arrays.kernels(states.place, "logsumexp_state").fold
-        _arrays.for_rows(
+        _rows.for_rows(
             lambda *rows: fold(*rows, self.temperature, states.place),
             (1,),
             [_flat(states)],
-            [_arrays.per_row(lse, (1,), 2)],
+            [_rows.per_row(lse, (1,), 2)],
         )
         return _arrays.result(lse)
 
@@ -247,7 +247,7 @@ class LogSumExpState:
             at, moved = 0, []
             for part in parts:
                 source = _chunks(_arrays.wrap(part.table, "table"), part.at, part.n_chunks)
-                _arrays.copy_into(_flat(source), _flat(_chunks(joined, at, part.n_chunks)))
+                _rows.copy_into(_flat(source), _flat(_chunks(joined, at, part.n_chunks)))
                 moved.append((part.first, part.stop, at))
                 at += part.n_chunks
             table = _arrays.result(joined)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _own_numbers, _replay, _transform
+from gpusoftmax import _arrays, _checks, _own_numbers, _replay, _rows, _transform
 from gpusoftmax.kernels.operands import Limits
 
 
@@ -134,5 +134,5 @@ def _mask(logits, out, mask, valid, temperatures, top_ks, top_ps, axis, temperat
         kernel(rows, x_rows, masked_rows, own["temperature"], Limits(own["top_k"], own["top_p"]), x.place)
 
     if x.size:
-        _arrays.for_rows(rows_of_batch, axes, [x, *arrays.values()], [masked])
+        _rows.for_rows(rows_of_batch, axes, [x, *arrays.values()], [masked])
     return _arrays.result(masked, out)

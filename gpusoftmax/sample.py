@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _gradients, _own_numbers, _replay, _tokens, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _own_numbers, _replay, _rows, _tokens, _transform
 from gpusoftmax.kernels.operands import Limits, one_value
 
 
@@ -178,7 +178,7 @@ def _sample(
         numbers["temperature"] = 1.0
     x, _ = _transform.applied(x, axes, compute, (first[0], bias, mask, valid), (first[1], *transform), name="logits")
     arrays = {name: one for name, one in numbers.items() if isinstance(one, _arrays.Array)}
-    ids = _arrays.empty(x, _arrays.without_axes(x, axes), "int64")
+    ids = _arrays.empty(x, _rows.without_axes(x, axes), "int64")
     kernel = _arrays.kernels(x.place, "sample").sample
 
     def rows_of_batch(rows, x_rows, *others):
@@ -187,5 +187,5 @@ def _sample(
         limits = Limits(own["top_k"], own["top_p"], own["min_p"])
         kernel(rows, x_rows, own["seed"], own["step"], id_rows, own["temperature"], limits, x.place)
 
-    _arrays.for_rows(rows_of_batch, axes, [x, *arrays.values()], [_arrays.per_row(ids, axes, x.ndim)])
+    _rows.for_rows(rows_of_batch, axes, [x, *arrays.values()], [_rows.per_row(ids, axes, x.ndim)])
     return _arrays.result(ids)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _transform
 
 
 def soft_argmax(
@@ -75,13 +75,13 @@ def _soft_argmax(x, out, temperatures, bias, mask, valid, axis, keepdims, dtype,
     axes = _checks.one_axis(axis, logits.ndim)
     dtype = None if dtype is None else _checks.dtype_name(dtype)
     row_dtype = "float64" if logits.dtype == "float64" else "float32"
-    expected = _arrays.output(out, logits, _arrays.without_axes(logits, axes, keepdims), row_dtype, dtype)
+    expected = _arrays.output(out, logits, _rows.without_axes(logits, axes, keepdims), row_dtype, dtype)
     _checks.no_partial_overlap(expected, logits, "x")
     arrays, compute_dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(logits, expected)
     logits, temperature = _transform.applied(logits, axes, compute_dtype, arrays, options, expected)
     kernel = _arrays.kernels(logits.place, "soft_argmax").soft_argmax
-    per_row = _arrays.per_row(expected, axes, logits.ndim)
-    _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [per_row])
+    per_row = _rows.per_row(expected, axes, logits.ndim)
+    _rows.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits], [per_row])
     return _arrays.result(expected, out)
 
 
@@ -143,7 +143,7 @@ def _soft_argmax_backward(x, expected, dexpected, out, temperatures, bias, mask,
         _arrays.logits(array, name) for array, name in ((x, "x"), (expected, "expected"), (dexpected, "dexpected"))
     )
     axes = _checks.one_axis(axis, logits.ndim)
-    batch_shape = _arrays.without_axes(logits, axes)
+    batch_shape = _rows.without_axes(logits, axes)
     for array, name in ((mean, "expected"), (gradient, "dexpected")):
         _checks.same_home(logits, array, "x", name)
         _checks.same_shape(array, batch_shape, name, f"to match x {logits.shape} without axis {axis}")
@@ -156,7 +156,7 @@ def _soft_argmax_backward(x, expected, dexpected, out, temperatures, bias, mask,
     _checks.no_overlap(result, mean, "expected")
     _checks.no_overlap(result, gradient, "dexpected")
     kernel = _arrays.kernels(logits.place, "soft_argmax").soft_argmax_backward
-    per_row = [_arrays.per_row(array, axes, logits.ndim) for array in (mean, gradient)]
+    per_row = [_rows.per_row(array, axes, logits.ndim) for array in (mean, gradient)]
     if logits.size:
-        _arrays.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits, *per_row], [result])
+        _rows.for_rows(lambda *rows: kernel(*rows, temperature, logits.place), axes, [logits, *per_row], [result])
     return _arrays.result(result, out)

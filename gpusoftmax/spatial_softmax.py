@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _transform
 
 
 def spatial_softmax(
@@ -73,8 +73,8 @@ def _spatial_softmax(features, out, temperatures, bias, mask, valid, dtype, *opt
     arrays, compute_dtype = (temperatures, bias, mask, valid), _arrays.compute_dtype(pixels, coordinates)
     pixels, temperature = _transform.applied(pixels, axes, compute_dtype, arrays, options, coordinates, "features")
     kernel = _arrays.kernels(pixels.place, "spatial_softmax").spatial_softmax
-    x_and_y = [_arrays.per_row(_arrays.part(coordinates, k), axes, pixels.ndim) for k in range(2)]
-    _arrays.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels], x_and_y)
+    x_and_y = [_rows.per_row(_rows.part(coordinates, k), axes, pixels.ndim) for k in range(2)]
+    _rows.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels], x_and_y)
     return _arrays.result(coordinates, out)
 
 
@@ -148,7 +148,7 @@ def _spatial_softmax_backward(
     _checks.no_overlap(result, points, "coordinates")
     _checks.no_overlap(result, gradient, "dcoordinates")
     kernel = _arrays.kernels(pixels.place, "spatial_softmax").spatial_softmax_backward
-    x_and_y = [_arrays.part(array, k) for array in (points, gradient) for k in range(2)]
-    per_row = [_arrays.per_row(array, axes, pixels.ndim) for array in x_and_y]
-    _arrays.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels, *per_row], [result])
+    x_and_y = [_rows.part(array, k) for array in (points, gradient) for k in range(2)]
+    per_row = [_rows.per_row(array, axes, pixels.ndim) for array in x_and_y]
+    _rows.for_rows(lambda *rows: kernel(*rows, width, temperature, pixels.place), axes, [pixels, *per_row], [result])
     return _arrays.result(result, out)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _tokens, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _tokens, _transform
 
 
 class TokenLogprobs(NamedTuple):
@@ -174,7 +174,7 @@ def _token_logprobs_backward(
     arrays = temperatures, bias, mask, valid
     x, temperature = _transform.applied(x, axes, dtype, arrays, transform, dlogits, "logits")
     _checks.temperature_fits(temperature, dtype)
-    batch_shape = _arrays.without_axes(x, axes)
+    batch_shape = _rows.without_axes(x, axes)
     several = labels.ndim > len(batch_shape)
     gradients = {}
     for name, given, shape in (("dlogprob", dlogprob, labels.shape), ("dentropy", dentropy, batch_shape)):
@@ -183,13 +183,13 @@ def _token_logprobs_backward(
             _checks.same_home(x, array, "logits", name)
             _checks.same_shape(array, shape, name, "to match what it is the gradient of")
             _checks.no_overlap(dlogits, array, name)
-            gradients[name] = array if array.dtype == dtype else _arrays.contiguous(array, dtype)
+            gradients[name] = array if array.dtype == dtype else _rows.contiguous(array, dtype)
     count = 0 if dlogprob is None else labels.shape[-1] if several else 1
     strides = 0, 0
     reads = {"labels": labels, **gradients}
     if several:
         strides = labels.strides[-1], gradients["dlogprob"].strides[-1] if dlogprob is not None else 0
-        reads.update({name: _arrays.part(reads[name], 0) for name in reads if name != "dentropy"})
+        reads.update({name: _rows.part(reads[name], 0) for name in reads if name != "dentropy"})
     kernel = _arrays.kernels(x.place, "token_logprobs").token_logprobs_backward
 
     def rows_of_batch(rows, x_rows, label_rows, *rest):
@@ -199,7 +199,7 @@ def _token_logprobs_backward(
         numbers = count, *strides, ignore_index, temperature
         kernel(rows, x_rows, label_rows, *operands.values(), dlogits_rows, *numbers, x.place)
 
-    _arrays.for_rows(
-        rows_of_batch, axes, [x, *(_arrays.per_row(array, axes, x.ndim) for array in reads.values())], [dlogits]
+    _rows.for_rows(
+        rows_of_batch, axes, [x, *(_rows.per_row(array, axes, x.ndim) for array in reads.values())], [dlogits]
     )
     return _arrays.result(dlogits, out)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _tokens, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _tokens, _transform
 from gpusoftmax.kernels.operands import Labels
 
 _ON_CHIP = 64
@@ -92,7 +92,7 @@ def _top_logprobs(
 ):  # fmt: skip
     x, labels, axes, ignore_index = _tokens.checked(logits, target, axis, ignore_index, validate)
     k = _checks.token_count(k, x.shape[axes[0]])
-    batch_shape = _arrays.without_axes(x, axes)
+    batch_shape = _rows.without_axes(x, axes)
     dtype = _arrays.compute_dtype(x)
     arrays = temperatures, bias, mask, valid
     x, temperature = _transform.applied(x, axes, dtype, arrays, transform, name="logits")
@@ -105,7 +105,7 @@ def _top_logprobs(
     logprobs, tokens = _arrays.empty(x, shape, dtype), _arrays.empty(x, shape, "int64")
     kernel = _arrays.kernels(x.place, "top_logprobs").top_logprobs
     per_row = [labels] if labels is not None else []
-    per_row += [_arrays.part(array, 0) for array in (logprobs, tokens)]
+    per_row += [_rows.part(array, 0) for array in (logprobs, tokens)]
     reads, writes = per_row[:-2], per_row[-2:]
 
     def rows_of_batch(rows, x_rows, *others):
@@ -113,11 +113,11 @@ def _top_logprobs(
         label_rows = given[0] if given else Labels(0, 0, 0, 0)
         kernel(rows, x_rows, label_rows, logprob_rows, token_rows, k, ignore_index, temperature, x.place)
 
-    _arrays.for_rows(
+    _rows.for_rows(
         rows_of_batch,
         axes,
-        [x, *(_arrays.per_row(array, axes, x.ndim) for array in reads)],
-        [_arrays.per_row(array, axes, x.ndim) for array in writes],
+        [x, *(_rows.per_row(array, axes, x.ndim) for array in reads)],
+        [_rows.per_row(array, axes, x.ndim) for array in writes],
     )
     return _arrays.result(logprobs), _arrays.result(tokens)
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _transform
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _transform
 
 
 class TopkSoftmax(NamedTuple):
@@ -97,13 +97,13 @@ def _topk_softmax(logits, temperatures, bias, mask, valid, k, axis, renormalize,
     arrays = temperatures, bias, mask, valid
     x, temperature = _transform.applied(x, axes, dtype, arrays, options, name="logits")
     _checks.temperature_fits(temperature, dtype)
-    shape = (*_arrays.without_axes(x, axes), k)
+    shape = (*_rows.without_axes(x, axes), k)
     probs, indices = _arrays.empty(x, shape, dtype), _arrays.empty(x, shape, "int64")
     kernel = _arrays.kernels(x.place, "topk_softmax").topk_softmax
-    _arrays.for_rows(
+    _rows.for_rows(
         lambda *rows: kernel(*rows, k, bool(renormalize), temperature, x.place),
         axes,
         [x],
-        [_arrays.per_row(_arrays.part(array, 0), axes, x.ndim) for array in (probs, indices)],
+        [_rows.per_row(_rows.part(array, 0), axes, x.ndim) for array in (probs, indices)],
     )
     return _arrays.result(probs), _arrays.result(indices)

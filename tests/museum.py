@@ -556,7 +556,7 @@ MUTANTS = [
         AssertionError,
         "bits differ: layout step 2",
         _edit(
-            "gpusoftmax._arrays",
+            "gpusoftmax._rows",
             "Operand(pointer, outer, inner, col, array.dtype)",
             "Operand(pointer, outer, inner, 1 if k == 0 else col, array.dtype)",
         ),
@@ -568,7 +568,7 @@ MUTANTS = [
         AssertionError,
         "bits differ: layout",
         _edit(
-            "gpusoftmax._arrays",
+            "gpusoftmax._rows",
             "Operand(pointer, outer, inner, col, array.dtype)",
             "Operand(pointer, outer, walk.rows.n_cols, col, array.dtype)",
         ),
@@ -1079,7 +1079,7 @@ MUTANTS = [
         lse_of_nothing,
         errors.UninitialisedRead,
         "never written",
-        _edit("gpusoftmax.logsumexp", "    _arrays.for_rows(lambda", "    logits.size and _arrays.for_rows(lambda"),
+        _edit("gpusoftmax.logsumexp", "    _rows.for_rows(lambda", "    logits.size and _rows.for_rows(lambda"),
     ),
     Mutant(
         "launch without blocks",
@@ -1088,7 +1088,7 @@ MUTANTS = [
         ValueError,
         "must not be zero",
         _edit(
-            "gpusoftmax._arrays",
+            "gpusoftmax._rows",
             "if math.prod(dim.size for dim in batch) == 0:",
             "if not shape:",
         ),
