@@ -4,7 +4,7 @@ Numba optimises every function it compiles and translates it to machine code, wi
 is only ever inlined: nested five deep, a kernel would be translated five times over.
 """
 
-from llvmlite import binding
+from numba import version_info
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import AnalysisPass, PassManager, register_pass
@@ -18,7 +18,7 @@ class _HelperLibrary(JITCodeLibrary):
 
     def _optimize_functions(self, ll_module):
         """As Numba does, but not for the functions that are only declared: most of them are."""
-        if not hasattr(binding, "create_pass_builder"):  # before Numba 0.62
+        if version_info.short < (0, 62):  # which has LLVM's older passes, even where llvmlite has the newer
             super()._optimize_functions(ll_module)
             return
         ll_module.data_layout = self._codegen._data_layout
