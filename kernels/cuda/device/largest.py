@@ -34,18 +34,11 @@ from gpusoftmax.kernels.cuda.device.memory import (
     number_size,
     vector_bits,
 )
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, part_of_block, piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import lanes_below, lanes_where, leads_block, n_lanes, warp_count
+from gpusoftmax.kernels.cuda.device.row_barriers import exchange_states
+from gpusoftmax.kernels.cuda.device.row_staging import last_in_slot
 from gpusoftmax.kernels.cuda.device.row_state import saved_max, state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    chunk_of,
-    exchange_states,
-    is_granule,
-    last_in_slot,
-    part_of_block,
-    piece_of,
-    read_columns,
-    slot_of,
-)
 from gpusoftmax.kernels.cuda.device.shared_numbers import (
     cluster_arrive,
     cluster_wait,
@@ -58,6 +51,7 @@ from gpusoftmax.kernels.cuda.device.shared_numbers import (
     put_pair,
     put_pair_in_block,
 )
+from gpusoftmax.kernels.cuda.device.slots import is_granule, read_columns
 from gpusoftmax.kernels.cuda.device.split import (
     is_long,
     is_short,

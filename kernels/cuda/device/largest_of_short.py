@@ -20,9 +20,9 @@ from gpusoftmax.kernels.cuda.device.memory import (
     piece_numbers,
 )
 from gpusoftmax.kernels.cuda.device.piece_state import read_logits
+from gpusoftmax.kernels.cuda.device.pieces import col_of, has_columns
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, lanes_before, last_of_lanes, n_lanes, warp_count
 from gpusoftmax.kernels.cuda.device.row_state import row_place
-from gpusoftmax.kernels.cuda.device.rows import col_of, has_columns
 from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair, put_pair
 from gpusoftmax.kernels.cuda.device.split import n_parts, own_part, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import staged
