@@ -22,7 +22,7 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
-from gpusoftmax.kernels.cuda.device.largest_of_short import enough_for, most_candidates, short_ranking_with
+from gpusoftmax.kernels.cuda.device.largest_of_short import enough_for, masked_with, most_candidates, short_ranking_with
 from gpusoftmax.kernels.cuda.device.memory import (
     element_size,
     granule_numbers,
@@ -346,21 +346,7 @@ def ranking_with(write):
                 write(place, value, col, numbers)
             first = int32(first + quotient(cuda.blockDim.x, int32(RANKERS)))
 
-    @device
-    def write_masked(k, count, split, like, numbers):
-        """Behind the candidates, of which there are fewer than k: the first columns that are none."""
-        for col in range(cuda.threadIdx.x, k, cuda.blockDim.x):
-            place, is_candidate = int32(count + col), False
-            for j in range(count):
-                _, stored = get_pair(candidate_place(j, split, like), like)
-                if integer_of(stored) < col:
-                    place = int32(place - 1)
-                if integer_of(stored) == col:
-                    is_candidate = True
-            if not is_candidate and place < k:
-                write(place, number(like, -math.inf), int32(col), numbers)
-
-    return write_candidates, write_masked
+    return write_candidates
 
 
 def largest_with(write):
@@ -369,7 +355,7 @@ def largest_with(write):
     `keep_none` and a first pass that told `keep_best` the maxima, and its chunks have met.
     """
     write_by_tournament = tournament_with(write)
-    write_candidates, write_masked = ranking_with(write)
+    write_candidates, write_masked = ranking_with(write), masked_with(write, candidate_place)
     write_short = short_ranking_with(write)
 
     @device
@@ -387,7 +373,7 @@ def largest_with(write):
         if count <= N_CANDIDATES and team.rank < n_parts(split):
             write_candidates(k, count, split, like, numbers)
             if count < k:
-                write_masked(k, count, split, like, numbers)
+                write_masked(k, count, cuda.threadIdx.x, cuda.blockDim.x, split, like, numbers)
         if split_cluster(split) > 1:
             cluster_wait()
         return count <= N_CANDIDATES
