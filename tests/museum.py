@@ -623,7 +623,7 @@ MUTANTS = [
         errors.OutOfBounds,
         "16-byte access",
         _edit(
-            f"{GPU}.device.rows",
+            f"{GPU}.device.piece_staging",
             "begin, whole, end = int32(1 if first < 0 else 0), int32(left >> bits),",
             "begin, whole, end = int32(1 if first < 0 else 0), int32((left + width - 1) >> bits),",
         ),
@@ -836,7 +836,7 @@ MUTANTS = [
         "bits differ: rows",
         (
             Edit(
-                f"{GPU}.device.rows",
+                f"{GPU}.device.slots",
                 "    granule = int32(at + team.lane * VECTOR_BYTES)\n",
                 "    lane = team.lane ^ 1 if source.shift > 0 and team.lane < 2 else team.lane\n"
                 "    granule = int32(at + lane * VECTOR_BYTES)\n",
@@ -890,7 +890,7 @@ MUTANTS = [
         lse_of_two_chunks,
         errors.SharedRace,
         "no barrier between",
-        _edit(f"{GPU}.device.rows", "    else:\n        cuda.syncthreads()\n", ""),
+        _edit(f"{GPU}.device.row_barriers", "    else:\n        cuda.syncthreads()\n", ""),
         (LSE,),
     ),
     Mutant(
@@ -900,9 +900,13 @@ MUTANTS = [
         errors.ClusterError,
         "before any cluster barrier",
         (
-            Edit(f"{GPU}.device.rows", "    if split_cluster(split) > 1:\n        cluster_wait()\n", "    pass\n"),
             Edit(
-                f"{GPU}.device.rows", "    if split_cluster(split) > 1:\n        cluster_arrive()\n\n", "    pass\n\n"
+                f"{GPU}.device.row_barriers", "    if split_cluster(split) > 1:\n        cluster_wait()\n", "    pass\n"
+            ),
+            Edit(
+                f"{GPU}.device.row_barriers",
+                "    if split_cluster(split) > 1:\n        cluster_arrive()\n\n",
+                "    pass\n\n",
             ),
         ),
         (LSE,),
@@ -1148,7 +1152,7 @@ MUTANTS = [
         AssertionError,
         "uses of local memory",
         _edit(
-            f"{GPU}.device.rows",
+            f"{GPU}.device.row_writer",
             "int32(one + (granule << bits) * size), width, as_granule)",
             "int32(one + (granule << bits) * size), min(width, piece.count), as_granule)",
         ),

@@ -13,25 +13,14 @@ from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, first_leading, leading, number
-from gpusoftmax.kernels.cuda.device.memory import n_values, piece_numbers, store_integer
+from gpusoftmax.kernels.cuda.device.memory import n_values, piece_numbers, row_offset, store_integer
 from gpusoftmax.kernels.cuda.device.piece_state import read_logits
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, col_of, has_columns, own_row, team_of
 from gpusoftmax.kernels.cuda.device.reduce import FULL_WARP, publish
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
+from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, wait_for_piece
 from gpusoftmax.kernels.cuda.device.row_state import saved_max, state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    col_of,
-    exchange_states,
-    has_columns,
-    meet,
-    open_row,
-    own_row,
-    row_of,
-    row_offset,
-    stage_next,
-    team_of,
-    wait_for_piece,
-)
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import is_one_chunk, split_chunks, split_lanes, split_piece_bits
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE

@@ -1,10 +1,10 @@
 """Rows side by side: threads of a warp that read or write memory together have neighbouring rows, so that a column of
 them is whole sectors.
 
-A block takes R = 4 ... 64 rows. In the slots, rows lie as rows.py has them: a part of the block sums up and transforms
-each row there, with the same columns in the same lanes, so that a row has the bits that it has in any other layout.
-Only the ways into the slots and out of them are the block's: thread t walks row t % R, of which it has the columns
-t / R, t / R + lanes, ... of a piece, whichever part the row belongs to.
+A block takes R = 4 ... 64 rows. In the slots, rows lie as piece_staging.py has them: a part of the block sums up and
+transforms each row there, with the same columns in the same lanes, so that a row has the bits that it has in any other
+layout. Only the ways into the slots and out of them are the block's: thread t walks row t % R, of which it has the
+columns t / R, t / R + lanes, ... of a piece, whichever part the row belongs to.
 
     R = 8, float32     row 0 1 2 3 4 5 6 7 | 0 1 2 3 4 5 6 7 | 0 1 2 3 4 5 6 7 | 0 1 2 3 4 5 6 7
     a warp             column 0            | column 1        | column 2        | column 3       32 bytes of each

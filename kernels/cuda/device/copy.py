@@ -1,7 +1,10 @@
 """A copy between layouts and formats."""
 
 from gpusoftmax.kernels.cuda.device._cuda import device
-from gpusoftmax.kernels.cuda.device.rows import fetch_last, own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
+from gpusoftmax.kernels.cuda.device.row_staging import fetch_last
+from gpusoftmax.kernels.cuda.device.row_writer import row_writer
+from gpusoftmax.kernels.cuda.device.rows import row_of
 
 
 @device

@@ -46,9 +46,11 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     unused,
     weight_of_row,
 )
-from gpusoftmax.kernels.cuda.device.memory import element_size, is_null, load, store, store_integer
+from gpusoftmax.kernels.cuda.device.memory import element_size, is_null, load, row_offset, store, store_integer
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.row_staging import fetch_last
 from gpusoftmax.kernels.cuda.device.row_state import (
     NO_COLUMN,
     above_anchor,
@@ -59,15 +61,8 @@ from gpusoftmax.kernels.cuda.device.row_state import (
     saved_max,
     states_of_chunks,
 )
-from gpusoftmax.kernels.cuda.device.rows import (
-    fetch_last,
-    number_or,
-    own_row,
-    row_of,
-    row_offset,
-    row_writer,
-    team_of,
-)
+from gpusoftmax.kernels.cuda.device.row_writer import row_writer
+from gpusoftmax.kernels.cuda.device.rows import number_or, row_of
 from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import staged
 from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed, unless_empty

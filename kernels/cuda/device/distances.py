@@ -26,8 +26,8 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 from gpusoftmax.kernels.cuda.device.exponential_sums import begin, end, sum_of_lanes, with_group
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, n_values
 from gpusoftmax.kernels.cuda.device.piece_state import group_sum, halved, is_near, is_settled, members
+from gpusoftmax.kernels.cuda.device.pieces import has_columns
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, warp_sum
-from gpusoftmax.kernels.cuda.device.rows import has_columns
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes
 from gpusoftmax.kernels.cuda.plan import GROUP
 

@@ -8,7 +8,7 @@ from numpy import int32
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add
 from gpusoftmax.kernels.cuda.device.memory import VECTOR_BYTES, element_size, granule_numbers, vector_bits
-from gpusoftmax.kernels.cuda.device.rows import is_granule, read_columns
+from gpusoftmax.kernels.cuda.device.slots import is_granule, read_columns
 from gpusoftmax.kernels.cuda.device.split import split_lanes
 from gpusoftmax.kernels.cuda.device.transform import transform
 

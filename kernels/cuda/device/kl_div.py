@@ -52,6 +52,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     of_cheap,
     piece_state,
 )
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, own_row, piece_of, slot_of, team_of
 from gpusoftmax.kernels.cuda.device.reduce import (
     leads_block,
     publish,
@@ -60,32 +61,21 @@ from gpusoftmax.kernels.cuda.device.reduce import (
     warp_sum,
     warp_sum_pair,
 )
-from gpusoftmax.kernels.cuda.device.row_state import above_anchor, as_part, joined, relative, state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    exchange_states,
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
+from gpusoftmax.kernels.cuda.device.row_staging import (
     fetch_last,
-    is_granule,
-    meet,
-    number_or,
     open_row,
-    own_row,
-    piece_of,
-    piece_writer,
-    read_columns,
-    read_piece,
-    row_of,
-    row_writer,
-    slot_of,
     stage_before,
     stage_next,
     sync_slots,
-    team_of,
     wait_for_last,
     wait_for_piece,
 )
+from gpusoftmax.kernels.cuda.device.row_state import above_anchor, as_part, joined, relative, state_place
+from gpusoftmax.kernels.cuda.device.row_writer import piece_writer, row_writer
+from gpusoftmax.kernels.cuda.device.rows import number_or, row_of
 from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair, put_pair
+from gpusoftmax.kernels.cuda.device.slots import is_granule, read_columns, read_piece
 from gpusoftmax.kernels.cuda.device.split import (
     is_columns,
     is_long,

@@ -22,7 +22,7 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
-from gpusoftmax.kernels.cuda.device.largest_of_short import enough_for, most_candidates, short_ranking_with
+from gpusoftmax.kernels.cuda.device.largest_of_short import enough_for, masked_with, most_candidates, short_ranking_with
 from gpusoftmax.kernels.cuda.device.memory import (
     element_size,
     granule_numbers,
@@ -34,18 +34,11 @@ from gpusoftmax.kernels.cuda.device.memory import (
     number_size,
     vector_bits,
 )
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, part_of_block, piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import lanes_below, lanes_where, leads_block, n_lanes, warp_count
+from gpusoftmax.kernels.cuda.device.row_barriers import exchange_states
+from gpusoftmax.kernels.cuda.device.row_staging import last_in_slot
 from gpusoftmax.kernels.cuda.device.row_state import saved_max, state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    chunk_of,
-    exchange_states,
-    is_granule,
-    last_in_slot,
-    part_of_block,
-    piece_of,
-    read_columns,
-    slot_of,
-)
 from gpusoftmax.kernels.cuda.device.shared_numbers import (
     cluster_arrive,
     cluster_wait,
@@ -58,6 +51,7 @@ from gpusoftmax.kernels.cuda.device.shared_numbers import (
     put_pair,
     put_pair_in_block,
 )
+from gpusoftmax.kernels.cuda.device.slots import is_granule, read_columns
 from gpusoftmax.kernels.cuda.device.split import (
     is_long,
     is_short,
@@ -352,21 +346,7 @@ def ranking_with(write):
                 write(place, value, col, numbers)
             first = int32(first + quotient(cuda.blockDim.x, int32(RANKERS)))
 
-    @device
-    def write_masked(k, count, split, like, numbers):
-        """Behind the candidates, of which there are fewer than k: the first columns that are none."""
-        for col in range(cuda.threadIdx.x, k, cuda.blockDim.x):
-            place, is_candidate = int32(count + col), False
-            for j in range(count):
-                _, stored = get_pair(candidate_place(j, split, like), like)
-                if integer_of(stored) < col:
-                    place = int32(place - 1)
-                if integer_of(stored) == col:
-                    is_candidate = True
-            if not is_candidate and place < k:
-                write(place, number(like, -math.inf), int32(col), numbers)
-
-    return write_candidates, write_masked
+    return write_candidates
 
 
 def largest_with(write):
@@ -375,7 +355,7 @@ def largest_with(write):
     `keep_none` and a first pass that told `keep_best` the maxima, and its chunks have met.
     """
     write_by_tournament = tournament_with(write)
-    write_candidates, write_masked = ranking_with(write)
+    write_candidates, write_masked = ranking_with(write), masked_with(write, candidate_place)
     write_short = short_ranking_with(write)
 
     @device
@@ -393,7 +373,7 @@ def largest_with(write):
         if count <= N_CANDIDATES and team.rank < n_parts(split):
             write_candidates(k, count, split, like, numbers)
             if count < k:
-                write_masked(k, count, split, like, numbers)
+                write_masked(k, count, cuda.threadIdx.x, cuda.blockDim.x, split, like, numbers)
         if split_cluster(split) > 1:
             cluster_wait()
         return count <= N_CANDIDATES

@@ -20,9 +20,9 @@ from gpusoftmax.kernels.cuda.device.memory import (
     piece_numbers,
 )
 from gpusoftmax.kernels.cuda.device.piece_state import read_logits
+from gpusoftmax.kernels.cuda.device.pieces import col_of, has_columns
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, lanes_before, last_of_lanes, n_lanes, warp_count
 from gpusoftmax.kernels.cuda.device.row_state import row_place
-from gpusoftmax.kernels.cuda.device.rows import col_of, has_columns
 from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair, put_pair
 from gpusoftmax.kernels.cuda.device.split import n_parts, own_part, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import staged
@@ -106,10 +106,33 @@ def put_candidates(bits, at, source, piece, team, split, like):
         bits, at = int32(bits & (bits - 1)), int32(at + 1)
 
 
+def masked_with(write, place_of):
+    """A device function that calls write for what follows the candidates, of which there are fewer than k: the first
+    columns that are none, each by one of `n_threads` threads, of which this is number `thread`. place_of: where
+    candidate j is.
+    """
+
+    @device
+    def write_masked(k, count, thread, n_threads, split, like, numbers):
+        for col in range(thread, k, n_threads):
+            place, is_candidate = int32(count + col), False
+            for j in range(count):
+                _, stored = get_pair(place_of(j, split, like), like)
+                if integer_of(stored) < col:
+                    place = int32(place - 1)
+                if integer_of(stored) == col:
+                    is_candidate = True
+            if not is_candidate and place < k:
+                write(place, number(like, -math.inf), int32(col), numbers)
+
+    return write_masked
+
+
 def short_ranking_with(write):
     """A device function that calls write(j, logit, column, numbers) for the k largest logits of a row, j = 0, 1, ...,
     each in one of its lanes; whether it has: it does nothing where a row of the warp has too many candidates.
     """
+    write_masked = masked_with(write, own_candidate_place)
 
     @device
     def write_ranked(k, count, team, split, like, numbers):
@@ -122,20 +145,6 @@ def short_ranking_with(write):
                     place = int32(place + 1)
             if place < k:
                 write(place, value, col, numbers)
-
-    @device
-    def write_masked_of_row(k, count, team, split, like, numbers):
-        """Behind the candidates, of which there are fewer than k: the first columns that are none."""
-        for col in range(team.lane, k, split_lanes(split)):
-            place, is_candidate = int32(count + col), False
-            for j in range(count):
-                _, stored = get_pair(own_candidate_place(j, split, like), like)
-                if integer_of(stored) < col:
-                    place = int32(place - 1)
-                if integer_of(stored) == col:
-                    is_candidate = True
-            if not is_candidate and place < k:
-                write(place, number(like, -math.inf), int32(col), numbers)
 
     @device
     def write_short(source, k, n_cols, exists, row_max, team, split, params, numbers):
@@ -151,7 +160,7 @@ def short_ranking_with(write):
         if exists:
             write_ranked(k, count, team, split, row_max, numbers)
             if count < k:
-                write_masked_of_row(k, count, team, split, row_max, numbers)
+                write_masked(k, count, team.lane, split_lanes(split), split, row_max, numbers)
         return True
 
     return write_short

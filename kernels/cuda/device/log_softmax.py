@@ -4,9 +4,11 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import fma, inverse_temperature, log_sum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import cheap_exp, negative_log_probability
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
-from gpusoftmax.kernels.cuda.device.rows import number_of_row, own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.row_writer import row_writer
+from gpusoftmax.kernels.cuda.device.rows import number_of_row, row_of
 from gpusoftmax.kernels.cuda.device.transform import unless_empty
 
 

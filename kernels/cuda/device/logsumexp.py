@@ -4,8 +4,9 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import logsumexp, number
 from gpusoftmax.kernels.cuda.device.memory import store
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
-from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, team_of
+from gpusoftmax.kernels.cuda.device.rows import row_of
 
 
 @device

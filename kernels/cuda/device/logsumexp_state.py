@@ -32,9 +32,10 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
 )
 from gpusoftmax.kernels.cuda.device.memory import load, store
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.reduce import warp_max, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
-from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, team_of
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 from gpusoftmax.kernels.operands import STATE_NUMBERS
 

@@ -9,9 +9,9 @@ from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, fma, maximum, mul, number
-from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label
+from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label, row_offset
 from gpusoftmax.kernels.cuda.device.reduce import first_lane, lanes_where, warp_max, warp_sum
-from gpusoftmax.kernels.cuda.device.rows import number_or, row_of, row_offset
+from gpusoftmax.kernels.cuda.device.rows import number_or, row_of
 from gpusoftmax.kernels.cuda.device.split import split_lanes
 from gpusoftmax.kernels.cuda.device.transform import transformed
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE

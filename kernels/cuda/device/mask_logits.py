@@ -7,7 +7,9 @@ from numpy import int64
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import number
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params
-from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
+from gpusoftmax.kernels.cuda.device.row_writer import row_writer
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.threshold import kept_from, limit_of, limit_of_own, own_numbers_of
 
 

@@ -45,20 +45,12 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     piece_max,
     read_logits,
 )
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, col_of, has_columns
 from gpusoftmax.kernels.cuda.device.reduce import publish, warp_max, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
+from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, wait_for_piece
 from gpusoftmax.kernels.cuda.device.row_state import saved_max, softmax_state, state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    col_of,
-    exchange_states,
-    has_columns,
-    meet,
-    open_row,
-    row_writer,
-    stage_next,
-    wait_for_piece,
-)
+from gpusoftmax.kernels.cuda.device.row_writer import row_writer
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import (
     is_one_chunk,

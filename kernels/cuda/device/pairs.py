@@ -14,8 +14,8 @@ from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
 from gpusoftmax.kernels.cuda.device.arithmetic import add, is_above, maximum, number
 from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE, compiled_for, n_values
 from gpusoftmax.kernels.cuda.device.piece_state import lane_max
+from gpusoftmax.kernels.cuda.device.pieces import has_columns
 from gpusoftmax.kernels.cuda.device.reduce import warp_max
-from gpusoftmax.kernels.cuda.device.rows import has_columns
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import hidden
 from gpusoftmax.kernels.cuda.plan import GROUP

@@ -26,13 +26,9 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 )
 from gpusoftmax.kernels.cuda.device.exponential_sums import begin, difference_pair, end, sum_of_lanes, with_group
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, n_values, vector_bits
+from gpusoftmax.kernels.cuda.device.pieces import has_columns, piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, warp_max, warp_sum
-from gpusoftmax.kernels.cuda.device.rows import (
-    has_columns,
-    piece_of,
-    read_piece,
-    slot_of,
-)
+from gpusoftmax.kernels.cuda.device.slots import read_piece
 from gpusoftmax.kernels.cuda.device.split import (
     split_lanes,
 )

@@ -55,6 +55,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     second_look,
     settled,
 )
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import (
     any_lane,
     leads_block,
@@ -64,21 +65,10 @@ from gpusoftmax.kernels.cuda.device.reduce import (
     warp_min,
     warp_sum,
 )
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    are_left_transformed,
-    chunk_of,
-    exchange_states,
-    fetch_again,
-    leave_transformed,
-    meet,
-    open_row,
-    put_back,
-    slot_of,
-    stage_next,
-    wait_for_piece,
-)
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
+from gpusoftmax.kernels.cuda.device.row_staging import fetch_again, open_row, put_back, stage_next, wait_for_piece
 from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair, put_pair
+from gpusoftmax.kernels.cuda.device.slots import are_left_transformed, leave_transformed
 from gpusoftmax.kernels.cuda.device.split import (
     is_columns,
     is_long,

@@ -6,22 +6,13 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, number
 from gpusoftmax.kernels.cuda.device.memory import n_values, piece_numbers
 from gpusoftmax.kernels.cuda.device.piece_state import group_sum
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, has_columns, piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import publish, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
+from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, wait_for_piece
 from gpusoftmax.kernels.cuda.device.row_state import state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    exchange_states,
-    has_columns,
-    meet,
-    open_row,
-    piece_of,
-    read_piece,
-    slot_of,
-    stage_next,
-    wait_for_piece,
-)
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
+from gpusoftmax.kernels.cuda.device.slots import read_piece
 from gpusoftmax.kernels.cuda.device.split import is_one_chunk, split_chunks, split_lanes, split_piece_bits
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 

@@ -18,6 +18,7 @@ from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import (
     integer_of,
     number_of,
+    row_offset,
     store_integer,
     word_of,
 )
@@ -30,22 +31,12 @@ from gpusoftmax.kernels.cuda.device.noise import (
     score_bound,
 )
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params
+from gpusoftmax.kernels.cuda.device.pieces import own_row, piece_of, slot_of, team_of
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, beats, publish, warp_best
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
+from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, wait_for_piece
 from gpusoftmax.kernels.cuda.device.row_state import state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    exchange_states,
-    meet,
-    open_row,
-    own_row,
-    piece_of,
-    row_of,
-    row_offset,
-    slot_of,
-    stage_next,
-    team_of,
-    wait_for_piece,
-)
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import is_long, split_chunks, split_lanes
 from gpusoftmax.kernels.cuda.device.threshold import (

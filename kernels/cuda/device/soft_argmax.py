@@ -8,7 +8,8 @@ from numpy import int32
 from gpusoftmax.kernels.cuda.device.arithmetic import number
 from gpusoftmax.kernels.cuda.device.memory import store
 from gpusoftmax.kernels.cuda.device.moments import backward_along_a_line, moments_along_a_line
-from gpusoftmax.kernels.cuda.device.rows import number_of_row, own_row, row_of, team_of
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
+from gpusoftmax.kernels.cuda.device.rows import number_of_row, row_of
 
 
 def soft_argmax_rows(rows, split, start, logits, expected, scale, scale_low):

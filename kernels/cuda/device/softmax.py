@@ -15,9 +15,11 @@ from gpusoftmax.kernels.cuda.device.exponential import (
 )
 from gpusoftmax.kernels.cuda.device.memory import stored_in_halves
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.row_state import softmax_state_with
 from gpusoftmax.kernels.cuda.device.row_sum import row_sum_with
-from gpusoftmax.kernels.cuda.device.rows import number_of_row, own_row, row_of, row_writer, team_of
+from gpusoftmax.kernels.cuda.device.row_writer import row_writer
+from gpusoftmax.kernels.cuda.device.rows import number_of_row, row_of
 from gpusoftmax.kernels.cuda.device.transform import unless_empty
 
 

@@ -8,7 +8,8 @@ from numpy import int32
 from gpusoftmax.kernels.cuda.device.arithmetic import coordinate, number, per_place_of, place_of
 from gpusoftmax.kernels.cuda.device.memory import store
 from gpusoftmax.kernels.cuda.device.moments import backward_of_an_image, moments_of_an_image
-from gpusoftmax.kernels.cuda.device.rows import number_of_row, own_row, row_of, team_of
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
+from gpusoftmax.kernels.cuda.device.rows import number_of_row, row_of
 from gpusoftmax.kernels.cuda.device.split import quotient
 
 

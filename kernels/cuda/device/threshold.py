@@ -19,21 +19,12 @@ from gpusoftmax.kernels.cuda.device.granules import granule_sum, granules_with
 from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE, is_null, load, word_of
 from gpusoftmax.kernels.cuda.device.noise import distance_of_ratio, scale_of_temperature
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, any_thread, publish, warp_max, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
+from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, sync_slots, wait_for_piece
 from gpusoftmax.kernels.cuda.device.row_state import state_place
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    exchange_states,
-    meet,
-    open_row,
-    piece_of,
-    row_of,
-    slot_of,
-    stage_next,
-    sync_slots,
-    wait_for_piece,
-)
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import (
     is_columns,

@@ -40,6 +40,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     n_values,
     number_of,
     piece_numbers,
+    row_offset,
     store,
     store_integer,
 )
@@ -53,6 +54,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import (
     read_logits,
     second_look,
 )
+from gpusoftmax.kernels.cuda.device.pieces import chunk_of, col_of, has_columns, own_row, team_of
 from gpusoftmax.kernels.cuda.device.reduce import (
     leads_block,
     publish,
@@ -63,6 +65,8 @@ from gpusoftmax.kernels.cuda.device.reduce import (
     warp_min,
     warp_sum,
 )
+from gpusoftmax.kernels.cuda.device.row_barriers import announce, meet
+from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, wait_for_piece
 from gpusoftmax.kernels.cuda.device.row_state import (
     NO_COLUMN,
     first_chunk_with,
@@ -74,21 +78,8 @@ from gpusoftmax.kernels.cuda.device.row_state import (
     row_place,
     state_place,
 )
-from gpusoftmax.kernels.cuda.device.rows import (
-    announce,
-    chunk_of,
-    col_of,
-    has_columns,
-    meet,
-    open_row,
-    own_row,
-    row_of,
-    row_offset,
-    row_writer,
-    stage_next,
-    team_of,
-    wait_for_piece,
-)
+from gpusoftmax.kernels.cuda.device.row_writer import row_writer
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.shared_numbers import get, get_pair, put
 from gpusoftmax.kernels.cuda.device.split import (
     is_columns,

@@ -8,10 +8,11 @@ from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import log_sum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import negative_log_probability
 from gpusoftmax.kernels.cuda.device.largest import keep_best, keep_none, largest_with
-from gpusoftmax.kernels.cuda.device.memory import load, load_label, store, store_integer
+from gpusoftmax.kernels.cuda.device.memory import load, load_label, row_offset, store, store_integer
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, of_cheap
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.row_state import begin_row, first_pass_with, loss_numbers_with
-from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_offset, team_of
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.transform import transformed
 
 

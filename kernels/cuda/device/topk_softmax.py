@@ -18,10 +18,11 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     ordered_exp_from,
 )
 from gpusoftmax.kernels.cuda.device.largest import keep_best, keep_none, largest_with
-from gpusoftmax.kernels.cuda.device.memory import load, store, store_integer
+from gpusoftmax.kernels.cuda.device.memory import load, row_offset, store, store_integer
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
+from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.row_state import begin_row, first_pass_with, softmax_row
-from gpusoftmax.kernels.cuda.device.rows import own_row, row_of, row_offset, team_of
+from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.split import is_long
 
 

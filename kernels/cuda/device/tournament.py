@@ -18,8 +18,9 @@ from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import number
 from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import granule_numbers, integer_of, load, number_of, number_size
+from gpusoftmax.kernels.cuda.device.pieces import piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import FULL_WARP, publish_pair
-from gpusoftmax.kernels.cuda.device.rows import exchange_states, piece_of, slot_of
+from gpusoftmax.kernels.cuda.device.row_barriers import exchange_states
 from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair
 from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes, split_slots
 from gpusoftmax.kernels.cuda.device.transform import transformed
