@@ -502,6 +502,8 @@ def ratio_of_anchors(a: Arithmetic, shift, exponent, other_shift, other_exponent
     f = a.format
     steps = a.sub(exponent, other_exponent)
     difference, low = gap(a, shift, other_shift, scale, a.number(0) if scale_low is None else scale_low)
+    # Of one infinity to the other it would be NaN; here a vector's other rows may have shifts that differ.
+    difference = a.select(a.equal(shift, other_shift), a.number(0), difference)
     product = a.mul(steps, a.number(f.ln2))
     total, error = two_sum(a, difference, product)
     low = a.add(low, a.fma(steps, a.number(f.ln2), a.negative(product)))

@@ -87,3 +87,12 @@ def test_row_near_zero_keeps_its_digits(target):
     """max = -log V: the two terms of max + log s nearly cancel, and the bound is 2 ulp of 1."""
     logits = np.full((1, 1000), -math.log(1000))
     assert abs(float(target.get(gpusoftmax.logsumexp(target.array(logits)))[0])) < 1e-15
+
+
+def test_a_row_with_infinity_beside_one_whose_chunks_lie_far_apart(target):
+    """Rows of two chunks that lie side by side: the second row's chunks have shifts that differ, the first has +inf."""
+    logits = np.zeros((2049, 16), np.float32)
+    logits[0, 0], logits[2048, 1] = math.inf, 1e5
+    lse = target.get(gpusoftmax.logsumexp(target.array(logits), axis=0))
+    assert lse[0] == math.inf
+    assert lse[1] == np.float32(1e5)

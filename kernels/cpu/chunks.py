@@ -267,7 +267,9 @@ def sum_of_exponentials(
 
 @device
 def with_ties(sums, here, count, ties_of):
-    """What sum_chunk gives, with those that tie in place of the others; columns that fill up a vector are others."""
+    """What sum_chunk gives, with those that tie in place of the others. What fills up a vector is among the others, or
+    among the ties where the chunk is nothing but -inf, of which no sum makes anything.
+    """
     if ties_of is None:
         return sums
     total, low, others, beside = sums
