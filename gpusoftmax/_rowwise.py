@@ -18,19 +18,25 @@ def _small_kernel(op: str, char: str) -> Callable | None:
     return importlib.import_module("gpusoftmax.kernels.cpu.small").function(op, char)
 
 
+def small(op: str, x: Any, axis: Any, dtype: Any, out: Any, transform: tuple) -> ndarray | None:
+    """What `forward` gives, if it is little and plain enough that nothing should come before it, else None."""
+    if type(x) is not ndarray or x.size > _SMALL or type(axis) is not int or axis != -1 or dtype is not None:
+        return None
+    if x.ndim != 2 or not (out is None or type(out) is ndarray) or not _transform.is_nothing(*transform):
+        return None
+    kernel = _small_kernel(op, x.dtype.char)
+    if kernel is None:
+        return None
+    result = _memory.aligned(x.shape, x.dtype) if out is None else out
+    return result if kernel(x, result) else None
+
+
 def forward(op: str, x: Any, axis: Any, dtype: Any, out: Any, transform: tuple, any_temperature: bool = False) -> Any:
     """Calls `op` of the kernels of the same name on x and a result of its shape.
 
     transform: the arguments of _transform.split. any_temperature: the result is right, if only the maximum counts, even
     where 2 / temperature overflows.
     """
-    plain = type(axis) is int and axis == -1 and dtype is None and _transform.is_nothing(*transform)
-    if plain and type(x) is ndarray and x.size <= _SMALL and x.ndim == 2 and (out is None or type(out) is ndarray):
-        kernel = _small_kernel(op, x.dtype.char)
-        if kernel is not None:
-            result = _memory.aligned(x.shape, x.dtype) if out is None else out
-            if kernel(x, result):
-                return result
     arrays, options = _transform.split(*transform)
     return _replay.call(_forward, (x, out, *arrays), op, axis, dtype, any_temperature, *options)
 

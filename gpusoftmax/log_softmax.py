@@ -53,6 +53,9 @@ def log_softmax(
     array([-4.24835426e-18, -4.00000000e+01])
     """
     transform = temperature, bias, softcap, mask, n_valid, empty_row
+    result = _rowwise.small("log_softmax", x, axis, dtype, out, transform)
+    if result is not None:
+        return result
     try:
         return _rowwise.forward("log_softmax", x, axis, dtype, out, transform)
     except _arrays.RequiresGrad as refusal:

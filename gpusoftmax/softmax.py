@@ -82,6 +82,9 @@ def softmax(
            [1. , 0. ]])
     """
     transform = temperature, bias, softcap, mask, n_valid, empty_row
+    result = _rowwise.small("softmax", x, axis, dtype, out, transform)
+    if result is not None:
+        return result
     try:
         if _checks.is_zero(temperature):
             # Of the columns up to the first of the largest, none but this one is as large.
