@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import importlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,39 @@ def results(known: Recipe, arrays: Sequence[Any]) -> Any:
 
 def recorded(function: Callable[..., Any], arrays: tuple, options: tuple) -> tuple[Any, Recipe | None]:
     """`_recipe.record` of a call whose kernels run on the CPU."""
-    return _recipe.record(function, arrays, options, _starts)
+    result, recipe = _recipe.record(function, arrays, options, _starts)
+    return result, None if recipe is None else recipe._replace(steps=tuple(_in_turn(recipe)))
+
+
+def _in_turn(recipe: Recipe) -> Iterator[Start | Read]:
+    """The steps, with kernels that follow each other on one thread as one. What is read between them is looked at by
+    that one, which goes on only if it is as it was, and then here.
+    """
+    for alone, steps in itertools.groupby(recipe.steps, lambda step: _is_alone(step, recipe)):
+        steps = tuple(steps)
+        starts = [number for number, step in enumerate(steps) if type(step) is Start]
+        is_read_twice = any(type(one) is type(other) is Read for one, other in itertools.pairwise(steps))
+        if not alone or len(starts) < 2 or is_read_twice:
+            yield from steps
+            continue
+        calls, expected, where = [], [], []
+        for number in starts:
+            what, arrays = steps[number]
+            before = steps[number - 1] if number and type(steps[number - 1]) is Read else None
+            calls.append(what)
+            expected.append(None if before is None else before.value)
+            where += arrays if before is None else (*arrays, (before.number, 0))
+        joined = importlib.import_module("gpusoftmax.kernels.cpu.in_turn").joined
+        yield Start(joined(calls, expected), tuple(where))
+        yield from (step for step in steps if type(step) is Read)
+
+
+def _is_alone(step: Start | Read, recipe: Recipe) -> bool:
+    """Whether a step is a kernel on one thread, or the reading of an int64 that the call has made."""
+    if type(step) is Start:
+        return step.what.n_threads <= 1
+    made = step.number - recipe.n_given
+    return made >= 0 and recipe.made[made][1] == "int64"
 
 
 def _starts(note: Callable[[Any, Sequence[int]], None]) -> contextlib.AbstractContextManager:

@@ -1,6 +1,7 @@
 """Calls that are replayed: the same results, errors and launches as the first call of their layout."""
 
 import gc
+import importlib
 import weakref
 
 import numpy as np
@@ -319,6 +320,30 @@ def test_labels_are_checked_each_time(target):
         with pytest.raises(IndexError, match=r"target\[1\]"):
             gpusoftmax.cross_entropy_with_grad(out, target.array(np.array([1, 40, 3])), validate=True, out=out)
         assert same_bits(target.get(out), x)
+
+
+def test_kernels_on_one_thread_are_started_together(monkeypatch):
+    """The check of the labels, the sum of the weights, the loss, its mean."""
+    started, run = [], importlib.import_module("gpusoftmax.kernels.cpu.run")
+    logits, labels = inputs.make("spread", SHAPE, F32), np.arange(3)
+    first = gpusoftmax.cross_entropy(logits, labels)
+    start = run.start
+    monkeypatch.setattr(run, "start", lambda what, addresses: started.append(what) or start(what, addresses))
+    assert gpusoftmax.cross_entropy(logits, labels) == first
+    assert len(started) == 1
+
+
+def test_a_bad_label_stops_what_would_be_written_in_place():
+    """Of the kernels that are started together, those behind the check must not run."""
+    logits, labels = inputs.make("spread", SHAPE, F32), np.arange(3)
+    for _ in range(2):
+        kept = logits.copy()
+        gpusoftmax.cross_entropy_with_grad(kept, labels, out=kept)
+    assert not np.array_equal(kept, logits)
+    kept = logits.copy()
+    with pytest.raises(IndexError, match="is 40, expected a class"):
+        gpusoftmax.cross_entropy_with_grad(kept, np.array([0, 40, 1]), out=kept)
+    assert np.array_equal(kept, logits)
 
 
 def test_weights_that_are_converted_first(target):

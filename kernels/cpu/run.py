@@ -64,6 +64,7 @@ class Start(NamedTuple):
     addresses: tuple[int, ...]
     n_threads: int
     workspace_bytes: int
+    workspaces: tuple[int, ...] = (WORKSPACE,)  # the words that are its address
 
 
 class _Recorder(threading.local):
@@ -134,7 +135,9 @@ def start(laid_out: Start, addresses: Sequence[int]) -> None:
     for position, address in zip(laid_out.positions, addresses, strict=True):
         block[position] = address
     # Held: a call that comes in between, by a signal's handler or a finaliser, may need more and replace it.
-    _held, block[WORKSPACE] = _workspace(laid_out.workspace_bytes)
+    _held, workspace = _workspace(laid_out.workspace_bytes)
+    for position in laid_out.workspaces:
+        block[position] = workspace
     parallel.start(laid_out.entry, block, laid_out.n_threads)
 
 
