@@ -99,7 +99,9 @@ def _cupy_without_a_gpu() -> Iterator[Any]:
         except ImportError:
             cupy = ModuleType("cupy")
             cupy.ndarray, cupy.cuda = _StandIn, SimpleNamespace()
-            stack.enter_context(mock.patch.dict(sys.modules, {"cupy": cupy}))
+            # Not mock.patch.dict, which forgets whatever is imported in the meantime: it would be there twice.
+            sys.modules["cupy"] = cupy
+            stack.callback(sys.modules.pop, "cupy")
             new = _StandIn
         else:
             new = _without_memory(cupy)

@@ -11,6 +11,7 @@ import benchmarks.__main__ as command
 from benchmarks import arrays, cases, gpu_timing, launch, layer, measure, providers, report, results, suites, timing
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
+from gpusoftmax import _replay
 
 QUICK = Effort(attempts=1, samples=3, seconds=0.01)
 
@@ -275,6 +276,8 @@ def test_launch_cost_is_measured_without_a_gpu(monkeypatch):
     monkeypatch.setattr(launch, "_SAMPLES", 2)
     said = []
     launch.run(said.append)
+    # What was imported meanwhile is still there: a second copy of the host half would record calls of the first.
+    assert sys.modules["gpusoftmax.kernels.cuda.launch"] is _replay._cuda("launch")
     costs = [line for line in said if line.endswith("us until the driver")]
     assert len(costs) == 7 and all(0 < float(line.split()[-5]) < 10_000 for line in costs)
     assert said[-1].startswith("whole calls") or "torch softmax" in "".join(said)
