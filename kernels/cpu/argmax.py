@@ -28,6 +28,7 @@ from gpusoftmax.kernels.cpu.vector import (
     column_numbers,
     lanes_of,
     number,
+    widest,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import STORAGE, Labels, Operand, Place, Rows, compute_dtype
@@ -58,15 +59,16 @@ def measure(here, first, last, numbers):
 @device
 def first_maximum(here, first, count, like):
     """(maximum, place) of `count` columns: numbers along a row, vectors across rows."""
-    cols = cols_of(here.zeros)
-    best, place = here.nothing, column_numbers(here.zeros)  # a row of -inf only: place 0
+    nothing = widest(here.nothing)
+    cols = cols_of(nothing)
+    best, place = nothing, column_numbers(nothing)  # a row of -inf only: place 0
     at, step = place, number(like, cols)
     full = count - count % cols
     for col in range(first, first + full, cols):
-        best, place = leading(best, place, load_cols(here.first, col, None, here.nothing), at)
+        best, place = leading(best, place, load_cols(here.first, col, None, nothing), at)
         at = add(at, step)
     if full < count:
-        best, place = leading(best, place, load_cols(here.first, first + full, count - full, here.nothing), at)
+        best, place = leading(best, place, load_cols(here.first, first + full, count - full, nothing), at)
     return leading_per_row(best, place)
 
 

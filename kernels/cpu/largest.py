@@ -32,6 +32,7 @@ from gpusoftmax.kernels.cpu.memory import (
 from gpusoftmax.kernels.cpu.vector import (
     number,
     stripe_of,
+    widest,
 )
 
 # As many logits are gone over faster than a few are put where they belong (Zen 4, 8 of 64: 4 times as fast).
@@ -54,18 +55,19 @@ def find_largest(here, first, count, values, columns, k, like):
 
 @device
 def take_in_turn(here, values, columns, k, like):
-    step = stripe_of(here.zeros)
+    nothing = widest(here.nothing)
+    step = stripe_of(nothing)
     copy = Line(numbers_on_stack(SHORT, like), 1, 0)  # whole vectors, with -inf behind the last column
-    largest = here.nothing
+    largest = nothing
     for col in range(0, here.n_cols, step):
-        x = load_cols(here.first, col, min(step, here.n_cols - col), here.nothing)
+        x = load_cols(here.first, col, min(step, here.n_cols - col), nothing)
         store_cols(copy, col, None, x)
         largest = maximum(largest, x)
     for j in range(k):
         value = max_per_row(largest)
-        at, largest = -1, here.nothing
+        at, largest = -1, nothing
         for col in range(0, here.n_cols, step):
-            x = load_cols(copy, col, None, here.nothing)
+            x = load_cols(copy, col, None, nothing)
             if at < 0:
                 found = lanes_equal(x, value)
                 if found != 0:

@@ -43,6 +43,7 @@ from gpusoftmax.kernels.cpu.threshold import kept_from, limit_of, limit_of_own, 
 from gpusoftmax.kernels.cpu.vector import (
     cols_of,
     number,
+    widest,
 )
 from gpusoftmax.kernels.cpu.walk import walk
 from gpusoftmax.kernels.operands import (
@@ -164,7 +165,7 @@ def measure_kept(here, first, last, numbers, limit):
 def best_column(here, first, count, draw, limit):
     """(score, low, column) of the best of some columns."""
     unit = draw[2]
-    cols = cols_of(here.zeros)
+    cols = cols_of(widest(here.zeros))
     full = count - count % cols
     best = number(unit, -math.inf), number(unit, 0.0), first
     for col in range(first, first + full, cols):
@@ -178,8 +179,9 @@ def best_column(here, first, count, draw, limit):
 def better_of(best, here, col, left, draw, limit):
     """The best column so far, or a better one of the vector at `col`."""
     seed, step, unit, noise = draw
-    x = kept_from(load_cols(here.first, col, left, here.nothing), limit)
-    words = words_of(col, seed, step, here.zeros)
+    nothing = widest(here.nothing)
+    x = kept_from(load_cols(here.first, col, left, nothing), limit)
+    words = words_of(col, seed, step, nothing)
     if any_reaches(score_bound(x, words, unit, noise), maximum(lowest(unit), best[0])):  # a score of -inf is none
         highs, lows = score(x, words, unit, noise)
         high = max_per_row(highs)

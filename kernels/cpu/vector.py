@@ -128,6 +128,22 @@ def along_in(typingctx, way, scalar):
     return vector(way, scalar), codegen
 
 
+@intrinsic
+def widest(typingctx, vector):
+    """A vector of equal lanes in as many registers as across rows: for loops that carry comparisons from vector to
+    vector, which wait for each other, and hold no constants.
+    """
+    wide = vector if vector.is_across else Vector(vector.element, False, ACROSS_BYTES)
+
+    def codegen(context, builder, signature, args):
+        if wide is vector:
+            return args[0]
+        lane = builder.extract_element(args[0], ir.Constant(_INT32, 0))
+        return formulas.Arithmetic(builder, context.get_value_type(wide)).splat(lane)
+
+    return wide(vector), codegen
+
+
 def in_blocks(n_bytes: int):
     """An intrinsic of the way in blocks, see walk.py."""
 
