@@ -8,9 +8,7 @@ from typing import Any
 from numpy import ndarray
 
 from gpusoftmax import _arrays, _checks, _memory, _replay, _rows, _transform
-
-_SMALL = 4096
-"""Logits that one thread turns into probabilities in less than 10 us."""
+from gpusoftmax.kernels.operands import SMALL
 
 
 @functools.cache
@@ -18,16 +16,34 @@ def _small_kernel(op: str, char: str) -> Callable | None:
     return importlib.import_module("gpusoftmax.kernels.cpu.small").function(op, char)
 
 
-def small(op: str, x: Any, axis: Any, dtype: Any, out: Any, transform: tuple) -> ndarray | None:
-    """What `forward` gives, if it is little and plain enough that nothing should come before it, else None."""
-    if type(x) is not ndarray or x.size > _SMALL or type(axis) is not int or axis != -1 or dtype is not None:
-        return None
-    if x.ndim != 2 or not (out is None or type(out) is ndarray) or not _transform.is_nothing(*transform):
+def small(
+    op: str, x: Any, axis: Any, dtype: Any, out: Any,
+    temperature: Any, bias: Any, softcap: Any, mask: Any, n_valid: Any, empty_row: Any,
+) -> ndarray | None:  # fmt: skip
+    """What `forward` gives, if it is little and plain enough that nothing should come before it, else None.
+
+    Here only what a kernel cannot ask: every line costs a tenth of such a call.
+    """
+    if (
+        type(x) is not ndarray
+        or not (out is None or type(out) is ndarray)
+        or type(axis) is not int
+        or axis != -1
+        or type(temperature) is not float
+        or temperature != 1
+        or not (dtype is bias is softcap is mask is n_valid is None)
+        or type(empty_row) is not str
+        or empty_row != "nan"
+    ):
         return None
     kernel = _small_kernel(op, x.dtype.char)
     if kernel is None:
         return None
-    result = _memory.aligned(x.shape, x.dtype) if out is None else out
+    if out is not None:
+        return out if kernel(x, out) else None
+    if x.size > SMALL:
+        return None
+    result = _memory.aligned(x.shape, x.dtype)
     return result if kernel(x, result) else None
 
 

@@ -12,17 +12,6 @@ the format: float32 logits have to be 4e-37 below the maximum (104 / 3e38) to ha
 """
 
 
-def is_nothing(temperature: Any, bias: Any, softcap: Any, mask: Any, n_valid: Any, empty_row: Any) -> bool:
-    """Whether there is certainly nothing that logits go through."""
-    return (
-        type(temperature) is float
-        and temperature == 1
-        and bias is softcap is mask is n_valid is None
-        and type(empty_row) is str
-        and empty_row == "nan"
-    )
-
-
 def split(
     temperature: Any, bias: Any, softcap: Any, mask: Any, n_valid: Any, empty_row: str = "nan"
 ) -> tuple[tuple, tuple]:

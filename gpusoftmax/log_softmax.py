@@ -52,10 +52,10 @@ def log_softmax(
     >>> log_softmax(np.array([40.0, 0.0]))
     array([-4.24835426e-18, -4.00000000e+01])
     """
-    transform = temperature, bias, softcap, mask, n_valid, empty_row
-    result = _rowwise.small("log_softmax", x, axis, dtype, out, transform)
+    result = _rowwise.small("log_softmax", x, axis, dtype, out, temperature, bias, softcap, mask, n_valid, empty_row)
     if result is not None:
         return result
+    transform = temperature, bias, softcap, mask, n_valid, empty_row
     try:
         return _rowwise.forward("log_softmax", x, axis, dtype, out, transform)
     except _arrays.RequiresGrad as refusal:

@@ -81,10 +81,10 @@ def softmax(
     array([[0.5, 0.5],
            [1. , 0. ]])
     """
-    transform = temperature, bias, softcap, mask, n_valid, empty_row
-    result = _rowwise.small("softmax", x, axis, dtype, out, transform)
+    result = _rowwise.small("softmax", x, axis, dtype, out, temperature, bias, softcap, mask, n_valid, empty_row)
     if result is not None:
         return result
+    transform = temperature, bias, softcap, mask, n_valid, empty_row
     try:
         if _checks.is_zero(temperature):
             # Of the columns up to the first of the largest, none but this one is as large.

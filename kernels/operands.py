@@ -23,6 +23,8 @@ ONE_VALUE = len(LABELS)
 """The code of Labels that are one integer, the same for all rows: instead of an address, it stands in `pointer`."""
 NO_BAD_LABEL = 2**63 - 1
 """What find_bad_label reports when every label is a class or ignore_index."""
+SMALL = 4096
+"""Logits that one thread of a CPU turns into probabilities in less than 10 us."""
 
 STATE_COLS = 2048
 """Columns of a chunk whose state can be kept: that of a row which comes in parts, see cpu/logsumexp_state.py."""

@@ -279,7 +279,7 @@ def threads(monkeypatch):
     """A function that lets every call, however small, be shared by so many threads."""
 
     def share(n_threads):
-        monkeypatch.setattr(_rowwise, "_SMALL", 0)
+        monkeypatch.setattr(_rowwise, "small", lambda *_: None)
         monkeypatch.setattr(run_module, "LOGITS_PER_THREAD", 1)
         monkeypatch.setattr(run_module, "LOGITS_PER_ITEM", 1)
         monkeypatch.setattr(run_module, "CHUNKS_PER_PART", 1)
@@ -352,7 +352,7 @@ def test_parts_of_rows_that_are_folded_late(threads):
 @pytest.mark.parametrize("n_cols", [1, 5, 64, 100, 2048, 4500])
 def test_ways_to_walk_rows(monkeypatch, name, n_cols):
     """Along rows, across them and in blocks sum in the same order."""
-    monkeypatch.setattr(_rowwise, "_SMALL", 0)
+    monkeypatch.setattr(_rowwise, "small", lambda *_: None)
     arrays = make(70, n_cols, "float32")
     ways = [ALONG, ACROSS] + ([IN_BLOCKS] if n_cols <= CHUNK_COLS and name not in NEVER_IN_BLOCKS else [])
     results = []
@@ -370,7 +370,7 @@ def test_ways_to_walk_rows(monkeypatch, name, n_cols):
 )
 def test_results_written_past_the_caches(monkeypatch, name, n_cols, dtype):
     arrays = make(20, n_cols, dtype)
-    monkeypatch.setattr(_rowwise, "_SMALL", 0)
+    monkeypatch.setattr(_rowwise, "small", lambda *_: None)
     expected = bits(run_on_cpu(name, *arrays))
     monkeypatch.setattr(run_module, "STREAM_BYTES", 0)
     monkeypatch.setattr(run_module, "LATE_STREAM_BYTES", 0)

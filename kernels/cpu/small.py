@@ -35,7 +35,7 @@ from gpusoftmax.kernels.cpu.vector import (
     lanes_of,
     size_of,
 )
-from gpusoftmax.kernels.operands import Rows
+from gpusoftmax.kernels.operands import SMALL, Rows
 
 # Where the fields of an array and of its dtype lie behind the header of a Python object.
 HEADER = object.__basicsize__
@@ -114,8 +114,8 @@ def is_plain(array, dtype, flags):
 
 @device
 def run_on(of_rows, x, out, one):
-    """Whether it has been done: not unless both are arrays of rows in C order, of one shape and native dtype, that are
-    the same or do not overlap, and the rows are of one chunk.
+    """Whether it has been done: not unless both are small arrays of rows in C order, of one shape and native dtype,
+    that are the same or do not overlap, and the rows are of one chunk.
     """
     dtype = word(x + DTYPE)
     native = pointer_to(dtype + BYTE_ORDER, uint8(0))[0] == NATIVE
@@ -123,7 +123,7 @@ def run_on(of_rows, x, out, one):
         return False
     shape, same = word(x + SHAPE), word(out + SHAPE)
     n_rows, n_cols = word(shape), word(shape + 8)
-    if word(same) != n_rows or word(same + 8) != n_cols or n_cols > CHUNK_COLS or n_rows * n_cols == 0:
+    if word(same) != n_rows or word(same + 8) != n_cols or n_cols > CHUNK_COLS or not 0 < n_rows * n_cols <= SMALL:
         return False
     source, target = word(x + DATA), word(out + DATA)
     if source != target and abs(source - target) < n_rows * n_cols * size_of(one):
