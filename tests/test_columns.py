@@ -54,8 +54,9 @@ CHECKS = {
     "smoothed_cross_entropy": lambda got, x, g, y, axis: _check_losses(got, x, y, axis, 0.1),
     "kl_div": lambda got, x, g, y, axis: _check_divergences(got, x, g, axis),
     "sample": lambda got, x, g, y, axis: np.testing.assert_array_equal(got[0], gpusoftmax.sample(x, axis, rng=y)),
+    # As float32: NumPy does not take two NaN of bfloat16 for equal.
     "top_p_mask_logits": lambda got, x, g, y, axis: np.testing.assert_array_equal(
-        got[0], gpusoftmax.top_p_mask_logits(x, 0.9, axis)
+        *(one.astype(np.float32) for one in (got[0], gpusoftmax.top_p_mask_logits(x, 0.9, axis)))
     ),
     "limited_sample": lambda got, x, g, y, axis: np.testing.assert_array_equal(
         got[0], gpusoftmax.sample(x, axis, rng=y, top_k=40, top_p=0.9)
@@ -220,6 +221,10 @@ def along(results):
     return tuple(np.ascontiguousarray(part.T) for part in results)
 
 
+def with_one_nan(a):
+    return np.where(np.isnan(a), np.asarray(np.nan, a.dtype), a)
+
+
 def check(name, dtype, lengths):
     for n_cols in lengths:
         logits, gradient, labels = make(n_cols, dtype)
@@ -228,7 +233,10 @@ def check(name, dtype, lengths):
         for multiprocessors in (8, 1):  # a sector of rows in a block, and more of them where they fit
             results, chosen, _, _ = run(name, arrays, 0, multiprocessors=multiprocessors, track=False)
             assert chosen.regime == "columns"
-            assert same_bits(along(results), expected), (n_cols, chosen)
+            found = along(results)
+            if name == "top_p_mask_logits":  # what it keeps of a NaN is a NaN; which one depends on how it is rounded
+                found, expected = (tuple(map(with_one_nan, parts)) for parts in (found, expected))
+            assert same_bits(found, expected), (n_cols, chosen)
         if n_cols < 1000:
             middle = np.stack([arrays[0], arrays[0][::-1]]), np.stack([arrays[1]] * 2), np.stack([labels] * 2)
             if name in (

@@ -5,6 +5,7 @@ import pytest
 
 import gpusoftmax
 from tests import inputs, tolerances
+from tests.emulator import emulated_gpu
 
 ROW_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 # Experts; less than a warp; one piece; five chunks of the GPU, three of the CPU.
@@ -42,10 +43,27 @@ def test_columns_and_probabilities(target, dtype, n_cols):
     check(target, inputs.every_family(2, n_cols, dtype, seed=n_cols), 5)
 
 
-@pytest.mark.parametrize("k", [1, 2, 31, 63, 64])
+@pytest.mark.parametrize("k", [1, 2, 8, 9, 31, 63, 64])
 def test_number_of_columns(target, k):
     check(target, inputs.make("ties", (3, 64), np.float32), k)
     check(target, np.zeros((2, 64), np.float32), k)  # the sum has the most to round
+
+
+@pytest.mark.parametrize("n_cols", [64, 128, 129, 256, 512, 513, 1000, 1024])
+def test_the_few_largest_of_every_number_of_lanes(target, n_cols):
+    """That share a row of the GPU, and of groups of columns in a lane; ties, and signed zeros among them."""
+    logits = inputs.make("ties", (9, n_cols), np.float32)
+    logits[::2] *= np.where(np.arange(n_cols) % 3, np.float32(0.0), np.float32(-1.0))
+    for k in (1, 8):
+        assert np.array_equal(run(target, logits, k).indices, largest(logits, k))
+
+
+def test_experts_take_few_instructions():
+    """None of the rows that share a warp waits for another: 384 a row while the k largest were candidates, now 171."""
+    logits = inputs.make("spread", (64, 64), np.float32)
+    with emulated_gpu("sm_90", track=False) as gpu:
+        gpusoftmax.topk_softmax(gpu.array(logits), 8)
+        assert gpu.stats[-1].warp_instructions.total() < 200 * len(logits)
 
 
 def test_more_than_fit_a_warp():

@@ -22,7 +22,7 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
-from gpusoftmax.kernels.cuda.device.largest_of_short import enough_for, masked_with, most_candidates, short_ranking_with
+from gpusoftmax.kernels.cuda.device.largest_of_short import masked_with, short_ranking_with
 from gpusoftmax.kernels.cuda.device.memory import (
     element_size,
     granule_numbers,
@@ -383,7 +383,7 @@ def largest_with(write):
         done = False
         if is_long(split) and k <= MOST_LARGEST:
             done = write_by_candidates(source, k, n_cols, row_max, team, split, numbers)
-        if is_short(split) and enough_for(k) <= most_candidates(split):
+        if is_short(split):
             done = write_short(source, k, n_cols, exists, row_max, team, split, params, numbers)
         if not done:
             writes = exists and team.rank == 0 and team.lane == 0

@@ -1,7 +1,8 @@
 """The k largest logits of a row of one piece, in order, by the lanes of a warp that share it.
 
 They have the row in registers once more. Halving an interval (kernels/ordering.py) finds a bound that k logits reach
-and not many more; these are candidates, as in largest.py, and find their places by counting the better ones.
+and not many more; these are candidates, as in largest.py, and find their places by counting the better ones. Up to
+GROUP of them few_largest.py finds faster, but not of float64, whose keys would not hold a column.
 """
 
 import math
@@ -10,6 +11,7 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import number
+from gpusoftmax.kernels.cuda.device.few_largest import few_largest_with
 from gpusoftmax.kernels.cuda.device.memory import (
     element_size,
     integer_of,
@@ -130,9 +132,10 @@ def masked_with(write, place_of):
 
 def short_ranking_with(write):
     """A device function that calls write(j, logit, column, numbers) for the k largest logits of a row, j = 0, 1, ...,
-    each in one of its lanes; whether it has: it does nothing where a row of the warp has too many candidates.
+    each in one of its lanes; whether it has: it does nothing where a row of the warp has too many candidates or no
+    room for enough.
     """
-    write_masked = masked_with(write, own_candidate_place)
+    write_masked, write_few = masked_with(write, own_candidate_place), few_largest_with(write)
 
     @device
     def write_ranked(k, count, team, split, like, numbers):
@@ -150,6 +153,11 @@ def short_ranking_with(write):
     def write_short(source, k, n_cols, exists, row_max, team, split, params, numbers):
         held = piece_numbers(row_max)
         piece = read_logits(held, source, int32(0), n_cols, team, split, params)
+        if k <= GROUP and number_size(row_max) == 4:
+            write_few(held, k, exists, source, piece, team, split, numbers)
+            return True
+        if enough_for(k) > most_candidates(split):
+            return False
         bits = reaching(held, bound_of_row(held, k, row_max, piece, split), piece, split)
         before = lanes_before(n_lanes(bits), team.lane, split_lanes(split))
         count = last_of_lanes(int32(before + n_lanes(bits)), team.lane, split_lanes(split))

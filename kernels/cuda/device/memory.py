@@ -311,7 +311,7 @@ def store_integer(typingctx, address, index, value):
 # ---------------------------------------------------------------- memory of one thread and of one block
 
 
-def _numbers(context, builder, like, length):
+def numbers_on_stack(context, builder, like, length):
     element = context.get_value_type(like)
     with builder.goto_entry_block():
         array = builder.alloca(ir.ArrayType(element, length))
@@ -323,7 +323,7 @@ def piece_numbers(typingctx, like):
     """A thread's numbers of a piece. They live in registers: every index is a constant once loops are unrolled."""
 
     def codegen(context, builder, signature, args):
-        return _numbers(context, builder, like, values_per_lane(like.name))
+        return numbers_on_stack(context, builder, like, values_per_lane(like.name))
 
     return types.CPointer(like)(like), codegen
 
@@ -333,7 +333,7 @@ def granule_numbers(typingctx, like):
     """As many numbers as sixteen bytes of any format hold; in registers, as those of `piece_numbers`."""
 
     def codegen(context, builder, signature, args):
-        return _numbers(context, builder, like, VECTOR_BYTES // 2)
+        return numbers_on_stack(context, builder, like, VECTOR_BYTES // 2)
 
     return types.CPointer(like)(like), codegen
 
@@ -343,7 +343,7 @@ def run_flags(typingctx, like):
     """A word for each run of sixteen bytes that a lane holds of a piece, whatever the format; in registers."""
 
     def codegen(context, builder, signature, args):
-        return _numbers(context, builder, types.uint64, MAX_RUNS)
+        return numbers_on_stack(context, builder, types.uint64, MAX_RUNS)
 
     return types.CPointer(types.uint64)(like), codegen
 

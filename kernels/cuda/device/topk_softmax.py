@@ -23,7 +23,7 @@ from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_ne
 from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
 from gpusoftmax.kernels.cuda.device.row_state import begin_row, first_pass_with, softmax_row
 from gpusoftmax.kernels.cuda.device.rows import row_of
-from gpusoftmax.kernels.cuda.device.split import is_long
+from gpusoftmax.kernels.cuda.device.split import is_long, split_lanes
 
 
 @device
@@ -43,13 +43,14 @@ sums_and_maxima = first_pass_with(second_looks=False, keep=keep_best)
 
 
 @device
-def renormalise(target, k, like):
-    """Divides k exponentials by their sum."""
+def renormalise(target, k, lane, lanes, like):
+    """Divides k exponentials by their sum, each lane some of them; 0 of them where the row is another's."""
     total, low = number(like, 0.0), number(like, 0.0)
     for j in range(k):
         total, low = add_pair(total, low, load(target, j, like), number(like, 0.0))
     inverse = div(number(like, 1.0), total)
-    for j in range(k):
+    cuda.syncwarp()  # every lane has read them all before any writes
+    for j in range(lane, k, lanes):
         store(target, j, mul(load(target, j, like), inverse))
 
 
@@ -80,5 +81,4 @@ def topk_softmax_rows(rows, split, start, logits, probs, indices, k, renormalize
             cuda.syncthreads()
         else:
             cuda.syncwarp()
-        if exists and team.rank == 0 and team.lane == 0:
-            renormalise(target, k, scale)
+        renormalise(target, k if exists and team.rank == 0 else 0, team.lane, split_lanes(split), scale)
