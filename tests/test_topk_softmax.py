@@ -59,7 +59,7 @@ def test_the_few_largest_of_every_number_of_lanes(target, n_cols):
 
 
 def test_experts_take_few_instructions():
-    """None of the rows that share a warp waits for another: 384 a row while the k largest were candidates, now 171."""
+    """None of the rows that share a warp waits for another: 384 a row while the k largest were candidates, now 155."""
     logits = inputs.make("spread", (64, 64), np.float32)
     with emulated_gpu("sm_90", track=False) as gpu:
         gpusoftmax.topk_softmax(gpu.array(logits), 8)
