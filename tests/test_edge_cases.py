@@ -292,6 +292,15 @@ def test_no_columns(target, shape):
         gpusoftmax.cross_entropy(x, target.array(np.zeros(shape[:-1], np.int64)))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_columns_of_many_rows_after_others(dtype):
+    """What the rows before have left in scratch memory is no part of them."""
+    gpusoftmax.logsumexp(np.full((40, 5), NAN, dtype))
+    assert (gpusoftmax.logsumexp(np.empty((40, 0), dtype)) == -INF).all()
+    gpusoftmax.soft_argmax(np.ones((40, 5), dtype))
+    assert np.isnan(gpusoftmax.soft_argmax(np.empty((40, 0), dtype))).all()
+
+
 @pytest.mark.parametrize("axis", [-1, None])
 @pytest.mark.parametrize(
     ("value", "prob", "log_prob", "lse"),
