@@ -256,12 +256,13 @@ def _row_dtype(dtype: str) -> np.dtype:
 
 def images(arch: Any, ops: Any, dtypes: Any) -> "list[Image]":
     """The kernels that `gpusoftmax.compile` compiles: see there."""
-    archs = archs_here() if arch is None else [arch] if isinstance(arch, str) else list(arch)
+    archs = archs_here() if arch is None else [arch] if isinstance(arch, str) else _checks.several(arch, "arch")
     if not archs:
         raise ValueError("there is no GPU here whose architecture could be compiled for: pass arch, such as sm_90")
     archs = [_checks.one_of(one, tuple(DEVICES), "arch") for one in archs]
-    ops = [_checks.one_of(op, OPS, "op") for op in (OPS if ops is None else ops)]
-    dtypes = [_checks.dtype_name(dtype) for dtype in (_checks.FLOATING if dtypes is None else dtypes)]
+    ops = [_checks.one_of(op, OPS, "op") for op in (OPS if ops is None else _checks.several(ops, "ops"))]
+    dtypes = _checks.FLOATING if dtypes is None else _checks.several(dtypes, "dtypes")
+    dtypes = [_checks.dtype_name(dtype) for dtype in dtypes]
     from gpusoftmax.kernels.cache_directory import private_directory
 
     if private_directory("cuda") is None:
