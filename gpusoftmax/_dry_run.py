@@ -1,6 +1,5 @@
 """What a call on a GPU would launch: the call itself, on arrays without memory, for a device that need not exist."""
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,14 +77,21 @@ DEVICES = {
 """The architectures that kernels are linked for."""
 
 
+_ALIGNMENT = 1 << 36
+"""Of imagined addresses; it is that of every vector."""
+
+
 class _Imagined:
     """An array on a device that need not exist."""
 
-    _addresses = itertools.count(1 << 40, 1 << 36)
+    _address = 1 << 40  # of the next one
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None):
         self.shape, self.dtype = shape, np.dtype(dtype)
-        pointer = next(self._addresses) if math.prod(shape) else 0
+        pointer = _Imagined._address if math.prod(shape) else 0
+        # No matter how large they are, no two overlap.
+        reach = math.prod(shape) if strides is None else sum(a * b for a, b in zip(shape, strides, strict=True))
+        _Imagined._address += -(-reach * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         self.__cuda_array_interface__ = {
             "shape": shape,
             "typestr": self.dtype.str,
