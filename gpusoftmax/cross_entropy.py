@@ -55,8 +55,8 @@ def cross_entropy(
     label_smoothing : float, 0 to 1
         Share of the probability that is spread evenly over all classes.
     z_loss : float
-        Adds z_loss * lse**2 to the loss of a row, with its weights: weight[target] and row_weight. Of a soft target, the
-        sum over the classes of their probability times their weight takes the place of weight[target].
+        Adds z_loss * lse**2 to the loss of a row, with its weights: row_weight and weight[target], or for a soft target
+        the sum over the classes of probability times weight.
     row_weight : array, the shape of `logits` without `axis`, optional
         A factor for each row, gradient included. "mean" divides by its sum, times weight[target]. A row of weight 0 is
         not read.
