@@ -983,6 +983,16 @@ def test_every_message_has_a_case():
     assert not missing, f"no case reaches these lines of _checks.py: {missing}"
 
 
+def test_errors_come_alone():
+    """Not as what happened while another exception was handled, that of an option which cannot be a key."""
+    with emulated_gpu("sm_90") as gpu:
+        for x in (np.ones((2, 3)), gpu.array(np.ones((2, 3))), [[1.0]]):
+            with pytest.raises(TypeError, match="temperature is") as raised:
+                softmax(x, temperature=[])
+            assert raised.value.__cause__ is None
+            assert raised.value.__context__ is None or raised.value.__suppress_context__
+
+
 def test_long_values_are_not_printed():
     """A message stays a line, whatever was passed."""
     for call in (
