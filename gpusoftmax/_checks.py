@@ -174,7 +174,7 @@ def scalar(value, name: str) -> float:
     if type(value) is float:
         return value
     # float() of a complex number of NumPy drops a part of it, and torch has an error of its own.
-    is_complex = isinstance(value, np.generic | np.ndarray) and value.dtype.kind == "c"
+    is_complex = getattr(getattr(value, "dtype", None), "kind", None) == "c"
     if is_complex or isinstance(value, bool | str | bytes):
         raise TypeError(f"{name} is {_short(value)}, expected a number")
     try:
