@@ -219,7 +219,11 @@ def _from_protocol(x, name: str) -> Array:
     if hasattr(x, "__cuda_array_interface__"):
         read_only = x.__cuda_array_interface__["data"][1]
         return _from_cupy(_cupy(name).asarray(x), name)._replace(writable=not read_only)
-    return _from_numpy(np.asarray(x), name)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:  # rows of unequal lengths
+        raise _checks.no_array(x, name, error) from None
+    return _from_numpy(array, name)
 
 
 def logits(x, name: str) -> Array:

@@ -41,7 +41,7 @@ def axes(axis, ndim: int) -> tuple[int, ...]:
 
 
 def axis_or_all(axis, ndim: int) -> tuple[int, ...]:
-    """One axis, or with None all of them: what an index along several would mean has no answer."""
+    """One axis, or with None all of them."""
     if isinstance(axis, tuple | list):
         raise TypeError(f"axis is {_short(axis)}, expected one int, or None for the flattened array")
     return axes(axis, ndim)
@@ -96,8 +96,8 @@ def one_stride(axes: tuple[int, ...], transform) -> None:
     """Rows that no single stride walks are copied, which is not done for what is read beside them."""
     if transform is not None:
         raise ValueError(
-            f"axis is {axes}, which no single stride walks; with a transform of the logits (bias, mask, n_valid, ...), "
-            f"expected one axis, or axes that lie together: reshape or copy the logits first"
+            f"axis is {axes}, which no single stride walks; with a transform of the logits (bias, mask, n_valid, "
+            f"temperature 0, ...), expected one axis, or axes that lie together: reshape or copy the logits first"
         )
 
 
@@ -173,17 +173,23 @@ def temperature_or_zero(value, dtype: str) -> float:
 def scalar(value, name: str) -> float:
     if type(value) is float:
         return value
-    if isinstance(value, bool | str | bytes):
+    # float() of a complex number of NumPy drops a part of it, and torch has an error of its own.
+    is_complex = getattr(getattr(value, "dtype", None), "kind", None) == "c"
+    if is_complex or isinstance(value, bool | str | bytes):
         raise TypeError(f"{name} is {_short(value)}, expected a number")
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{name} is {_short(value)}, expected a number") from None
 
 
 def grad_scale(value) -> float:
     """0.0 for -0.0: they are equal, and so are options of one call to _recipe.py."""
     return scalar(value, "grad_scale") + 0.0
+
+
+def no_array(value, name: str, error: ValueError) -> ValueError:
+    return ValueError(f"{name} is {_short(value)}, expected an array, or nested lists of equal lengths: {error}")
 
 
 def dtype_name(dtype) -> str:
@@ -596,8 +602,19 @@ def shape(value) -> tuple[int, ...]:
     return sizes
 
 
+def several(value, name: str) -> list:
+    """A string would be a sequence of letters."""
+    try:
+        found = None if isinstance(value, str | bytes) else list(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise TypeError(f"{name} is {_short(value)}, expected a sequence: put a single one into a list")
+    return found
+
+
 def one_of(value, known: tuple[str, ...], name: str) -> str:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} is {_short(value)}, expected one of {', '.join(known)}")
     return value
 

@@ -1,6 +1,5 @@
 """What a call on a GPU would launch: the call itself, on arrays without memory, for a device that need not exist."""
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,14 +77,21 @@ DEVICES = {
 """The architectures that kernels are linked for."""
 
 
+_ALIGNMENT = 1 << 36
+"""Of imagined addresses; it is that of every vector."""
+
+
 class _Imagined:
     """An array on a device that need not exist."""
 
-    _addresses = itertools.count(1 << 40, 1 << 36)
+    _address = 1 << 40  # of the next one
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None):
         self.shape, self.dtype = shape, np.dtype(dtype)
-        pointer = next(self._addresses) if math.prod(shape) else 0
+        pointer = _Imagined._address if math.prod(shape) else 0
+        # No matter how large they are, no two overlap.
+        reach = math.prod(shape) if strides is None else sum(a * b for a, b in zip(shape, strides, strict=True))
+        _Imagined._address += -(-reach * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         self.__cuda_array_interface__ = {
             "shape": shape,
             "typestr": self.dtype.str,
@@ -256,12 +262,13 @@ def _row_dtype(dtype: str) -> np.dtype:
 
 def images(arch: Any, ops: Any, dtypes: Any) -> "list[Image]":
     """The kernels that `gpusoftmax.compile` compiles: see there."""
-    archs = archs_here() if arch is None else [arch] if isinstance(arch, str) else list(arch)
+    archs = archs_here() if arch is None else [arch] if isinstance(arch, str) else _checks.several(arch, "arch")
     if not archs:
         raise ValueError("there is no GPU here whose architecture could be compiled for: pass arch, such as sm_90")
     archs = [_checks.one_of(one, tuple(DEVICES), "arch") for one in archs]
-    ops = [_checks.one_of(op, OPS, "op") for op in (OPS if ops is None else ops)]
-    dtypes = [_checks.dtype_name(dtype) for dtype in (_checks.FLOATING if dtypes is None else dtypes)]
+    ops = [_checks.one_of(op, OPS, "op") for op in (OPS if ops is None else _checks.several(ops, "ops"))]
+    dtypes = _checks.FLOATING if dtypes is None else _checks.several(dtypes, "dtypes")
+    dtypes = [_checks.dtype_name(dtype) for dtype in dtypes]
     from gpusoftmax.kernels.cache_directory import private_directory
 
     if private_directory("cuda") is None:

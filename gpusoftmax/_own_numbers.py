@@ -23,8 +23,9 @@ def integers(
         return None
     if type(given) is int:
         return one_value(given)
-    array = _of(given, name, logits, result)
+    array = _arrays.wrap(given, name)
     _checks.seeds(array, name, _rows.without_axes(logits, axes))
+    _check_place(array, name, logits, result)
     if array.dtype == "uint64":
         array = array._replace(dtype="int64")  # the same bits
     return _beside(array, logits, axes)
@@ -36,17 +37,16 @@ def floats(
     """Numbers of rows in the format of the arithmetic, to be walked beside the logits; None for none."""
     if given is None:
         return None
-    array = _of(given, name, logits, result)
+    array = _arrays.wrap(given, name)
     _checks.number_of_rows(array, name, _rows.without_axes(logits, axes))
+    _check_place(array, name, logits, result)
     return _beside(array if array.dtype == dtype else _rows.contiguous(array, dtype), logits, axes)
 
 
-def _of(given: Any, name: str, logits: Array, result: Array | None) -> Array:
-    array = _arrays.wrap(given, name)
+def _check_place(array: Array, name: str, logits: Array, result: Array | None) -> None:
     _checks.same_home(logits, array, "logits", name)
     if result is not None:
         _checks.no_overlap(result, array, name)
-    return array
 
 
 def _beside(array: Array, logits: Array, axes: tuple[int, ...]) -> Array:

@@ -59,11 +59,13 @@ def call(function: Callable[..., Any], arrays: tuple, *options: Any) -> Any:
         given, pointers, key = _layout(function, arrays, options)
         known = _recipes.get(key, _UNKNOWN)
     except (TypeError, ValueError):  # not for the GPU, or something that the function itself will complain about
+        known = None
+    if known is None:
         return function(*arrays, *options)
     driver = _cuda("driver")
-    if known is _UNKNOWN or (known and known.device is not driver.device(known.place.device)):
+    if known is _UNKNOWN or known.device is not driver.device(known.place.device):
         return _record(key, function, arrays, options)
-    if known is None or not _recipe.apart(pointers, known.recipe.overlaps):
+    if not _recipe.apart(pointers, known.recipe.overlaps):
         return function(*arrays, *options)
     return _replay(known, given, pointers, driver.launch)
 

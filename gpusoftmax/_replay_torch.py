@@ -21,7 +21,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     try:
         known = _recipes.get(key, _recipes)
     except TypeError:  # an option that cannot be a key, which the function will complain about
-        return function(*arrays, *options)
+        known = None
     if known is _recipes:
         return _record(torch, key, function, arrays, options)
     if known is None or not _recipe.apart(addresses, known.overlaps):

@@ -67,14 +67,14 @@ class _Targets(NamedTuple):
     stride: int
 
 
-def checked(logits, target, axis, ignore_index, validate):
+def checked(logits, target, axis, ignore_index, validate, needs_target=True):
     """(logits, labels, axes, ignore_index) as kernels take them; labels are None without a target."""
     x = _arrays.logits(logits, "logits")
     axes = _checks.class_axis(axis, x.ndim)
     n_cols = x.shape[axes[0]]
     _checks.class_count(n_cols)
     ignore_index = _checks.ignore_index(ignore_index)
-    if target is None:
+    if target is None and not needs_target:
         return x, None, axes, ignore_index
     labels = _arrays.wrap(target, "target")
     _checks.integer(labels.dtype, "target")

@@ -56,19 +56,21 @@ def applied(
     elif temperature != 1.0 and not is_zero and (bias is not None or softcap is not None or not takes_temperature):
         scale, temperature = scale_of(1.0, temperature, dtype), 1.0
     if bias is not None:
-        bias = _beside(bias, x, "bias", name, result, floating=True)
+        bias = _beside(_arrays.logits(bias, "bias"), x, "bias", name, result)
         if bias.dtype == "float64" != dtype:  # kernels widen what they read, and narrow nothing
             bias = _rows.contiguous(bias, dtype)
         bias = bias._replace(strides=_checks.stretched(bias, x, axes, n_cols, "bias"))
     if mask is not None:
-        mask = _beside(mask, x, "mask", name, result)
+        mask = _arrays.wrap(mask, "mask")
         _checks.mask_dtype(mask, axes)
+        mask = _beside(mask, x, "mask", name, result)
         per_word = 1 if mask.dtype == "bool" else 32
         strides = _checks.stretched(mask, x, axes, -(-n_cols // per_word), "mask")
         mask = mask._replace(strides=strides, dtype="bool" if per_word == 1 else "bits")
     if valid_of_rows is not None:
-        valid = _beside(valid_of_rows, x, "n_valid", name, result)
+        valid = _arrays.wrap(valid_of_rows, "n_valid")
         _checks.integer(valid.dtype, "n_valid", "numbers of columns")
+        valid = _beside(valid, x, "n_valid", name, result)
         _checks.same_shape(valid, batch_shape, "n_valid", "one for each row, or a single int")
         valid = _rows.per_row(valid, axes, x.ndim)
     else:
@@ -87,7 +89,7 @@ def temperatures_of_rows(
     given: Any, x: Array, axes: tuple[int, ...], dtype: str, x_name: str, result: Array | None
 ) -> Array:
     """One for each row of x, in the format of the computation, to be walked beside x."""
-    array = _beside(given, x, "temperature", x_name, result, floating=True)
+    array = _beside(_arrays.logits(given, "temperature"), x, "temperature", x_name, result)
     batch_shape = _rows.without_axes(x, axes)
     _checks.same_shape(array, batch_shape, "temperature", "one for each row, or a single number")
     if array.dtype != dtype:
@@ -95,8 +97,7 @@ def temperatures_of_rows(
     return _rows.per_row(array, axes, x.ndim)
 
 
-def _beside(given: Any, x: Array, name: str, x_name: str, result: Array | None, floating: bool = False) -> Array:
-    array = _arrays.logits(given, name) if floating else _arrays.wrap(given, name)
+def _beside(array: Array, x: Array, name: str, x_name: str, result: Array | None) -> Array:
     _checks.same_home(x, array, x_name, name)
     if result is not None:
         _checks.no_overlap(result, array, name)

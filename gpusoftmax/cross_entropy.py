@@ -55,7 +55,8 @@ def cross_entropy(
     label_smoothing : float, 0 to 1
         Share of the probability that is spread evenly over all classes.
     z_loss : float
-        Adds z_loss * lse**2 to the loss of a row, with its weights: weight[target] and row_weight.
+        Adds z_loss * lse**2 to the loss of a row, with its weights: row_weight and weight[target], or for a soft target
+        the sum over the classes of probability times weight.
     row_weight : array, the shape of `logits` without `axis`, optional
         A factor for each row, gradient included. "mean" divides by its sum, times weight[target]. A row of weight 0 is
         not read.
@@ -79,7 +80,7 @@ def cross_entropy(
     CrossEntropy
         If more is asked for, a named tuple: the loss; the part of it that is z_loss; lse, the logsumexp of each row, 0
         where it is ignored; n_correct, an int64, of how many rows that count the label is the first of the largest
-        logits.
+        logits (of none whose loss is NaN).
 
     Raises
     ------
@@ -154,7 +155,8 @@ def cross_entropy_with_grad(
     logits, target, weight, axis, ignore_index, reduction, label_smoothing, z_loss, row_weight, normalizer, validate
         As in `cross_entropy`.
     temperature, bias, softcap, mask, n_valid, empty_row
-        As in `cross_entropy`. The gradient is that of the logits as they were given; exactly 0 where they are masked.
+        As in `cross_entropy`. The gradient is that of the logits as they were given; exactly 0 where they are masked,
+        or where there is any of these and they come to -inf.
     return_z_loss, return_lse, return_correct : bool
         As in `cross_entropy`, whose named tuple then takes the place of the loss.
     grad_scale : float

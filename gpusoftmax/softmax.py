@@ -32,7 +32,8 @@ def softmax(
         Along which the results sum to 1. A tuple of axes that no single stride walks costs one copy.
     temperature : float, or array with the shape of `x` without `axis`
         Divides the logits; finite and above 0. An array has one for each row, and rows where it is not are NaN. A
-        single 0 stands for the argmax: all the probability is where the largest logit is, the first of equal ones.
+        single 0 stands for the argmax: all the probability is where the largest logit is, the first of equal ones
+        (but for logits that lie less than 4e-37 below it, 1e-298 in float64, which keep some).
     bias : array, optional
         Is added next: one for each column, shape (n_cols,), or the shape of `x`, where sizes of 1 stand for all.
     softcap : float, optional
@@ -61,8 +62,9 @@ def softmax(
         Unsupported dtype; `out` of another library or device than `x`; `out` and a different `dtype`; `out` where a
         torch tensor requires grad.
     ValueError
-        Bad axis, temperature, softcap or n_valid; `bias` or `mask` of the wrong shape; `out` of the wrong shape,
-        read-only, or overlapping `x` in part or anything else that is read.
+        Bad axis, temperature, softcap or n_valid; `bias` or `mask` of the wrong shape; axes that no single stride walks
+        with a temperature of 0 or of each row, bias, softcap, mask or n_valid; `out` of the wrong shape, read-only, or
+        overlapping `x` in part or anything else that is read.
 
     Notes
     -----
@@ -86,10 +88,10 @@ def softmax(
         return result
     transform = temperature, bias, softcap, mask, n_valid, empty_row
     try:
-        if _checks.is_zero(temperature):
+        if _checks.is_zero(temperature) and _arrays.logits(x, "x").size:
             # Of the columns up to the first of the largest, none but this one is as large.
             arrays, options = _transform.split(1.0, bias, softcap, mask, n_valid)
-            n_valid = _arrays.next_integer(_replay.call(_largest.argmax, (x, None, *arrays), axis, False, *options))
+            n_valid = _arrays.next_integer(_replay.call(_largest.along_axes, (x, None, *arrays), axis, False, *options))
         through = temperature, bias, softcap, mask, n_valid, empty_row
         return _rowwise.forward("softmax", x, axis, dtype, out, through, any_temperature=True)
     except _arrays.RequiresGrad as refusal:

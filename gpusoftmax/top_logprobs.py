@@ -90,7 +90,7 @@ def top_logprobs(
 def _top_logprobs(
     logits, target, temperatures, bias, mask, valid, k, axis, ignore_index, validate, *transform
 ):  # fmt: skip
-    x, labels, axes, ignore_index = _tokens.checked(logits, target, axis, ignore_index, validate)
+    x, labels, axes, ignore_index = _tokens.checked(logits, target, axis, ignore_index, validate, needs_target=False)
     k = _checks.token_count(k, x.shape[axes[0]])
     batch_shape = _rows.without_axes(x, axes)
     dtype = _arrays.compute_dtype(x)

@@ -279,9 +279,8 @@ def test_empty_batch(target, dtype, shape):
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 0), (2, 3, 0)])
 def test_no_columns(target, shape):
     x = target.array(np.empty(shape, np.float32))
-    for function in (gpusoftmax.softmax, gpusoftmax.log_softmax):
-        result = target.get(function(x))
-        assert result.shape == shape and result.dtype == np.float32
+    for result in (gpusoftmax.softmax(x), gpusoftmax.log_softmax(x), gpusoftmax.softmax(x, temperature=0)):
+        assert target.get(result).shape == shape and target.get(result).dtype == np.float32
     for function in (gpusoftmax.softmax_backward, gpusoftmax.log_softmax_backward):
         assert target.get(function(x, x)).shape == shape
     assert launches(target) == 0
@@ -290,6 +289,15 @@ def test_no_columns(target, shape):
     assert target.get(gpusoftmax.logsumexp(x, keepdims=True)).shape == (*shape[:-1], 1)
     with pytest.raises(ValueError, match="0 classes"):
         gpusoftmax.cross_entropy(x, target.array(np.zeros(shape[:-1], np.int64)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_columns_of_many_rows_after_others(dtype):
+    """What the rows before have left in scratch memory is no part of them."""
+    gpusoftmax.logsumexp(np.full((40, 5), NAN, dtype))
+    assert (gpusoftmax.logsumexp(np.empty((40, 0), dtype)) == -INF).all()
+    gpusoftmax.soft_argmax(np.ones((40, 5), dtype))
+    assert np.isnan(gpusoftmax.soft_argmax(np.empty((40, 0), dtype))).all()
 
 
 @pytest.mark.parametrize("axis", [-1, None])

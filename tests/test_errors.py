@@ -271,8 +271,8 @@ CASES = {
     ),
     "a transform along axes that need a copy": (
         ValueError,
-        "axis is (0, 2), which no single stride walks; with a transform of the logits (bias, mask, n_valid, ...), "
-        "expected one axis, or axes that lie together: reshape or copy the logits first",
+        "axis is (0, 2), which no single stride walks; with a transform of the logits (bias, mask, n_valid, "
+        "temperature 0, ...), expected one axis, or axes that lie together: reshape or copy the logits first",
         lambda a: softmax(a.cube, axis=(0, 2), n_valid=2),
     ),
     "complex temperature": (
@@ -806,6 +806,55 @@ CASES = {
         "top_k_mask_logits, top_p_mask_logits, topk_softmax, kl_div, kl_div_with_grad",
         lambda a: gpusoftmax.compile(arch="sm_90", ops=["softmx"]),
     ),
+    "ops in a string": (
+        TypeError,
+        "ops is 'softmax', expected a sequence: put a single one into a list",
+        lambda a: gpusoftmax.compile(arch="sm_90", ops="softmax"),
+    ),
+    "an arch that is a number": (
+        TypeError,
+        "arch is 90, expected a sequence: put a single one into a list",
+        lambda a: gpusoftmax.compile(arch=90, ops=[]),
+    ),
+    "names in an array": (
+        ValueError,
+        "empty_row is array([1., 1.]), expected one of nan, zero",
+        lambda a: softmax(a.x, empty_row=np.ones(2), out=a.out),
+    ),
+    # numbers and arrays that NumPy or torch would complain about in their own words
+    "complex softcap of NumPy": (
+        TypeError,
+        "softcap is np.complex64(2+1j), expected a number",
+        lambda a: softmax(a.x, softcap=np.complex64(2 + 1j), out=a.out),
+    ),
+    "mask of text": (
+        TypeError,
+        "mask has dtype str32, expected bool, or int32 with a bit for each column along one axis; True, or 1, keeps a "
+        "logit",
+        lambda a: softmax(a.x, mask=np.full(4, "a"), out=a.out),
+    ),
+    "n_valid of text": (
+        TypeError,
+        "n_valid has dtype str32, expected an integer dtype: numbers of columns",
+        lambda a: softmax(a.x, n_valid=np.full(3, "a"), out=a.out),
+    ),
+    "top_k of text": (
+        TypeError,
+        "top_k has dtype str32, expected an integer dtype",
+        lambda a: gpusoftmax.top_k_mask_logits(a.x, np.full(3, "a"), out=a.out),
+    ),
+    "token_logprobs without a target": (
+        TypeError,
+        "target has dtype object, expected an integer dtype: class indices, not probabilities",
+        lambda a: gpusoftmax.token_logprobs(a.x, None),
+    ),
+    "rows of unequal lengths": (
+        ValueError,
+        "x is [[1.0, 2.0], [3.0]], expected an array, or nested lists of equal lengths: setting an array element with "
+        "a sequence. The requested array has an inhomogeneous shape after 1 dimensions. The detected shape was (2,) + "
+        "inhomogeneous part.",
+        lambda a: softmax([[1.0, 2.0], [3.0]]),
+    ),
     # the shape that a call is explained for
     "a shape that is a number": (
         TypeError,
@@ -932,6 +981,16 @@ def test_every_message_has_a_case():
                 reached |= {frame.lineno for frame in frames if frame.filename == _checks.__file__}
     missing = [lines for lines in sorted(raises) if not reached & set(range(lines[0], lines[1] + 1))]
     assert not missing, f"no case reaches these lines of _checks.py: {missing}"
+
+
+def test_errors_come_alone():
+    """Not as what happened while another exception was handled, that of an option which cannot be a key."""
+    with emulated_gpu("sm_90") as gpu:
+        for x in (np.ones((2, 3)), gpu.array(np.ones((2, 3))), [[1.0]]):
+            with pytest.raises(TypeError, match="temperature is") as raised:
+                softmax(x, temperature=[])
+            assert raised.value.__cause__ is None
+            assert raised.value.__context__ is None or raised.value.__suppress_context__
 
 
 def test_long_values_are_not_printed():

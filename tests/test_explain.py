@@ -52,6 +52,19 @@ def test_explained_is_what_an_emulated_device_does(name, shape, arch, monkeypatc
     assert explained["row"]["once"] == (read <= 1.01 * sum(4 * array.size for array in rows))
 
 
+@pytest.mark.parametrize("shape, n_rows", [((1 << 40, 8), 1 << 40), ((4, (1 << 31) - 1), 4)])
+def test_arrays_that_no_device_holds(shape, n_rows):
+    """Imagined arrays are apart, however large they are."""
+    explained = gpusoftmax.explain("softmax", shape, dtype="float32", arch="sm_90")
+    row = explained["row"]["read"] + explained["row"]["written"]
+    assert explained["expected_seconds"] * explained["device"]["bytes_per_second"] == pytest.approx(n_rows * row)
+
+
+def test_more_columns_than_there_are_labels():
+    with pytest.raises(ValueError, match="the reduced axis has 2147483648 elements, expected at most 2147483647"):
+        gpusoftmax.explain("softmax", (8, 1 << 31), arch="sm_90")
+
+
 def test_registers_and_shared_memory_are_the_assemblers():
     (kernel,) = gpusoftmax.explain("logsumexp", (8, 1024), dtype="float32", arch="sm_90")["kernels"]
     (launch,) = _dry_run.launches("logsumexp", (8, 1024), "float32", "sm_90")

@@ -170,6 +170,19 @@ def test_masked_and_special_rows(target):
     assert scores.entropy[5] == pytest.approx(math.log(1500), rel=1e-6)
 
 
+@pytest.mark.parametrize(("largest", "temperature"), [(3.4e38, 1.0), (5.0, 1e-38)])
+def test_chunks_further_apart_than_the_largest_number(target, largest, temperature):
+    """Their exponentials are 0, and so is what their distances add to the entropy."""
+    logits = np.full((2, 4099), -largest, np.float32)
+    logits[:, 1] = largest
+    logits[1, 4098] = 0
+    tokens, dentropy = np.array([1, 1]), np.ones(2, np.float32)
+    scores = run(target, logits, tokens, temperature=temperature, **EVERY_FIELD)
+    assert (scores.entropy == 0).all() and (scores.logprob == 0).all()
+    got = run_backward(target, logits, tokens, np.ones(2, np.float32), dentropy, temperature=temperature)
+    assert (got == 0).all()
+
+
 def test_every_placement_of_masks_is_finite(target):
     logits = inputs.make("masked", (11, 4099), np.float32)  # one row for each structure
     tokens = inputs.targets_unmasked(logits)

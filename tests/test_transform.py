@@ -301,6 +301,13 @@ def test_temperature_0_of_special_rows():
     assert np.array_equal(gpusoftmax.softmax(logits.T, axis=0, temperature=0).T, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("axis", [(1, 2), (-1, 1), None])
+def test_temperature_0_along_several_axes(axis):
+    logits = np.random.default_rng(0).permutation(24).astype(np.float32).reshape(2, 3, 4)
+    expected = logits == logits.max(axis=axis, keepdims=True)
+    assert np.array_equal(gpusoftmax.softmax(logits, axis, temperature=0), expected)
+
+
 def test_temperature_0_needs_an_addition():
     with emulated_gpu("sm_90") as gpu, pytest.raises(TypeError, match="temperature is 0, which takes an addition"):
         gpusoftmax.softmax(gpu.array(np.zeros((2, 3), np.float32)), temperature=0)

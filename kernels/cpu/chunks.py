@@ -182,6 +182,8 @@ def sums_of_rows(here, which, like):
 
 def _sum_across(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
     zero, partials = here.zeros, here.partials
+    if count == 0:  # nothing would be stored of what is loaded at the end
+        return zero, zero, zero, beside
     lanes = lanes_of(zero)
     stripe = stripe_of(zero)
     others = zero

@@ -36,6 +36,7 @@ from gpusoftmax.kernels.cpu.arithmetic import (
     negative,
     rise_to,
     row_inverse,
+    weighted,
     weighted_distance,
 )
 from gpusoftmax.kernels.cpu.arithmetic import (
@@ -341,7 +342,7 @@ def mean_distance(here, row, largest, numbers):
             factor = chunk_ratio(
                 here.states, chunk, row.shift, row.exponent, here.zero, numbers.scale, numbers.scale_low
             )  # fmt: skip
-            rise = mul(rise_to(own, largest, numbers.scale), all_exponentials(here, chunk, own, numbers))
+            rise = weighted(all_exponentials(here, chunk, own, numbers), rise_to(own, largest, numbers.scale))
             part = add(saved(here.states, chunk, DISTANCES, here.zero), rise)
             total, low = add_pair(total, low, mul(part, factor), here.zero)
     return div(add(total, low), add(row.sum, row.low))

@@ -23,6 +23,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
 )
 from gpusoftmax.kernels.cuda.device.distances import in_nats, second_look_at_distances, sum_and_distances
 from gpusoftmax.kernels.cuda.device.exponential import (
+    above_floor,
     anchor,
     cheap_exp_from,
     cheap_exp_gap,
@@ -178,7 +179,7 @@ def distances_as_part(distances, largest, total, row_max, params):
         return distances
     if not largest > number(row_max, -math.inf):
         return number(row_max, 0.0)
-    rise = -exponent_of_gap(largest, halved(row_max), params[2])
+    rise = -above_floor(exponent_of_gap(largest, halved(row_max), params[2]))
     return mul(fma(total, rise, distances), ratio(largest, row_max, params))
 
 
