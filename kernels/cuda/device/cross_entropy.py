@@ -66,7 +66,7 @@ from gpusoftmax.kernels.cuda.device.rows import number_or, row_of
 from gpusoftmax.kernels.cuda.device.split import is_long, is_one_chunk, split_chunks, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import staged
 from gpusoftmax.kernels.cuda.device.transform import pulled_back, transformed, unless_empty
-from gpusoftmax.kernels.cuda.plan import WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
 
 
 class Loss(NamedTuple):
@@ -108,6 +108,18 @@ class Asked(NamedTuple):
 
 
 @device
+def mass_of_column(k, column, source, at, piece, largest, asked):
+    """(distance, mass, column) of column k of a piece; `column`: the first that has the maximum, where that is asked."""
+    col = piece.first + k
+    x = staged(source.pointer, int32(at + (source.shift + k) * element_size(source.pointer)), largest)
+    x = transformed(x, col, source.through)
+    mass = mass_at(col, asked.start, asked.loss, asked.loss.probs, largest)
+    if asked.is_found and x == largest:
+        column = min(column, int32(col))
+    return distance_of_mass(mass, x, largest), mass, column
+
+
+@device
 def masses_of_piece(source, at, piece, largest, asked, team, split, params):
     """(distances, mass, first column of the maximum): sum_c g_c (max - x_c) and sum_c g_c of a piece.
 
@@ -116,16 +128,21 @@ def masses_of_piece(source, at, piece, largest, asked, team, split, params):
     """
     zero = number(largest, 0.0)
     distances, low, total, total_low, column = zero, zero, zero, zero, int32(NO_COLUMN)
-    size, lanes = element_size(source.pointer), split_lanes(split)
-    for k in range(team.lane, piece.count, lanes):
-        col = piece.first + k
-        x = staged(source.pointer, int32(at + (source.shift + k) * size), zero)
-        x = transformed(x, col, source.through)
-        mass = mass_at(col, asked.start, asked.loss, asked.loss.probs, zero)
-        distances, low = add_pair(distances, low, distance_of_mass(mass, x, largest), zero)
-        total, total_low = add_pair(total, total_low, mass, zero)
-        if asked.is_found and x == largest:
-            column = min(column, int32(col))
+    lanes = split_lanes(split)
+    k = team.lane
+    while k < piece.count:
+        # Of a few columns, which lose little in a plain sum and whose masses are loaded together.
+        distance, part, step = zero, zero, int32(lanes * GROUP)
+        if int32(k + step - lanes) < piece.count:
+            for j in range(GROUP):
+                one, mass, column = mass_of_column(int32(k + j * lanes), column, source, at, piece, largest, asked)
+                distance, part = add(distance, one), add(part, mass)
+        else:
+            distance, part, column = mass_of_column(k, column, source, at, piece, largest, asked)
+            step = lanes
+        distances, low = add_pair(distances, low, distance, zero)
+        total, total_low = add_pair(total, total_low, part, zero)
+        k = int32(k + step)
     if asked.is_found:
         column = warp_min(column, lanes)
     return warp_sum(add(distances, low), lanes), warp_sum(add(total, total_low), lanes), column
