@@ -109,7 +109,7 @@ class Asked(NamedTuple):
 
 @device
 def mass_of_column(k, column, source, at, piece, largest, asked):
-    """(distance, mass, column) of column k of a piece; `column`: the first that has the maximum, where that is asked."""
+    """(distance, mass, column) of column k of a piece; `column`: the first with the maximum, if that is asked."""
     col = piece.first + k
     x = staged(source.pointer, int32(at + (source.shift + k) * element_size(source.pointer)), largest)
     x = transformed(x, col, source.through)
