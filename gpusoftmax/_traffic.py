@@ -61,25 +61,30 @@ def traffic(launches: "list[Launch]", arrays: dict[int, Imagined], layout: Layou
     """
     from gpusoftmax.kernels.cuda.plan import OF_A_BATCH
 
-    kernels: dict[str, tuple[Plan, set[int]]] = {}  # several launches may share the rows of one
+    kernels: dict[str, tuple[Plan, dict[int, list[int]]]] = {}  # of the arrays the addresses, launch by launch
     for launch in launches:
-        _, numbers = kernels.setdefault(launch.image.kernel, (launch.plan, set()))
-        numbers |= {_imagined.number_of(launch.words[at]) for at in launch.addresses} & arrays.keys()
+        _, given = kernels.setdefault(launch.image.kernel, (launch.plan, {}))
+        for address in (launch.words[at] for at in launch.addresses):
+            if _imagined.number_of(address) in arrays:
+                given.setdefault(_imagined.number_of(address), []).append(address)
     read = written = shared = again = readings = 0
     seen: set[int] = set()
-    for plan, numbers in kernels.values():
+    for plan, given in kernels.values():
         columns = 0
-        for number, array in ((number, arrays[number]) for number in numbers if plan.regime not in OF_A_BATCH):
+        for number, addresses in given.items() if plan.regime not in OF_A_BATCH else ():
+            array = arrays[number]
+            # Launches that share the rows, or the parts of a result, begin at as many places; others walk all of it.
+            times = len(addresses) // len(set(addresses))
             n_bytes = layout.bytes_of(array)
             if array.name == "out" or (not array.name and number not in seen):
-                written += n_bytes
+                written += times * n_bytes
             elif layout.is_of_rows(array):
-                read += n_bytes
+                read += times * n_bytes
                 columns += n_bytes if layout.has_columns(array) else 0
-                readings += array.name in _imagined.FIRST
+                readings += times if array.name in _imagined.FIRST else 0
             else:
                 shared += n_bytes
-        seen |= numbers
+        seen |= given.keys()
         if not plan.held:
             again += max(columns - math.prod(layout.batch) * plan.cluster * plan.kept_bytes, 0)
     return Traffic(read + again, written, shared, again == 0 and readings == 1)

@@ -164,6 +164,11 @@ def test_what_else_a_call_reads_and_writes(without_the_assembler):
     several = np.empty((64, 3), np.int16)
     told = of("token_logprobs", target=several, return_lse=True, return_argmax=True)
     assert told["row"] == {"read": 4006, "written": 3 * 4 + 4 + 8, "once": True}
+    ranked = of("token_logprobs", target=several, return_rank=True)  # one launch for each
+    assert ranked["row"] == {"read": 3 * 4000 + 6, "written": 3 * (4 + 8), "once": False}
+    shared_rows = gpusoftmax.explain("softmax", (3, 4, 5, 64), arch="sm_90", mask=np.ones((1, 4, 1, 64), bool))
+    assert len(shared_rows["kernels"]) == 3, "two batch axes go to a kernel"
+    assert shared_rows["row"] == {"read": 256, "written": 256, "once": True} and shared_rows["shared"] == 256
     along = of("logsumexp", axis=0)
     assert along["n_rows"] == 1000 and along["row"] == {"read": 256, "written": 4, "once": True}
     copied = of("log_softmax_backward", temperature="float64")  # the temperatures become float32 first
