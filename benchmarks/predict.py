@@ -22,7 +22,7 @@ from benchmarks.cases import BFLOAT16
 from benchmarks.measure import Report
 from benchmarks.report import table
 from benchmarks.suites import DECODE_ROWS, DECODE_VOCABULARIES, VOCABULARIES
-from gpusoftmax import _dry_run
+from gpusoftmax import _dry_run, _imagined
 from gpusoftmax.kernels.cuda import launch
 from gpusoftmax.kernels.cuda.plan import OF_A_BATCH, Plan, Short
 from tests import inputs
@@ -172,7 +172,7 @@ def _emulated(case: Case, plan: Plan) -> tuple[Stats, int]:
         if case.op.startswith(("cross_entropy", "kl_div")):
             options["reduction"] = "none"
         if case.op == "top_logprobs":
-            arguments.append(_dry_run.TOP)
+            arguments.append(_imagined.TOP)
         if case.op == "sample":
             options["rng"] = 0
         getattr(gpusoftmax, case.function)(*arguments, **options)

@@ -194,13 +194,28 @@ def no_array(value, name: str, error: ValueError) -> ValueError:
 
 def dtype_name(dtype) -> str:
     """The name of a floating dtype given as a NumPy, CuPy, ml_dtypes, JAX or torch dtype, or as a string."""
-    try:
-        name = np.dtype(dtype).name
-    except TypeError:  # "bfloat16" and torch's
-        name = str(dtype).removeprefix("torch.")
+    name = _name_of(dtype)
     if name not in FLOATING:
         raise TypeError(f"dtype is {_short(dtype)}, expected one of {', '.join(FLOATING)}")
     return name
+
+
+def any_dtype(value, name: str) -> str:
+    """The name of a dtype, of whatever library, that stands for an array."""
+    found = _name_of(value)
+    if found not in (*FLOATING, *INTEGERS, "bool"):
+        raise TypeError(
+            f"{name} is {_short(value)}, expected what the call is given: a number, an array, or for an array its "
+            f"dtype, such as 'float32' (of a mask 'bool', or 'int32' for bits)"
+        )
+    return found
+
+
+def _name_of(dtype) -> str:
+    try:
+        return np.dtype(dtype).name
+    except TypeError:  # "bfloat16" and torch's
+        return str(dtype).removeprefix("torch.")
 
 
 def floating(dtype: str, name: str) -> None:
@@ -611,6 +626,21 @@ def several(value, name: str) -> list:
     if found is None:
         raise TypeError(f"{name} is {_short(value)}, expected a sequence: put a single one into a list")
     return found
+
+
+def options(given, known: tuple[str, ...], op: str) -> None:
+    """Of a call of op that is described."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{op} has no option {name}, expected some of {', '.join(known)}")
+
+
+def options_of_ops(given, ops) -> None:
+    """Of calls whose kernels are compiled."""
+    if given and ops is None:
+        raise ValueError(f"{next(iter(given))} is given and ops is None, expected the ops whose calls have it")
+    if "axis" in given:
+        raise TypeError("axis is given, expected none: kernels are compiled for rows along every axis")
 
 
 def one_of(value, known: tuple[str, ...], name: str) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gpusoftmax import _checks, _dry_run
+from gpusoftmax import _checks, _dry_run, _options
 from gpusoftmax._progress import Progress
 
 HELP = "compile the CUDA kernels ahead of time, without a GPU too"
@@ -17,10 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=_checks.FLOATING, metavar="DTYPE", help=f"{', '.join(_checks.FLOATING)} (all)"
     )
+    _options.add_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    images = _dry_run.images(arguments.arch, arguments.ops, arguments.dtypes)
+    images = _dry_run.images(arguments.arch, arguments.ops, arguments.dtypes, **dict(arguments.options))
     with Progress("compiling", len(images)) as progress:
         for done, image in enumerate(images):
             progress.update(done, f"{image.kernel} for {image.arch}")

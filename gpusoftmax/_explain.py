@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import math
 from typing import Any
 
-from gpusoftmax import _checks, _dry_run
+from gpusoftmax import _checks, _dry_run, _options
 from gpusoftmax.explain import explain
 
 HELP = "how a call on a GPU is launched and how long its traffic takes, without a GPU too"
@@ -14,38 +13,35 @@ HELP = "how a call on a GPU is launched and how long its traffic takes, without 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     archs = tuple(_dry_run.DEVICES)
     parser.add_argument("op", choices=_dry_run.OPS, metavar="OP", help=", ".join(_dry_run.OPS))
-    parser.add_argument("--shape", type=_shape, required=True, metavar="ROWSxCOLS", help="of the logits")
+    parser.add_argument("--shape", type=_options.shape, required=True, metavar="ROWSxCOLS", help="of the logits")
     parser.add_argument("--dtype", choices=_checks.FLOATING, default="float32", help="of the logits (float32)")
     parser.add_argument(
         "--arch", choices=archs, metavar="ARCH", help=f"{', '.join(archs)} (default: this machine's GPU, or sm_90)"
     )
+    _options.add_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    facts = explain(arguments.op, arguments.shape, dtype=arguments.dtype, arch=arguments.arch)
+    options = dict(arguments.options)
+    facts = explain(arguments.op, arguments.shape, dtype=arguments.dtype, arch=arguments.arch, **options)
     print(json.dumps(facts, indent=2) if arguments.json else _text(facts))
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return _checks.shape(tuple(int(size) for size in text.lower().split("x")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 4096x50257") from None
 
 
 def _text(facts: dict[str, Any]) -> str:
     device, row = facts["device"], facts["row"]
-    n_rows = math.prod(facts["shape"][:-1])
+    n_rows, shared = facts["n_rows"], facts["shared"]
     lines = [
         f"{facts['op']} {'x'.join(map(str, facts['shape']))} {facts['dtype']} on {facts['arch']} ({device['name']}, "
         f"{device['multiprocessors']} multiprocessors, {device['bytes_per_second'] / 1e9:.0f} GB/s {device['source']})",
+        *(f"  {name} {given}" for name, given in facts["options"].items()),
         "",
         *_table(facts["kernels"]),
         "",
         f"a row    {_size(row['read'])} read{', each logit once' if row['once'] else ''}, "
         f"{_size(row['written'])} written",
-        f"in all   {_size(n_rows * row['read'])} read, {_size(n_rows * row['written'])} written",
+        *([f"together {_size(shared)} read, once for all rows"] if shared else []),
+        f"in all   {_size(n_rows * row['read'] + shared)} read, {_size(n_rows * row['written'])} written",
         f"expected {1e6 * facts['expected_seconds']:.4g} us for that traffic",
     ]
     busiest = max(kernel["grid"] for kernel in facts["kernels"])

@@ -7,9 +7,15 @@ from gpusoftmax import _dry_run
 
 
 def compile(
-    arch: str | Sequence[str] | None = None, ops: Sequence[str] | None = None, dtypes: Sequence[Any] | None = None
+    arch: str | Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[Any] | None = None,
+    **options: Any,
 ) -> int:
     """Fill the cache of compiled CUDA kernels, so that no later call has to compile one. Needs no GPU.
+
+    Without options, kernels of calls whose logits go through no transform. What logits go through is compiled into the
+    kernels, which are others then: name it, in one call of this function for each kind of call.
 
     The cache is the directory that `GPUSOFTMAX_CACHE_DIR` names, or the user's own. A process that shall only read it
     names it in `GPUSOFTMAX_CACHE_PATH`: kernels that are built into a container, for instance.
@@ -21,8 +27,13 @@ def compile(
     ops : sequence of str, optional
         Public functions, such as "softmax"; all by default. LogSumExpState comes with "logsumexp".
     dtypes : sequence of dtype, optional
-        Of the arrays; by default float16, bfloat16, float32 and float64. Results of another dtype than the input's are
-        compiled when they are first asked for.
+        Of the arrays; by default float16, bfloat16, float32 and float64. Kernels of results of another dtype than the
+        input's are compiled when they are first asked for, unless the options have the dtype of `out`.
+    **options
+        Further arguments of the calls of `ops`, which must be named then: `temperature`, `bias`, `softcap`, `mask`,
+        `n_valid`, `top_p`, `return_entropy`, ..., as `explain` takes them: instead of an array its dtype. The kernels
+        serve such calls with any number of rows and columns, along any one axis, and arrays of any shape. A number may
+        be another one, but beside a bias or softcap a temperature of 1 and others have kernels of their own.
 
     Returns
     -------
@@ -32,7 +43,9 @@ def compile(
     Raises
     ------
     ValueError
-        An unknown op or architecture, or no `arch` where there is no GPU.
+        An unknown op or architecture, no `arch` where there is no GPU, or options without `ops`.
+    TypeError
+        Options that one of the ops does not take.
     RuntimeError
         There is no cache directory that can be used.
 
@@ -41,8 +54,14 @@ def compile(
     >>> import gpusoftmax
     >>> gpusoftmax.compile("sm_90", ops=["logsumexp"], dtypes=[])
     0
+
+    What sampling takes where each row has a temperature and a mask of bits, as those of grammar engines:
+
+    >>> masked = {"temperature": "float32", "mask": "int32", "top_p": 0.9}
+    >>> gpusoftmax.compile("sm_90", ["sample"], ["bfloat16"], **masked)  # doctest: +SKIP
+    2
     """
-    images = _dry_run.images(arch, ops, dtypes)
+    images = _dry_run.images(arch, ops, dtypes, **options)
     for image in images:
         image.make()
     return len(images)

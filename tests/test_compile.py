@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gpusoftmax
@@ -36,6 +37,13 @@ def python(program, **environment):
 def test_the_list_is_that_of_the_codegen_contract():
     listed = {(image.kernel, image.signature) for image in _dry_run.images("sm_90", None, None)}
     assert listed == {(one.kernel, one.signature) for one in codegen.specialisations()}
+
+
+def test_an_op_has_the_kernels_of_many_rows():
+    """More than one block adds up: by itself, without ops that need the same kernel for something else."""
+    for op in ("cross_entropy", "kl_div", "kl_div_with_grad"):
+        used = {launch.image for launch in _dry_run.launches(op, (10_000, 64), "float32", "sm_90")}
+        assert used <= set(_dry_run.images("sm_90", [op], ["float32"])), op
 
 
 @pytest.mark.parametrize("op", _dry_run.OPS)
@@ -80,6 +88,67 @@ def test_what_is_not_prepared_goes_to_the_users_own_cache(prepared, tmp_path):
     assert python(other, GPUSOFTMAX_CACHE_DIR=str(tmp_path), GPUSOFTMAX_CACHE_PATH=str(prepared)) == ("True\n", "")
     assert python(other, GPUSOFTMAX_CACHE_DIR=str(tmp_path), GPUSOFTMAX_CACHE_PATH=str(prepared)) == ("False\n", "")
     assert files(prepared) == before and files(tmp_path)
+
+
+# ---------------------------------------------------------------- kernels of calls with options
+
+EVERYTHING = {"temperature": "float32", "bias": "bfloat16", "softcap": 30.0, "mask": "int32", "n_valid": "int64"}
+WITH_OPTIONS = {
+    **dict.fromkeys(("softmax", "log_softmax", "logsumexp", "argmax", "soft_argmax", "topk_softmax"), EVERYTHING),
+    "softmax_backward": {"temperature": "float32"},
+    "cross_entropy": {**EVERYTHING, "weight": "float32", "z_loss": 0.1, "return_correct": True},
+    "cross_entropy_with_grad": {"target": ("int64", "float32"), "row_weight": "float32", "softcap": 30.0},
+    "cross_entropy_backward": {"target": "bfloat16", "weight": "bfloat16"},
+    "token_logprobs": {**EVERYTHING, "return_entropy": True},
+    "token_logprobs_backward": {**EVERYTHING, "dentropy": "float32"},
+    "top_logprobs": {"mask": "bool", "k": 20},
+    "sample": {**EVERYTHING, "top_p": 0.9},
+    "top_p_mask_logits": {"mask": "bool", "n_valid": 1, "top_p": "float32"},
+    "spatial_softmax": {"mask": "bool", "temperature": "float32"},
+    "kl_div": {"row_weight": "float32"},
+}
+
+
+def launched(op, shape, **options):
+    return {launch.image for launch in _dry_run.launches(op, shape, "bfloat16", "sm_90", **options)}
+
+
+@pytest.mark.parametrize("op", WITH_OPTIONS)
+def test_exactly_the_kernels_of_such_calls_are_compiled(op):
+    """Of few rows and many, short and long ones, along either axis."""
+    options = WITH_OPTIONS[op]
+    maps = [{"shape": (4, 3, 30, n_cols)} for n_cols in (10, 100)]
+    rows = [{"shape": (n_rows, n_cols), "axis": -1} for n_rows in (3, 10_000) for n_cols in (40, 9001)]
+    rows += [{"shape": (n_cols, 700), "axis": 0} for n_cols in (33, 3000)]
+    calls = maps if op == "spatial_softmax" else rows
+    used = set.union(*(launched(op, **call, **options) for call in calls))
+    assert set(_dry_run.images("sm_90", [op], ["bfloat16"], **options)) == used
+
+
+def test_arrays_stand_for_their_dtypes():
+    rows, columns = 0.5 + np.zeros(3, np.float32), np.zeros(7, np.float32)
+    given = {"temperature": rows, "bias": columns, "mask": np.zeros((3, 1), np.int32), "softcap": 30}
+    named = {"temperature": "float32", "bias": np.float32, "mask": np.dtype("int32"), "softcap": 30}
+    one, other = (_dry_run.images("sm_90", ["softmax"], ["float32"], **options) for options in (given, named))
+    assert one == other and all("strided bits" in " ".join(image.signature) for image in one)
+
+
+MASKED_CALL = CALL.replace('argmax(Array((3, 40), "f4")', 'argmax(Array((3, 40), "f4"), mask=Array((3, 2), "i4")')
+
+
+def test_a_call_with_options_finds_its_kernels(tmp_path, capsys):
+    """The command, into an empty directory: nothing is compiled after that but what other calls need."""
+    assert MASKED_CALL != CALL
+    command = ["compile", "--arch", "sm_90", "--ops", "argmax", "--dtypes", "float32", "--with", "mask=int32"]
+    python(
+        f"from gpusoftmax import cli; assert cli.main({command}) == 0",
+        GPUSOFTMAX_CACHE_DIR=str(tmp_path),
+    )
+    before = files(tmp_path)
+    assert before
+    assert python(MASKED_CALL, GPUSOFTMAX_CACHE_DIR=str(tmp_path)) == ("False\n", "")
+    assert files(tmp_path) == before
+    assert python(CALL, GPUSOFTMAX_CACHE_DIR=str(tmp_path)) == ("True\n", "")
 
 
 @pytest.fixture

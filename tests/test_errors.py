@@ -855,6 +855,28 @@ CASES = {
         "inhomogeneous part.",
         lambda a: softmax([[1.0, 2.0], [3.0]]),
     ),
+    # what a call is explained or compiled with
+    "an option that the op has not": (
+        TypeError,
+        "softmax_jvp has no option mask, expected some of tangent, axis, temperature, out",
+        lambda a: gpusoftmax.explain("softmax_jvp", (2, 4), mask="bool"),
+    ),
+    "a word that is no dtype": (
+        TypeError,
+        "mask is 'bits', expected what the call is given: a number, an array, or for an array its dtype, such as "
+        "'float32' (of a mask 'bool', or 'int32' for bits)",
+        lambda a: gpusoftmax.explain("softmax", (2, 4), mask="bits"),
+    ),
+    "options of every op": (
+        ValueError,
+        "softcap is given and ops is None, expected the ops whose calls have it",
+        lambda a: gpusoftmax.compile("sm_90", softcap=30.0),
+    ),
+    "kernels of an axis": (
+        TypeError,
+        "axis is given, expected none: kernels are compiled for rows along every axis",
+        lambda a: gpusoftmax.compile("sm_90", ["softmax"], axis=0),
+    ),
     # the shape that a call is explained for
     "a shape that is a number": (
         TypeError,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from benchmarks.suites import VOCABULARIES
-from gpusoftmax import _dry_run
+from gpusoftmax import _dry_run, _imagined
 from gpusoftmax.kernels.cuda.plan import BLOCK_RESERVE, limits_of, row_plan
 
 # Linking takes a second: each op in one dtype, and by the marker codegen_full in all of them.
@@ -24,7 +24,7 @@ def by_shared_memory(shared_bytes):
 def test_registers_leave_room_for_the_blocks_of_the_plan(op, dtype):
     """As many as shared memory allows, up to 512 threads: one loads while another computes. float64: what it needs."""
     for n_rows, n_cols in itertools.product((1, 4096), VOCABULARIES):
-        shape = (n_rows, 1, n_cols) if op in _dry_run.IMAGES else (n_rows, n_cols)
+        shape = (n_rows, 1, n_cols) if op in _imagined.IMAGES else (n_rows, n_cols)
         for launched in _dry_run.launches(op, shape, dtype, "sm_90"):
             facts = _dry_run.facts(launched)
             wanted = 1 if dtype == "float64" else 512 // facts["block"]

@@ -9,7 +9,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("needs what links and disassembles kernels", allow_module_level=True)
 
-from benchmarks import model, predict
+from benchmarks import model, predict, transforms
 from benchmarks.model import Layout
 from benchmarks.predict import Case
 
@@ -65,6 +65,14 @@ def test_every_access_to_a_row_is_counted(records):
 def test_instructions_per_logit(op, dtype, n_cols, most):
     """A copy of these bytes leaves an H200 time for 32 and 64 of softmax, 16 and 32 of the loss (kernels/README.md)."""
     assert predict.record(Case(op, dtype, 4096, n_cols))["instructions_per_element"] < most
+
+
+@pytest.mark.parametrize(
+    "way, n_cols, most", [("packed mask", 50257, 33), ("packed mask", 1000, 45), ("mask", 50257, 37)]
+)
+def test_masks_cost_little_wherever_rows_begin(way, n_cols, most):
+    """21 to 24 instructions per logit without one."""
+    assert transforms.counted("softmax", "bfloat16", way, n_cols)[0] < most
 
 
 def test_a_copy_is_bound_by_memory_and_takes_its_bytes():

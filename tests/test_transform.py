@@ -125,6 +125,20 @@ def test_a_mask_of_bits_is_one_of_bools(target, n_cols):
     assert bits(target, "softmax", logits, mask=mask) == in_words
 
 
+@pytest.mark.parametrize("form", ["bits", "bools"])
+def test_masks_of_rows_that_begin_anywhere(target, form):
+    """Runs of sixteen-bit logits whose masks lie in two words, in each of the ways that a run can lie, and a last run
+    that is shorter.
+    """
+    n_cols = 2053
+    logits = inputs.make("spread", (9, n_cols), "bfloat16")
+    mask = np.random.default_rng(1).random(logits.shape) < 0.5
+    given = packed(mask) if form == "bits" else mask
+    kept = np.where(mask, logits, logits.dtype.type(-INF))
+    assert bits(target, "softmax", logits, mask=given) == bits(target, "softmax", kept)
+    assert bits(target, "softmax", logits[3:], mask=given[3:]) == bits(target, "softmax", kept[3:])
+
+
 @pytest.mark.parametrize("op", [name for name in OPS if name != "token_logprobs"])
 @pytest.mark.parametrize("dtype", ONE_DTYPE, ids=str)
 def test_an_exact_bias_and_scale_are_those_of_the_logits(target, op, dtype):

@@ -215,11 +215,16 @@ class Plan:
     @property
     def kept_bytes(self) -> int:
         """Of its row, what a block keeps in shared memory between a first and a second pass."""
-        return self.shared_bytes - self.split.first_slot if isinstance(self.split, Long) else 0
+        if not isinstance(self.split, Long):
+            return 0
+        n_slots = (self.shared_bytes - self.split.first_slot) // self.split.slot_bytes
+        return n_slots * (self.split.slot_bytes - BESIDE_BYTES)
 
 
 OF_A_BATCH = ("single", "parts")
 """The regimes of kernels that find a number of all rows."""
+BESIDE_BYTES = 16
+"""Of a slot, for rows that begin beside a boundary: a granule more than their columns take."""
 PART_ROWS = 8192
 """Rows that one block sums up where a number is wanted of a whole batch: 32 for each of its threads."""
 SINGLE_BLOCK = Plan(regime="single", threads=MAX_THREADS, blocks=1, chunk_cols=0)
@@ -274,8 +279,8 @@ def row_plan(
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
-    # Lanes read whole groups; 16: rows that begin beside a boundary.
-    slot_bytes = _ratio(min(n_cols, tree.piece_cols), tree.lanes * GROUP) * tree.lanes * GROUP * itemsize + 16
+    # Lanes read whole groups.
+    slot_bytes = _ratio(min(n_cols, tree.piece_cols), tree.lanes * GROUP) * tree.lanes * GROUP * itemsize + BESIDE_BYTES
     if neighbours * itemsize >= SECTOR_BYTES:
         plan = _columns(n_rows, tree, itemsize, slot_bytes, len(formats), compute, limits, multiprocessors, passes)
         if plan is not None:

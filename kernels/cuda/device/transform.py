@@ -3,9 +3,9 @@
 Whatever reads a row calls `transform`, `transform_runs` or `transformed` once for each column that it has read. Options
 that are not given are None, which is a type: kernels are compiled without them.
 
-A run is what sixteen bytes hold: its mask is read as one word, its bias as one or two vectors, where they lie aligned;
-else element by element, each of which costs an address and a wait. Columns from n_valid on are not read at all: in the
-slots they are -inf, as what lies behind the row.
+A run is what sixteen bytes hold: its mask is read as one word, or as the two in which it lies, its bias as one or two
+vectors, where they lie aligned; else element by element, each of which costs an address and a wait. Columns from
+n_valid on are not read at all: in the slots they are -inf, as what lies behind the row.
 """
 
 import math
@@ -348,20 +348,51 @@ def read_flags(flags, mask, through, col, left, width, n_runs, step):
     if mask is None:
         return
     pointer = advance(mask.pointer, through.mask_start)
-    whole = width > 1 and left >= (n_runs - 1) * step + width
+    whole = width > 1 and left >= (n_runs - 1) * step + width and mask.col_stride == 1
     if has_bits(pointer):
-        if whole and col & (width - 1) == 0 and step & 31 == 0:
-            first = (col >> 5) * mask.col_stride
+        if whole and step & 31 == 0:
+            words, place = advance(pointer, col >> 5), int32(col & 31)
             for r in range(n_runs):
-                word = load_stored(pointer, first + (r * step >> 5) * mask.col_stride)
-                flags[r] = uint64(word >> uint32(col & 31))
-            return
-    elif whole and mask.col_stride == 1 and is_aligned(advance(pointer, col), width) and step & (width - 1) == 0:
+                flags[r] = uint64(load_stored(words, r * step >> 5) >> uint32(place))
+            if place + width > 32:  # a run lies in two words: of a row that begins beside a boundary
+                for r in range(n_runs):
+                    flags[r] |= uint64(load_stored(words, (r * step >> 5) + 1)) << uint64(32 - place)
+        else:
+            found = bits_of_runs(mask, pointer, col, left, width, n_runs, step)
+            for r in range(n_runs):
+                flags[r] = found >> uint64(r * width)
+    elif whole and is_aligned(advance(pointer, col), width) and step & (width - 1) == 0:
         for r in range(n_runs):
             flags[r] = bytes_of_run(pointer, col + r * step, width)
-        return
-    for r in range(n_runs):
-        flags[r] = flags_one_by_one(mask, through.mask_start, col + r * step, min(int32(left - r * step), int32(width)))
+    else:
+        for r in range(n_runs):
+            count = min(int32(left - r * step), int32(width))
+            flags[r] = bytes_of_columns(mask, pointer, col + r * step, count, width, through)
+
+
+@device
+def bits_of_runs(mask, pointer, col, left, width, n_runs, step):
+    """Those of all runs, one run behind the other: a lane has 32 columns at most. In a loop, which takes few registers:
+    where rows end, and where there is one run.
+    """
+    found, r, one = uint64(0), int32(0), hidden(int32(1))
+    while r < n_runs:
+        count = min(int32(left - r * step), int32(width))
+        found |= bits_of_run(mask, pointer, col + r * step, count) << uint64(r * width)
+        r = int32(r + one)
+    return found
+
+
+@device
+def bits_of_run(mask, pointer, col, count):
+    """Those of `count` columns, at most 32, which may lie in two words."""
+    if count <= 0:
+        return uint64(0)
+    first, place = (col >> 5) * mask.col_stride, int32(col & 31)
+    low = load_stored(pointer, first)
+    high = load_stored(pointer, first + (mask.col_stride if place + count > 32 else int64(0)))
+    both = uint64(low) | uint64(high) << uint64(32)
+    return both >> uint64(place) & ((uint64(1) << uint64(count)) - uint64(1))
 
 
 @device
@@ -402,11 +433,25 @@ def bytes_of_run(pointer, index, width):
 
 
 @device
-def flags_one_by_one(mask, start, col, count):
+def bytes_of_columns(mask, pointer, col, count, width, through):
+    """Those of a run wherever it lies: of two aligned words, if the row has both of them, or else one by one."""
+    if count == width and width > 1 and mask.col_stride == 1:
+        behind = int32(misalignment(advance(pointer, col)) & (width - 1))  # a boundary
+        if behind == 0:
+            return bytes_of_run(pointer, col, width)
+        if col >= behind and through.n_valid - col >= 2 * width - behind:
+            low = bytes_of_run(pointer, col - behind, width)
+            high = bytes_of_run(pointer, col - behind + width, width)
+            return low >> uint64(8 * behind) | high << uint64(8 * (width - behind))
+    return bytes_one_by_one(mask, pointer, col, count)
+
+
+@device
+def bytes_one_by_one(mask, pointer, col, count):
     flags, k, step = uint64(0), int32(0), hidden(int32(1))
     while k < count:
-        if is_kept(mask, start, col + k):
-            flags |= uint64(1) << flag_place(mask.pointer, k)
+        if load_stored(pointer, (col + k) * mask.col_stride) != 0:
+            flags |= uint64(1) << uint64(k * 8)
         k = int32(k + step)
     return flags
 
@@ -443,13 +488,6 @@ def transformed_by(x, col, transform, through):
     transform_by(values, col, 1, 1, 0, left, transform, through)
     mask_end(values, left, 1)
     return values[0]
-
-
-@device
-def is_kept(mask, start, col):
-    if has_bits(mask.pointer):
-        return (int64(load_stored(mask.pointer, start + (col >> 5) * mask.col_stride)) >> (col & 31)) & 1 != 0
-    return load_stored(mask.pointer, start + col * mask.col_stride) != 0
 
 
 @intrinsic
