@@ -28,8 +28,11 @@ Dims = tuple[int, ...]
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether torch wants to know of what is computed from these: for a gradient, or (which no tensor says) forward."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    """Whether torch wants to know of what is computed from these: for a gradient, or forward.
+
+    Forward mode no tensor tells of, and torch.func only the innermost of its levels.
+    """
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

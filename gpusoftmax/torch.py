@@ -15,8 +15,6 @@ log_softmax of half types return float32, as torch's do on a GPU; losses, log-su
 always, and gradients have the dtype of the logits.
 """
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -210,8 +208,8 @@ def cross_entropy(
     target : tensor of integers, the shape of `input` without the class dimension
         Class of each row, from 0 to n_cols - 1, or `ignore_index`. Or probabilities of classes: a floating tensor of
         the shape of `input`, or a pair (indices, probabilities) of tensors with one more dimension at the end, for
-        rows in which few classes have any. They get no gradient, but where torch's own function, which is then used,
-        has one to give.
+        rows in which few classes have any. Probabilities have a gradient, too: minus the log-probability of the class,
+        times its weight and what else the loss has, but 0 where the logit is masked or -inf.
     weight : tensor, shape (n_cols,), optional
         A factor for each class, which gets no gradient.
     ignore_index : int
@@ -263,11 +261,6 @@ def cross_entropy(
     given = through(x, (_torch_ops.class_dim(x),), temperature, bias, softcap, mask, n_valid, empty_row)
     wanted = return_z_loss, return_lse, return_correct
     plain = not z_loss and row_weight is normalizer is shares is None and not any(wanted)
-    if plain and given == 1.0 and target.is_floating_point() and target.requires_grad:
-        if not torch.compiler.is_compiling():  # which knows no warnings
-            _warn_once("target requires grad, for which gpusoftmax has no kernel: torch's function is used")
-        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        return torch.nn.functional.cross_entropy(input, target, weight, **options)
     _checks.reduction(reduction)
     ignore_index, label_smoothing = _checks.ignore_index(ignore_index), _checks.label_smoothing(label_smoothing)
     if plain and not target.is_floating_point():
@@ -610,8 +603,3 @@ def _logits(given: Tensor, dtype: torch.dtype | None, name: str = "input") -> tu
     if half and torch.amp.is_autocast_available(given.device.type) and torch.is_autocast_enabled(given.device.type):
         dtype = torch.float32
     return given, dtype
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(reason, stacklevel=3)

@@ -5,7 +5,6 @@ import gc
 import io
 import itertools
 import pickle
-import warnings
 import weakref
 from pathlib import Path
 
@@ -777,25 +776,6 @@ def test_the_training_loop_of_the_readme():
 
 
 # ---------------------------------------------------------------- what is refused, and what is said
-
-
-def test_probabilities_that_require_grad_go_to_torch():
-    x = random(3, 4)
-    probabilities = torch.softmax(random(3, 4, seed=1), -1).detach()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours.cross_entropy(x, probabilities)
-    learned = probabilities.clone().requires_grad_()
-    ours._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="^target requires grad.*torch's function"):
-        loss = ours.cross_entropy(x, learned, label_smoothing=0.1)
-    assert same_bits(loss.detach(), F.cross_entropy(x, learned, label_smoothing=0.1).detach())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once
-        assert torch.autograd.grad(ours.cross_entropy(x, learned), learned)[0].any()
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: ours.cross_entropy(x, probabilities), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), F.cross_entropy(x, probabilities))
 
 
 class Model(torch.nn.Module):
