@@ -5,8 +5,11 @@ a TypeError. There XLA has jax.nn; jax.pure_callback carries a call of gpusoftma
 arrays (2026-11-26, softmax of 1024 x 32768 float32 on two cores of a busy EPYC, medians: 42 ms by itself, 91 by jax.nn
 under jit, 220 by a callback). Forward-mode differentiation (jax.jvp) is not defined.
 
+softmax, log_softmax and logsumexp have gradients of a bias and of temperatures in arrays, too; what else the logits may
+go through, they take as gpusoftmax's functions do.
+
 The formulas are those of _torch_rows.py and _torch_losses.py: the first backward is one kernel, and what is beyond it
-is written in operations of JAX.
+is written in operations of JAX; so is what brings a gradient back through a bias, a softcap or temperatures of rows.
 """
 
 from functools import partial
@@ -17,17 +20,40 @@ import jax.numpy as jnp
 
 import gpusoftmax
 from gpusoftmax import _checks
+from gpusoftmax._jax_transform import (
+    NOTHING,
+    Numbers,
+    is_mask,
+    is_temperature,
+    left_of,
+    options_of,
+    pulled_back,
+    split,
+    wide,
+)
 
 Axis = int | tuple[int, ...] | None
 
 
-def softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.Array:
+def softmax(
+    x: jax.Array,
+    axis: Axis = -1,
+    *,
+    temperature: jax.Array | float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    mask: jax.Array | None = None,
+    n_valid: jax.Array | int | None = None,
+    empty_row: str = "nan",
+) -> jax.Array:
     """gpusoftmax.softmax, differentiable.
 
     Parameters
     ----------
-    x, axis, temperature
-        As in gpusoftmax.softmax.
+    x, axis, bias, softcap, mask, n_valid, empty_row
+        As in gpusoftmax.softmax. The bias has a gradient; logits that are masked get the gradient 0.
+    temperature : float, or array with the shape of `x` without `axis`, or without axes
+        Divides the logits; finite and above 0. An array has a gradient.
 
     Returns
     -------
@@ -45,10 +71,20 @@ def softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.A
     >>> print(jax.grad(lambda x: softmax(x)[0])(jax.numpy.zeros(2)))
     [ 0.25 -0.25]
     """
-    return _softmax(jnp.asarray(x), axis, _checks.temperature(temperature))  # 0 has no gradient
+    return _softmax(jnp.asarray(x), *split(temperature, bias, softcap, mask, n_valid, empty_row), axis)
 
 
-def log_softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.Array:
+def log_softmax(
+    x: jax.Array,
+    axis: Axis = -1,
+    *,
+    temperature: jax.Array | float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    mask: jax.Array | None = None,
+    n_valid: jax.Array | int | None = None,
+    empty_row: str = "nan",
+) -> jax.Array:
     """gpusoftmax.log_softmax, differentiable.
 
     Parameters
@@ -72,16 +108,28 @@ def log_softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> j
     >>> print(jax.grad(lambda x: log_softmax(x)[0])(jax.numpy.zeros(2)))
     [ 0.5 -0.5]
     """
-    return _log_softmax(jnp.asarray(x), axis, temperature)
+    return _log_softmax(jnp.asarray(x), *split(temperature, bias, softcap, mask, n_valid, empty_row), axis)
 
 
-def logsumexp(x: jax.Array, axis: Axis = -1, *, keepdims: bool = False, temperature: float = 1.0) -> jax.Array:
+def logsumexp(
+    x: jax.Array,
+    axis: Axis = -1,
+    *,
+    keepdims: bool = False,
+    temperature: jax.Array | float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    mask: jax.Array | None = None,
+    n_valid: jax.Array | int | None = None,
+) -> jax.Array:
     """gpusoftmax.logsumexp, differentiable.
 
     Parameters
     ----------
-    x, axis, keepdims, temperature
-        As in gpusoftmax.logsumexp.
+    x, axis, temperature, bias, softcap, mask, n_valid
+        As in `softmax`. A row that is masked whole has the gradient 0.
+    keepdims : bool
+        Keep the reduced axes with size 1.
 
     Returns
     -------
@@ -100,7 +148,7 @@ def logsumexp(x: jax.Array, axis: Axis = -1, *, keepdims: bool = False, temperat
     >>> print(jax.grad(logsumexp)(jax.numpy.zeros(4)))
     [0.25 0.25 0.25 0.25]
     """
-    return _logsumexp(jnp.asarray(x), axis, keepdims, temperature)
+    return _logsumexp(jnp.asarray(x), *split(temperature, bias, softcap, mask, n_valid, "nan"), axis, keepdims)
 
 
 def cross_entropy(
@@ -176,18 +224,23 @@ def cross_entropy(
 # What jax.vjp is given from above it hands on as it is, and that may be an array of NumPy.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _softmax(x, axis, temperature):
-    return gpusoftmax.softmax(x, axis, temperature=temperature)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _softmax(x, arrays, numbers, axis):
+    return gpusoftmax.softmax(x, axis, empty_row=numbers.empty_row, **options_of(arrays, numbers))
 
 
-def _softmax_forward(x, axis, temperature):
-    probs = _softmax(x, axis, temperature)
-    return probs, probs
+def _softmax_forward(x, arrays, numbers, axis):
+    probs = _softmax(x, arrays, numbers, axis)
+    return probs, (probs, *((None, NOTHING) if is_mask(arrays, numbers) else (x, arrays)))
 
 
-def _softmax_gradient(axis, temperature, probs, dprobs):
-    return (_softmax_backward(probs, jnp.asarray(dprobs), axis, temperature),)
+def _softmax_gradient(numbers, axis, saved, dprobs):
+    probs, x, arrays = saved
+    dprobs = jnp.asarray(dprobs)
+    if x is None:  # where it is masked, so are the probabilities 0
+        return _softmax_backward(probs, dprobs, axis, numbers.temperature), None
+    dz = _softmax_backward(wide(probs), wide(dprobs), axis, 1.0)
+    return pulled_back(dz, x, arrays, _checks.axes(axis, x.ndim), numbers)
 
 
 _softmax.defvjp(_softmax_forward, _softmax_gradient)
@@ -204,7 +257,7 @@ def _softmax_backward_forward(probs, dprobs, axis, temperature):
 
 def _softmax_backward_gradient(axis, temperature, saved, h):
     probs, dprobs = saved
-    p, g, wide_h = _wide(probs), _wide(dprobs), _wide(h)
+    p, g, wide_h = wide(probs), wide(dprobs), wide(h)
     terms = (g - _sum(p * g, axis)) * wide_h - g * _sum(p * wide_h, axis)
     of_probs = (terms / temperature).astype(probs.dtype)
     return of_probs, _softmax_backward(probs, jnp.asarray(h), axis, temperature)
@@ -213,21 +266,35 @@ def _softmax_backward_gradient(axis, temperature, saved, h):
 _softmax_backward.defvjp(_softmax_backward_forward, _softmax_backward_gradient)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _log_softmax(x, axis, temperature):
-    return gpusoftmax.log_softmax(x, axis, temperature=temperature)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _log_softmax(x, arrays, numbers, axis):
+    return gpusoftmax.log_softmax(x, axis, empty_row=numbers.empty_row, **options_of(arrays, numbers))
 
 
-def _log_softmax_forward(x, axis, temperature):
-    log_probs = _log_softmax(x, axis, temperature)
-    return log_probs, log_probs
+def _log_softmax_forward(x, arrays, numbers, axis):
+    log_probs = _log_softmax(x, arrays, numbers, axis)
+    return log_probs, (log_probs, *((None, NOTHING) if is_temperature(arrays, numbers) else (x, arrays)))
 
 
-def _log_softmax_gradient(axis, temperature, log_probs, dlog_probs):
-    return (_log_softmax_backward(log_probs, jnp.asarray(dlog_probs), axis, temperature),)
+def _log_softmax_gradient(numbers, axis, saved, dlog_probs):
+    log_probs, x, arrays = saved
+    dlog_probs = jnp.asarray(dlog_probs)
+    if x is None:
+        dx = _log_softmax_backward(log_probs, dlog_probs, axis, numbers.temperature)
+        return (dx if numbers.empty_row == "nan" else _unless_empty(dx, log_probs, axis)), None
+    dz = _log_softmax_backward(wide(log_probs), wide(dlog_probs), axis, left_of(arrays, numbers))
+    if numbers.empty_row == "zero":
+        dz = _unless_empty(dz, log_probs, axis)
+    return pulled_back(dz, x, arrays, _checks.axes(axis, x.ndim), numbers)
 
 
 _log_softmax.defvjp(_log_softmax_forward, _log_softmax_gradient)
+
+
+def _unless_empty(dz, log_probs, axis):
+    """0 in rows of which nothing is left."""
+    is_empty = (log_probs == -jnp.inf).all(axis=_checks.axes(axis, dz.ndim), keepdims=True)
+    return jnp.where(is_empty, 0, dz)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -241,9 +308,9 @@ def _log_softmax_backward_forward(log_probs, dlog_probs, axis, temperature):
 
 def _log_softmax_backward_gradient(axis, temperature, saved, h):
     log_probs, dlog_probs = saved
-    wide_h = _wide(h)
-    weighted = jnp.exp(_wide(log_probs)) * wide_h
-    of_log_probs = -weighted * _sum(_wide(dlog_probs), axis) / temperature
+    wide_h = wide(h)
+    weighted = jnp.exp(wide(log_probs)) * wide_h
+    of_log_probs = -weighted * _sum(wide(dlog_probs), axis) / temperature
     of_dlog_probs = (wide_h - _sum(weighted, axis)) / temperature
     return of_log_probs.astype(log_probs.dtype), of_dlog_probs.astype(dlog_probs.dtype)
 
@@ -251,28 +318,29 @@ def _log_softmax_backward_gradient(axis, temperature, saved, h):
 _log_softmax_backward.defvjp(_log_softmax_backward_forward, _log_softmax_backward_gradient)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _logsumexp(x, axis, keepdims, temperature):
-    return gpusoftmax.logsumexp(x, axis, keepdims=keepdims, temperature=temperature)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _logsumexp(x, arrays, numbers, axis, keepdims):
+    return gpusoftmax.logsumexp(x, axis, keepdims=keepdims, **options_of(arrays, numbers))
 
 
-def _logsumexp_forward(x, axis, keepdims, temperature):
-    return _logsumexp(x, axis, keepdims, temperature), x
+def _logsumexp_forward(x, arrays, numbers, axis, keepdims):
+    return _logsumexp(x, arrays, numbers, axis, keepdims), (x, arrays)
 
 
-def _logsumexp_gradient(axis, keepdims, temperature, x, dlse):
+def _logsumexp_gradient(numbers, axis, keepdims, saved, dlse):
+    x, arrays = saved
     axes = _checks.axes(axis, x.ndim)
     per_row = dlse.reshape([1 if one in axes else size for one, size in enumerate(x.shape)])
-    probs = _softmax(x.astype(dlse.dtype), axis, temperature)
-    return ((probs * (per_row / temperature)).astype(x.dtype),)
+    if not is_temperature(arrays, numbers):
+        numbers = numbers._replace(empty_row="zero")
+    probs = _softmax(x.astype(dlse.dtype), arrays, numbers, axis)
+    dz = probs * (per_row / left_of(arrays, numbers))
+    if is_mask(arrays, numbers):
+        return dz.astype(x.dtype), None
+    return pulled_back(dz, x, arrays, axes, numbers)
 
 
 _logsumexp.defvjp(_logsumexp_forward, _logsumexp_gradient)
-
-
-def _wide(x):
-    """In float32 at least, where sums of many terms lose nothing."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def _sum(x, axis):
@@ -365,7 +433,7 @@ def _graph_of_dlogits(logits, target, weight, dloss, loss):
     share = loss.label_smoothing / n_cols
     of_target = upstream * (1 - loss.label_smoothing) * weight_of_row
     of_all = upstream * share * weight.sum()
-    probs = _softmax(logits.astype(dtype), axis, 1.0)
+    probs = _softmax(logits.astype(dtype), NOTHING, Numbers(1.0, None, None, "nan"), axis)
     each = weight.reshape([n_cols if one == axis else 1 for one in range(logits.ndim)])
     dlogits = probs * jnp.expand_dims(of_target + of_all, axis)
     dlogits -= jax.nn.one_hot(target, n_cols, axis=axis, dtype=dtype) * jnp.expand_dims(of_target, axis)
