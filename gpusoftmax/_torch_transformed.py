@@ -96,7 +96,7 @@ def token_logprobs(
 
 
 def called(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if rows.is_transforming():
         return call.op.composed(call, x, through)
     *numbers, temperatures, bias, mask, valid = through
     if rows.recorded(x, *[one for one in (temperatures, bias, call.target, call.shares) if one is not None]):
@@ -199,6 +199,9 @@ def _log_softmax_dx(
 ) -> Tensor:
     left = through.temperature if through.is_mask else 1.0
     dz = ops.log_softmax_backward(*made, *upstream, call.dim, left, ops.row_dtype(x.dtype))
+    if through.empty_row == "zero":  # rows of which nothing is left
+        (log_probs,) = made
+        dz = torch.where((log_probs == -torch.inf).all(dim=call.dim, keepdim=True), 0, dz)
     return pulled_back(dz, x, call.dim, through)
 
 

@@ -1,7 +1,7 @@
 """The softmax family for training with PyTorch: torch's names, arguments and defaults, differentiable.
 
 softmax, log_softmax, logsumexp, cross_entropy, CrossEntropyLoss, linear_cross_entropy and LinearCrossEntropyLoss stand
-in for torch's functions of these names (the last two are not to be differentiated in forward mode);
+in for torch's functions of these names (the last two hold all logits in forward mode and under torch.func);
 token_logprobs, kl_div and sample are those of gpusoftmax. They are differentiable any number of times, once in forward
 mode, and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU
 and so can be captured in a CUDA graph, and take tensors of any strides without a copy.
@@ -258,6 +258,9 @@ def cross_entropy(
     x, _ = _logits(input, None)
     target, shares = split_target(target)
     _tensor(target, "target")
+    for name, one in (("target[1]", shares), ("weight", weight), ("row_weight", row_weight)):
+        if one is not None:
+            _tensor(one, name)
     given = through(x, (_torch_ops.class_dim(x),), temperature, bias, softcap, mask, n_valid, empty_row)
     wanted = return_z_loss, return_lse, return_correct
     plain = not z_loss and row_weight is normalizer is shares is None and not any(wanted)
