@@ -55,7 +55,7 @@ def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None
 
 def can_be_in_place(logits: Tensor, *others: Tensor | None) -> bool:
     """Whether there is a gradient to overwrite the logits, and nobody but them wants it."""
-    if not rows.recorded(logits) or torch.compiler.is_compiling():
+    if not rows.recorded(logits) or rows.is_transforming() or torch.compiler.is_compiling():
         return False
     if logits.is_leaf:
         raise ValueError(
