@@ -32,7 +32,7 @@ class Arrays(NamedTuple):
     n_valid: jax.Array | None
 
 
-NOTHING = Arrays(None, None, None, None)
+NOTHING, IDENTITY = Arrays(None, None, None, None), Numbers(1.0, None, None, "nan")
 
 
 def split(
@@ -61,6 +61,10 @@ def options_of(arrays: Arrays, numbers: Numbers) -> dict[str, Any]:
     }
 
 
+def is_nothing(arrays: Arrays, numbers: Numbers) -> bool:
+    return is_temperature(arrays, numbers) and numbers.temperature == 1
+
+
 def is_temperature(arrays: Arrays, numbers: Numbers) -> bool:
     """Whether there is one temperature and no more."""
     return is_mask(arrays, numbers) and arrays.mask is arrays.n_valid is numbers.n_valid is None
@@ -80,10 +84,10 @@ def pulled_back(
 ) -> tuple[jax.Array, Arrays]:
     """The gradients with respect to x and to the arrays, from that with respect to z."""
 
-    def transformed(x, temperature, bias):
-        return _transformed(x, arrays._replace(temperature=temperature, bias=bias), axes, numbers)
+    def function(x, temperature, bias):
+        return transformed(x, arrays._replace(temperature=temperature, bias=bias), axes, numbers)
 
-    z, pull = jax.vjp(transformed, x, arrays.temperature, arrays.bias)
+    z, pull = jax.vjp(function, x, arrays.temperature, arrays.bias)
     dx, of_temperature, of_bias = pull(dz.astype(z.dtype))
     return dx, NOTHING._replace(temperature=of_temperature, bias=of_bias)
 
@@ -93,12 +97,15 @@ def wide(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def _transformed(x: jax.Array, arrays: Arrays, axes: tuple[int, ...], numbers: Numbers) -> jax.Array:
+def transformed(
+    x: jax.Array, arrays: Arrays, axes: tuple[int, ...], numbers: Numbers, takes_temperature: bool = True
+) -> jax.Array:
+    """z, in float32 at least. takes_temperature: whether one that is all but a mask is left for the operation."""
     kept = _kept(x, arrays, axes, numbers)
     z = wide(x if kept is None else jnp.where(kept, x, 0))
     if arrays.temperature is not None:
         z = _divided(z, _per_row(wide(arrays.temperature), x, axes))
-    elif not is_mask(arrays, numbers) and numbers.temperature != 1:
+    elif not (takes_temperature and is_mask(arrays, numbers)) and numbers.temperature != 1:
         z = _divided(z, numbers.temperature)
     if arrays.bias is not None:
         z = z + wide(_stretched(arrays.bias, x, axes))
