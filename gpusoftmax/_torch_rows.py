@@ -28,8 +28,13 @@ Dims = tuple[int, ...]
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether torch wants to know of what is computed from these: for a gradient, or for what tensors do not tell."""
-    return is_transforming() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    """Whether torch wants to know of what is computed from these: for a gradient, or for what tensors do not tell.
+
+    Or for a batch of gradients (torch.autograd.grad with is_grads_batched): as little can be written in place then.
+    """
+    if is_transforming() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return True
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
 
 
 def is_transforming() -> bool:

@@ -272,6 +272,15 @@ def test_a_gradient_of_what_an_outer_level_differentiates(name):
     torch.testing.assert_close(*map(slopes, PAIRS[name]), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_batch_of_gradients(name):
+    """As torch.autograd.functional.jacobian(vectorize=True) takes them."""
+    x = random(3, 5)
+    jacobians = (torch.autograd.functional.jacobian(function, x, vectorize=True) for function in PAIRS[name])
+    torch.testing.assert_close(*jacobians, rtol=1e-10, atol=1e-12)
+
+
 def test_forward_mode_of_several_targets():
     x, target = random(3, 5), torch.tensor([[0, 1], [4, -100], [2, 2]])
 

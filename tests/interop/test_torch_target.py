@@ -240,6 +240,19 @@ def test_layouts():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_batch_of_gradients():
+    given = random(3, 4), random(3, 4, seed=1)
+
+    def jacobian(function):
+        def of_rows(x, q):
+            return function(x, q, reduction="none")
+
+        return torch.autograd.functional.jacobian(of_rows, given, vectorize=True)
+
+    torch.testing.assert_close(jacobian(ours.cross_entropy), jacobian(F.cross_entropy), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_forward_mode_and_functions_of_torch():
     x, q, tangent = random(3, 4).detach(), random(3, 4, seed=1).detach(), random(3, 4, seed=2).detach()
     for mine, theirs in itertools.pairwise((ours.cross_entropy, F.cross_entropy)):
