@@ -539,10 +539,10 @@ def sample(
     logits: Tensor,
     dim: int = -1,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     rng: Any,
 ) -> Tensor:
     """gpusoftmax.sample, for code that is compiled: indices, which have no gradient.
@@ -550,7 +550,7 @@ def sample(
     Parameters
     ----------
     logits, temperature, top_k, top_p, min_p, rng
-        As in gpusoftmax.sample.
+        As in gpusoftmax.sample; a number in a tensor without axes is that of all rows.
     dim : int
         The axis of the classes.
 
@@ -575,8 +575,17 @@ def sample(
     seed, step = _checks.rng(rng)
     tensors = [None if type(one) is int else one for one in (seed, step)]
     numbers = [_signed(one) if type(one) is int else 0 for one in (seed, step)]
-    limits = (top_k, None if top_p is None else float(top_p), None if min_p is None else float(min_p))
-    return _torch_ops.sample(x.detach(), *tensors, *numbers, axis, float(temperature), *limits)
+    batch = [size for each, size in enumerate(x.shape) if each != axis]
+    limits = temperature, top_k, top_p, min_p
+    of_rows = [_of_rows(one, batch) if isinstance(one, Tensor) else None for one in limits]
+    temperature, top_k, top_p, min_p = [None if isinstance(one, Tensor) else one for one in limits]
+    temperature, top_p, min_p = [None if one is None else float(one) for one in (temperature, top_p, min_p)]
+    return _torch_ops.sample(x.detach(), *tensors, *numbers, axis, *of_rows, temperature, top_k, top_p, min_p)
+
+
+def _of_rows(given: Tensor, batch: list[int]) -> Tensor:
+    """One for each row, without a gradient."""
+    return (given if given.ndim else given.expand(batch)).detach()
 
 
 def _tensor(given: Any, name: str) -> None:

@@ -331,7 +331,6 @@ def test_integers_with_a_dtype(info):
         torch.testing.assert_close(result, info.op(sample.input, *sample.args, **sample.kwargs))
 
 
-@pytest.mark.filterwarnings("ignore:target requires grad")
 def test_torch_agrees_on_samples_of_the_module():
     (info,) = (info for info in module_db if info.name == "nn.CrossEntropyLoss")
     count = 0
@@ -697,8 +696,23 @@ OPERATORS = {
         (X, TARGET, None, X[:, 0], 1, 0.7, 1),
     ],
     "sample": [
-        (X, None, None, 7, 8, 1, 0.7, None, 0.9, None),
-        (X, torch.arange(6).view(3, 2), torch.tensor(3), 0, 0, 1, 1.0, 2, None, 0.1),
+        (X, None, None, 7, 8, 1, *[None] * 4, 0.7, None, 0.9, None),
+        (
+            X,
+            torch.arange(6).view(3, 2),
+            torch.tensor(3),
+            0,
+            0,
+            1,
+            None,
+            None,
+            torch.ones(3, 2),
+            None,
+            1.0,
+            2,
+            None,
+            0.1,
+        ),
     ],
     "linear_cross_entropy_with_grad": [  # rows of two features, five classes
         (X[:, 0], X[0], None, TARGET[:, 0], WEIGHT, None, None, None, 1, "mean", 0.1, 0.0, None, 1.0, None)
@@ -787,6 +801,25 @@ def test_compiled_samples():
         lambda x: ours.sample(x, 1, top_p=0.9, rng=(seeds, 2**64 - 1)), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(function(X), gpusoftmax.sample(X, 1, top_p=0.9, rng=(seeds, 2**64 - 1)))
+
+
+def test_compiled_samples_of_requests_of_different_kinds():
+    torch._dynamo.reset()
+    x, options = random(3, 40).detach(), {"rng": (torch.arange(3), 0), "min_p": 0.01}
+    of_rows = torch.tensor([0.0, 0.5, 2.0]), torch.tensor([0, 3, 40]), torch.tensor([1.0, 0.9, 0.5])
+    names = "temperature", "top_k", "top_p"
+
+    def function(x, *given):
+        return ours.sample(x, **dict(zip(names, given, strict=True)), **options)
+
+    expected = gpusoftmax.sample(x, **dict(zip(names, of_rows, strict=True)), **options)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(function(x, *of_rows), expected) and torch.equal(compiled(x, *of_rows), expected)
+    numbers = torch.tensor(0.5), torch.tensor(3), torch.tensor(0.9)
+    expected = gpusoftmax.sample(x, temperature=0.5, top_k=3, top_p=0.9, **options)
+    assert torch.equal(compiled(x, *numbers), expected)
+    with pytest.raises(ValueError, match=r"^top_p has shape \(2,\)"):
+        ours.sample(x, top_p=torch.ones(2), rng=0)
 
 
 def test_the_training_loop_of_the_readme():
