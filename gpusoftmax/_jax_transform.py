@@ -6,6 +6,7 @@ The kernels do the same where they read; gradients with respect to z come back t
 logits are only masked, a temperature for all rows is left for the operation, as in _torch_transform.py.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +129,7 @@ def _kept(x: jax.Array, arrays: Arrays, axes: tuple[int, ...], numbers: Numbers)
     if mask is None and n_valid is None:
         return None
     sizes = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
-    columns = jnp.arange(jnp.ones(sizes, bool).size)
+    columns = jnp.arange(math.prod(sizes))
     mask = mask if mask is None else _stretched(mask, x, axes)
     if mask is not None and mask.dtype != jnp.bool_:
         bits = (columns & 31).reshape(sizes).astype(mask.dtype)

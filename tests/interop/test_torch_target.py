@@ -214,7 +214,8 @@ def test_an_infinite_loss_stays_one():
 
     assert function(x, q)[0] == INF and torch.func.vmap(function)(x[:, None], q[:, None])[0] == INF
     first, second = each_way(lambda x, q: function(x, q).sum(), (x, q))
-    assert all(one.isfinite().all() for one in (*first, *second)) and not first[1][:, 1].any()
+    assert all(one.isfinite().all() for one in (*first, *second))
+    assert first[1][0, 1] == 0 and first[1][1, 1] > 0
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=MATRIX), torch.bfloat16, torch.float32])
