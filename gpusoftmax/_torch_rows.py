@@ -30,10 +30,12 @@ Dims = tuple[int, ...]
 def recorded(*tensors: Tensor) -> bool:
     """Whether torch wants to know of what is computed from these: for a gradient, or for what tensors do not tell.
 
-    Or for a batch of gradients (torch.autograd.grad with is_grads_batched): as little can be written in place then.
+    Or, in a backward, for a batch of gradients (is_grads_batched): as little can be written in place then.
     """
-    if is_transforming() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    if is_transforming():
         return True
+    if torch.is_grad_enabled():
+        return any(tensor.requires_grad for tensor in tensors)
     return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
 
 
