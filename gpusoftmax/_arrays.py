@@ -155,7 +155,7 @@ def wrap(x, name: str) -> Array:
     """Describes an array argument. Anything that is no array becomes a NumPy array."""
     array = _described(x, name)
     if array.size and not array.pointer:
-        raise TypeError(f"{name} has no memory of its own: it is a fake, zero or traced tensor")
+        raise TypeError(f"{name} has no memory of its own: it is a fake, zero or traced tensor; see gpusoftmax.torch")
     return array
 
 

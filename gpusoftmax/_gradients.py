@@ -7,7 +7,7 @@ from gpusoftmax import _arrays
 
 _HAVE_GRADIENTS = {
     *("x", "logits", "target_logits", "features", "probs", "dprobs", "tangent", "log_probs", "dlog_probs"),
-    *("temperature", "bias", "input", "linear_weight", "linear_bias"),
+    *("temperature", "bias", "input", "linear_weight", "linear_bias", "target", "target[1]"),
 }
 
 

@@ -143,6 +143,8 @@ def kl_div(
     normalizer: Any,
 ) -> Tensor:
     _tensors(logits=logits, target_logits=target_logits, row_weight=logits if row_weight is None else row_weight)
+    if isinstance(temperature, Tensor):
+        full.check_no_gradients({"temperature": temperature})
     (axis,) = _checks.class_axis(axis, logits.ndim)
     _checks.reduction(reduction)
     is_tensor = isinstance(normalizer, Tensor)

@@ -5,6 +5,13 @@ saved; what becomes of them, a mean for instance, is left to torch. In the words
 masses g and their sum G, and r the weight of a row,
 
     loss = r (G lse - sum_c g_c z_c + z_loss S lse^2)        dz_c = r dloss (p_c (G + 2 z_loss S lse) - g_c)
+
+which is linear in the probabilities q of the target, whose gradient needs the log-probabilities lse - z again:
+
+    dq_c = r dloss w_c ((1 - eps) (lse - z_c) + z_loss lse^2)
+
+A class that cannot be, z_c = -inf, adds nothing to the loss where q_c is 0, so that lse - z_c counts as 0 there: a
+masked vocabulary would make NaN of the gradient of whatever softmax the target comes from.
 """
 
 from typing import Any, NamedTuple
@@ -14,8 +21,10 @@ from torch import Tensor
 
 import gpusoftmax
 from gpusoftmax import _checks
+from gpusoftmax import _torch_losses as losses
 from gpusoftmax import _torch_ops as ops
 from gpusoftmax import _torch_rows as rows
+from gpusoftmax import _torch_transform_ops as kernels
 from gpusoftmax import _torch_transformed as transformed_ops
 from gpusoftmax._torch_ops import defined_as
 from gpusoftmax._torch_transform import Through, transformed
@@ -46,7 +55,7 @@ class Target(NamedTuple):
 
 def losses_of_rows(logits: Tensor, given: Target, options: Options, through: float | Through) -> list[Tensor]:
     """The loss, which is differentiable, and the lse of each row; where they are wanted, z_loss and n_correct."""
-    check_no_gradients(dict(zip(("target", "target[1]", "weight", "row_weight"), given, strict=True)))
+    check_no_gradients({"weight": given.weight, "row_weight": given.row_weight})
     if type(through) is float:
         through = Through(through)
     target, shares, weight, row_weight = given
@@ -219,12 +228,18 @@ def _masses(call: Call, z: Tensor) -> _Masses:
         columns = several.clamp(0, n_cols - 1).movedim(-1, dim)
         q = torch.zeros_like(z).scatter_add(dim, columns, of_labels.movedim(-1, dim))
     w = z.new_ones(n_cols) if weight is None else weight.to(dtype)
-    w = w.reshape([n_cols if axis == dim else 1 for axis in range(z.ndim)])
+    w = w.reshape(_along(dim, z))
     r = z.new_ones(batch) if row_weight is None else row_weight.to(dtype)
     counts = counts & (r != 0)
     r = torch.where(counts, r, 0)
+    q = torch.where(counts.unsqueeze(dim), q, 0)
     mass = ((1 - options.label_smoothing) * q + options.label_smoothing / n_cols) * w * r.unsqueeze(dim)
     return _Masses(mass, mass.sum(dim), (q * w).sum(dim) * r, counts, is_bad & counts)
+
+
+def _along(dim: int, x: Tensor) -> list[int]:
+    """The shape of one number for each class, to be combined with rows."""
+    return [size if axis == dim else 1 for axis, size in enumerate(x.shape)]
 
 
 def _dz(call: Call, z: Tensor, left: float, upstream: tuple[Tensor | None, ...], made: list[Tensor]) -> Tensor:
@@ -244,15 +259,87 @@ def _composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     masses = _masses(call, z)
     z = torch.where(masses.counts.unsqueeze(dim), z, 0)
     lse = rows.logsumexp(z, (dim,), False, 1.0)
-    nats = torch.where(masses.at_classes == 0, 0, lse.unsqueeze(dim) - z)
+    cannot_be = z == -torch.inf
+    nats = lse.unsqueeze(dim) - torch.where(cannot_be, lse.detach().unsqueeze(dim), z)
+    # Infinite, or NaN in a row of which nothing is left.
+    beyond = torch.where((cannot_be & (masses.at_classes != 0)).any(dim), lse.detach() + torch.inf, 0)
     z_loss = options.z_loss * masses.of_target * lse.square()
-    loss = torch.where(masses.is_bad, torch.nan, (nats * masses.at_classes).sum(dim) + z_loss)
+    loss = torch.where(masses.is_bad, torch.nan, (nats * masses.at_classes).sum(dim) + z_loss + beyond)
     told = [loss, torch.where(masses.counts, lse, 0), *([z_loss] if options.return_z_loss else [])]
     if empty is not None:
-        told = [torch.where(empty.squeeze(dim), 0, one) for one in told]
+        # As kernels tell it: nothing of the loss, and -inf for the lse.
+        told = [torch.where(empty.squeeze(dim), -torch.inf if k == 1 else 0, one) for k, one in enumerate(told)]
     if options.return_correct:
         told.append((masses.counts & (z.argmax(dim) == call.target)).sum())
     return tuple(told)
 
 
-_LOSSES = Op(_value, _composed, _dx, _dz, keeps=True, takes_temperature=False)
+def _dtarget(
+    call: Call,
+    x: Tensor,
+    through: Through,
+    made: list[Tensor],
+    upstream: tuple[Tensor | None, ...],
+    is_recorded: bool,
+) -> Tensor:
+    (dim,), options = call.dim, Options(*call.options)
+    target, shares, weight, row_weight = _target_of(call)
+    along = dim if shares is None else -1
+    counts = None if row_weight is None else (row_weight != 0).unsqueeze(along)
+    labels = None if shares is None else target.long()
+    if labels is not None:
+        is_label = labels != options.ignore_index
+        counts = is_label if counts is None else counts & is_label
+    log_probs, lse = (_scores_that_are_recorded if is_recorded else _scores)(call, x, through, made, counts)
+    if through.empty_row == "zero":
+        is_left = (lse != -torch.inf).unsqueeze(along)
+        counts = is_left if counts is None else counts & is_left
+
+    dloss = upstream[0] if row_weight is None else upstream[0] * row_weight.to(lse.dtype)
+    if labels is not None:
+        is_bad = (is_label & ((labels < 0) | (labels >= x.shape[dim]))).any(-1)
+        dloss = torch.where(is_bad, torch.nan, dloss)
+    # In the memory of the log-probabilities, where nobody else has seen them: large arrays less.
+    into = {} if is_recorded else {"out": log_probs}
+    dtarget = torch.nan_to_num(log_probs, nan=torch.nan, posinf=torch.inf, neginf=0.0, **into)
+    dtarget = torch.mul(dtarget, ((options.label_smoothing - 1) * dloss).unsqueeze(along), **into)
+    if options.z_loss:
+        dtarget = torch.add(dtarget, (options.z_loss * dloss * lse.square()).unsqueeze(along), **into)
+    if weight is not None:
+        w = weight.to(lse.dtype)
+        w = w.reshape(_along(dim, x)) if labels is None else w[labels.clamp(0, x.shape[dim] - 1)]
+        dtarget = torch.mul(dtarget, w, **into)
+    if counts is not None:
+        dtarget = torch.where(counts, dtarget, dtarget.new_zeros(()), **into)
+    return dtarget.to((target if shares is None else shares).dtype)
+
+
+def _scores(
+    call: Call, x: Tensor, through: Through, made: list[Tensor], counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the classes that have one in the target, as they lie there, and the lse of the rows."""
+    if call.shares is None:
+        return kernels.log_softmax_transformed(x, call.dim, ops.row_dtype(x.dtype), *through), made[1]
+    options = *call.dim, Options(*call.options).ignore_index, *_NOTHING_ELSE, *through
+    return kernels.token_logprobs_transformed(x, call.target, *options)[0], made[1]
+
+
+def _scores_that_are_recorded(
+    call: Call, x: Tensor, through: Through, made: list[Tensor], counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    z, _, empty = transformed(x, call.dim, through, takes_temperature=False)
+    if counts is not None:
+        z = torch.where(counts if call.shares is None else counts.any(-1).unsqueeze(*call.dim), z, 0)
+    lse = rows.logsumexp(z, call.dim, False, 1.0)
+    if empty is not None:
+        lse = torch.where(empty.squeeze(*call.dim), -torch.inf, lse)
+    if call.shares is None:
+        return rows.log_softmax(z, call.dim, 1.0, None), lse
+    tokens = losses.Tokens(*call.dim, 1.0, Options(*call.options).ignore_index, *_NOTHING_ELSE)
+    return losses.token_logprobs(z, call.target, tokens)[0], lse
+
+
+_NOTHING_ELSE = (False,) * 5
+"""What token_logprobs may tell beside the log-probabilities, and do: no label is looked at twice."""
+
+_LOSSES = Op(_value, _composed, _dx, _dz, dtarget=_dtarget, keeps=True, takes_temperature=False)

@@ -6,7 +6,7 @@ once and never held. The backward multiplies the gradients by what comes from ab
 precision: use a loss scale inside, or "none", where float16 would underflow.
 
 Where the gradient is to be differentiated again, it is taken from torch's own product and our cross_entropy, for which
-all logits are held.
+all logits are held. In forward mode and under torch.func so is the loss.
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,8 @@ class Options(NamedTuple):
 def linear_cross_entropy(layer: Layer, given: Given, options: Options) -> Tensor | CrossEntropy:
     """The loss has gradients, what else is told has none."""
     full.check_no_gradients(given._asdict())
+    if rows.is_transforming():
+        return _of_all_logits(layer, given, options)
     if rows.recorded(*(tensor for tensor in layer if tensor is not None)):
         loss, *told = _LinearCrossEntropy.apply(*layer, *given, options)
     else:
@@ -166,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple:
         layer, given = Layer(*ctx.saved_tensors[:3]), Given(*ctx.saved_tensors[3:])
-        if rows.recorded(layer.input, layer.linear_weight, dloss):
+        if torch.is_grad_enabled() and rows.recorded(layer.input, layer.linear_weight, dloss):
             return *_graph_of_gradients(ctx, layer, given, dloss), *[None] * 5
         # Handed out once: whoever gets them may write into them. The next backward of a retained graph goes over the
         # chunks again.
@@ -190,7 +192,15 @@ def _gradients(
 
 def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as results of operations that torch can differentiate."""
-    options = ctx.options
+    silent = ctx.options._replace(return_z_loss=False, return_lse=False, return_correct=False, validate=False)
+    loss = _of_all_logits(layer, given, silent)
+    wanted = [tensor for tensor, is_wanted in zip(layer, ctx.wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
+    return tuple(next(found) if is_wanted else None for is_wanted in ctx.wanted)
+
+
+def _of_all_logits(layer: Layer, given: Given, options: Options) -> Tensor | CrossEntropy:
+    """The loss, and what else is told, by operations that torch can differentiate."""
     idle = given.target == options.ignore_index
     if given.row_weight is not None:
         idle = idle | (given.row_weight == 0)
@@ -198,15 +208,23 @@ def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> 
     features = torch.where(idle.unsqueeze(-1), 0, layer.input)
     logits = torch.nn.functional.linear(features, layer.linear_weight, layer.linear_bias)
     row_weight = None if given.row_weight is None else given.row_weight.reshape(-1)
-    loss = full.full_cross_entropy(
+    told = full.full_cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
         full.Target(given.target.reshape(-1), None, given.weight, row_weight),
-        full.Options(options.ignore_index, options.label_smoothing, options.z_loss, False, False, False),
+        full.Options(
+            options.ignore_index,
+            options.label_smoothing,
+            options.z_loss,
+            options.return_z_loss,
+            options.return_correct,
+            options.validate,
+        ),
         Through(options.temperature, options.softcap),
         options.reduction,
         options.divide_by if given.normalizer is None else given.normalizer,
-        (False, False, False),
+        options.told,
     )
-    wanted = [tensor for tensor, is_wanted in zip(layer, ctx.wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(loss, wanted, dloss.reshape(loss.shape), create_graph=True))
-    return tuple(next(found) if is_wanted else None for is_wanted in ctx.wanted)
+    shape = given.target.shape
+    if not any(options.told):
+        return told.reshape(shape) if options.reduction == "none" else told
+    return CrossEntropy(*[one if one is None or not one.ndim else one.reshape(shape) for one in told])

@@ -55,7 +55,7 @@ def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None
 
 def can_be_in_place(logits: Tensor, *others: Tensor | None) -> bool:
     """Whether there is a gradient to overwrite the logits, and nobody but them wants it."""
-    if not rows.recorded(logits) or torch.compiler.is_compiling():
+    if not rows.recorded(logits) or rows.is_transforming() or torch.compiler.is_compiling():
         return False
     if logits.is_leaf:
         raise ValueError(
@@ -131,7 +131,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         # Handed out once: whoever gets it may write into it. The next backward of a retained graph computes it anew.
         # What was saved is looked at only where it is needed: by now the logits may have been written over.
         loss = ctx.loss
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or rows.recorded(dloss):
             logits, target, weight, _ = ctx.saved_tensors
             return graph_of_dlogits(logits, target, weight, dloss, loss), None, None, None
         dlogits, ctx.dlogits = ctx.dlogits, None

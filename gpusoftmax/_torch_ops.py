@@ -253,20 +253,22 @@ def token_logprobs_backward(
     return gpusoftmax.token_logprobs_backward(logits, target, dlogprob, dentropy, **options)
 
 
-def _fake_sample(logits, seed, step, seed_number, step_number, dim, temperature, top_k, top_p, min_p):
+def _fake_sample(logits, seed, step, seed_number, step_number, dim, *limits):
     batch = [size for axis, size in enumerate(logits.shape) if axis != dim]
     return logits.new_empty(batch, dtype=torch.int64)
 
 
 @defined_as(
-    "(Tensor logits, Tensor? seed, Tensor? step, int seed_number, int step_number, int dim, float temperature, "
-    "int? top_k, float? top_p, float? min_p) -> Tensor",
+    "(Tensor logits, Tensor? seed, Tensor? step, int seed_number, int step_number, int dim, Tensor? temperatures, "
+    "Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, float? temperature, int? top_k, float? top_p, float? min_p)"
+    " -> Tensor",
     _fake_sample,
 )
 def sample(
     logits: Tensor, seed: Tensor | None, step: Tensor | None, seed_number: int, step_number: int, dim: int, *limits: Any
 ) -> Tensor:
-    """seed_number and step_number count where there is no tensor."""
-    temperature, top_k, top_p, min_p = limits
+    """The numbers count where there is no tensor."""
+    given = [one if of_rows is None else of_rows for of_rows, one in zip(limits[:4], limits[4:], strict=True)]
+    names = "temperature", "top_k", "top_p", "min_p"
     rng = (seed_number if seed is None else seed, step_number if step is None else step)
-    return gpusoftmax.sample(logits, dim, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, rng=rng)
+    return gpusoftmax.sample(logits, dim, **dict(zip(names, given, strict=True)), rng=rng)

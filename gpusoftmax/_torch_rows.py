@@ -28,10 +28,20 @@ Dims = tuple[int, ...]
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether torch wants to know of what is computed from these: for a gradient, or (which no tensor says) forward."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    """Whether torch wants to know of what is computed from these: for a gradient, or for what tensors do not tell.
+
+    Or, in a backward, for a batch of gradients (is_grads_batched): as little can be written in place then.
+    """
+    if is_transforming():
         return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        return any(tensor.requires_grad for tensor in tensors)
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+
+
+def is_transforming() -> bool:
+    """Whether forward mode is on, of which no tensor tells, or torch.func, of whose levels they tell the innermost."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def with_tangent(function: type, forward: type) -> Callable[..., Any]:
@@ -212,8 +222,7 @@ class _LogSumExp(torch.autograd.Function):
         scale = dlse.reshape(per_row) / temperature
         probs = softmax(x, dim, temperature, dlse.dtype)
         # In place where nobody else has seen the probabilities: a large array less.
-        seen = recorded(probs, scale) or torch._C._are_functorch_transforms_active()
-        dx = probs * scale if seen else probs.mul_(scale)
+        dx = probs * scale if recorded(probs, scale) else probs.mul_(scale)
         return dx.to(x.dtype), None, None, None
 
 

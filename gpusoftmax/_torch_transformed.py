@@ -29,7 +29,8 @@ class Op(NamedTuple):
     dx: Callable  # the gradient with respect to the logits, from kernels
     dz: Callable  # and with respect to the transformed ones, as operations that autograd knows
     value_and_dx: Callable | None = None  # on the CPU, if that is one kernel: for the gradient 1 of the value
-    keeps: bool = False  # the value, for dx and dz
+    dtarget: Callable | None = None  # the gradient with respect to probabilities of the target, if it has any
+    keeps: bool = False  # the value, for dx, dz and dtarget
     takes_temperature: bool = True
 
 
@@ -95,10 +96,10 @@ def token_logprobs(
 
 
 def called(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if rows.is_transforming():
         return call.op.composed(call, x, through)
     *numbers, temperatures, bias, mask, valid = through
-    if rows.recorded(x, *[one for one in (temperatures, bias) if one is not None]):
+    if rows.recorded(x, *[one for one in (temperatures, bias, call.target, call.shares) if one is not None]):
         beside = temperatures, bias, mask, valid, *call[3:]
         made = _Transformed.apply(call.op, call.dim, call.options, tuple(numbers), x, *beside)
         return made if isinstance(made, tuple) else (made,)
@@ -130,10 +131,15 @@ class _Transformed(torch.autograd.Function):
         beside, made = others[:8], others[8:]
         op, dim, options, numbers = ctx.given
         call, through = Call(op, dim, options, *beside[4:]), Through(*numbers, *beside[:4])
-        temperatures, bias, *_ = beside
+        of_logits, of_target = ctx.needs_input_grad[4:7], ctx.needs_input_grad[9::2]
         dlogits, ctx.dlogits = ctx.dlogits, None
-        given = [one for one in (x, temperatures, bias, *upstream) if one is not None and one.is_floating_point()]
-        if rows.recorded(*given):
+        given = x, through.temperatures, through.bias, call.target, call.shares, *upstream
+        is_recorded = rows.recorded(*[one for one in given if one is not None])
+        dtarget = op.dtarget(call, x, through, made, upstream, is_recorded) if any(of_target) else None
+        targets = [dtarget if wanted else None for wanted in of_target]
+        if not any(of_logits):
+            return *[None] * 9, targets[0], None, targets[1], None
+        if is_recorded:
             takes = op.takes_temperature
             z, left, empty = transformed(x, dim, through, takes)
             dz = op.dz(call, z, left, upstream, made)
@@ -142,8 +148,8 @@ class _Transformed(torch.autograd.Function):
         else:
             kept = made if dlogits is None else [dlogits]
             dx = op.dx(call, x, through, kept, upstream, _dtype_of_gradient(ctx, x))
-        of_others = of_temperature_and_bias(dx, x, dim, through, ctx.needs_input_grad[5:7])
-        return None, None, None, None, dx.to(x.dtype), *of_others, *[None] * 6
+        of_others = of_temperature_and_bias(dx, x, dim, through, of_logits[1:])
+        return *[None] * 4, dx.to(x.dtype), *of_others, None, None, targets[0], None, targets[1], None
 
 
 def _dtype_of_gradient(ctx: Any, x: Tensor) -> torch.dtype:
@@ -193,6 +199,9 @@ def _log_softmax_dx(
 ) -> Tensor:
     left = through.temperature if through.is_mask else 1.0
     dz = ops.log_softmax_backward(*made, *upstream, call.dim, left, ops.row_dtype(x.dtype))
+    if through.empty_row == "zero":  # rows of which nothing is left
+        (log_probs,) = made
+        dz = torch.where((log_probs == -torch.inf).all(dim=call.dim, keepdim=True), 0, dz)
     return pulled_back(dz, x, call.dim, through)
 
 

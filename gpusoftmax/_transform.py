@@ -21,13 +21,13 @@ def split(
         temperature, temperatures = 1.0, temperature
     if getattr(n_valid, "shape", ()):
         n_valid, valid_of_rows = None, n_valid
-    temperature, n_valid = _number(temperature, "temperature"), _number(n_valid, "n_valid")
+    temperature, n_valid = number(temperature, "temperature"), number(n_valid, "n_valid")
     return (temperatures, bias, mask, valid_of_rows), (temperature, softcap, n_valid, empty_row)
 
 
-def _number(given: Any, name: str) -> Any:
+def number(given: Any, name: str) -> Any:
     """Of an array without axes its value, which may be another one at the next call."""
-    if not hasattr(given, "ndim") or not hasattr(given, "item"):
+    if getattr(given, "ndim", 1) or not hasattr(given, "item"):
         return given
     _arrays.wrap(given, name)  # unless it is traced, or has a gradient that would be lost
     return given.item()

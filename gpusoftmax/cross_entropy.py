@@ -76,7 +76,7 @@ def cross_entropy(
     -------
     array or NumPy scalar, float32 (float64 for float64 logits)
         The loss: a single number for "mean" and "sum", the shape of the rows for "none". Differentiable where torch's
-        `logits` require grad, see gpusoftmax.torch.
+        `logits`, or probabilities of the `target`, require grad, see gpusoftmax.torch.
     CrossEntropy
         If more is asked for, a named tuple: the loss; the part of it that is z_loss; lse, the logsumexp of each row, 0
         where it is ignored; n_correct, an int64, of how many rows that count the label is the first of the largest

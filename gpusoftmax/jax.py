@@ -5,29 +5,39 @@ a TypeError. There XLA has jax.nn; jax.pure_callback carries a call of gpusoftma
 arrays (2026-11-26, softmax of 1024 x 32768 float32 on two cores of a busy EPYC, medians: 42 ms by itself, 91 by jax.nn
 under jit, 220 by a callback). Forward-mode differentiation (jax.jvp) is not defined.
 
-The formulas are those of _torch_rows.py and _torch_losses.py: the first backward is one kernel, and what is beyond it
-is written in operations of JAX.
+The logits may go through all that gpusoftmax's functions let them go through; a bias, and temperatures in arrays, have
+gradients too.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-import gpusoftmax
-from gpusoftmax import _checks
+from gpusoftmax import _jax_loss, _jax_rows, _jax_transform
 
 Axis = int | tuple[int, ...] | None
 
 
-def softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.Array:
+def softmax(
+    x: jax.Array,
+    axis: Axis = -1,
+    *,
+    temperature: jax.Array | float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    mask: jax.Array | None = None,
+    n_valid: jax.Array | int | None = None,
+    empty_row: str = "nan",
+) -> jax.Array:
     """gpusoftmax.softmax, differentiable.
 
     Parameters
     ----------
-    x, axis, temperature
-        As in gpusoftmax.softmax.
+    x, axis, bias, softcap, mask, n_valid, empty_row
+        As in gpusoftmax.softmax. The bias has a gradient; logits that are masked get the gradient 0.
+    temperature : float, or array with the shape of `x` without `axis`, or without axes
+        Divides the logits; finite and above 0. An array has a gradient.
 
     Returns
     -------
@@ -45,10 +55,22 @@ def softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.A
     >>> print(jax.grad(lambda x: softmax(x)[0])(jax.numpy.zeros(2)))
     [ 0.25 -0.25]
     """
-    return _softmax(jnp.asarray(x), axis, _checks.temperature(temperature))  # 0 has no gradient
+    return _jax_rows.softmax(
+        jnp.asarray(x), *_jax_transform.split(temperature, bias, softcap, mask, n_valid, empty_row), axis
+    )
 
 
-def log_softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> jax.Array:
+def log_softmax(
+    x: jax.Array,
+    axis: Axis = -1,
+    *,
+    temperature: jax.Array | float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    mask: jax.Array | None = None,
+    n_valid: jax.Array | int | None = None,
+    empty_row: str = "nan",
+) -> jax.Array:
     """gpusoftmax.log_softmax, differentiable.
 
     Parameters
@@ -72,16 +94,30 @@ def log_softmax(x: jax.Array, axis: Axis = -1, *, temperature: float = 1.0) -> j
     >>> print(jax.grad(lambda x: log_softmax(x)[0])(jax.numpy.zeros(2)))
     [ 0.5 -0.5]
     """
-    return _log_softmax(jnp.asarray(x), axis, temperature)
+    return _jax_rows.log_softmax(
+        jnp.asarray(x), *_jax_transform.split(temperature, bias, softcap, mask, n_valid, empty_row), axis
+    )
 
 
-def logsumexp(x: jax.Array, axis: Axis = -1, *, keepdims: bool = False, temperature: float = 1.0) -> jax.Array:
+def logsumexp(
+    x: jax.Array,
+    axis: Axis = -1,
+    *,
+    keepdims: bool = False,
+    temperature: jax.Array | float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    mask: jax.Array | None = None,
+    n_valid: jax.Array | int | None = None,
+) -> jax.Array:
     """gpusoftmax.logsumexp, differentiable.
 
     Parameters
     ----------
-    x, axis, keepdims, temperature
-        As in gpusoftmax.logsumexp.
+    x, axis, temperature, bias, softcap, mask, n_valid
+        As in `softmax`. A row that is masked whole has the gradient 0.
+    keepdims : bool
+        Keep the reduced axes with size 1.
 
     Returns
     -------
@@ -100,7 +136,9 @@ def logsumexp(x: jax.Array, axis: Axis = -1, *, keepdims: bool = False, temperat
     >>> print(jax.grad(logsumexp)(jax.numpy.zeros(4)))
     [0.25 0.25 0.25 0.25]
     """
-    return _logsumexp(jnp.asarray(x), axis, keepdims, temperature)
+    return _jax_rows.logsumexp(
+        jnp.asarray(x), *_jax_transform.split(temperature, bias, softcap, mask, n_valid, "nan"), axis, keepdims
+    )
 
 
 def cross_entropy(
@@ -122,14 +160,15 @@ def cross_entropy(
     n_valid: jax.Array | int | None = None,
     empty_row: str = "nan",
 ) -> jax.Array:
-    """gpusoftmax.cross_entropy, differentiable with respect to `logits`: loss and gradient come from one kernel.
+    """gpusoftmax.cross_entropy, differentiable: loss and gradient come from one kernel.
 
     Parameters
     ----------
-    logits, target, weight, axis, ignore_index, reduction, label_smoothing, z_loss, row_weight, normalizer, temperature,
-    bias, softcap, mask, n_valid, empty_row
-        As in gpusoftmax.cross_entropy. Only `logits` has a gradient. With soft targets and what stands behind
-        `label_smoothing`, it has no second one: gpusoftmax.torch has.
+    logits, target, weight, axis, ignore_index, reduction, label_smoothing, z_loss, row_weight, normalizer
+        As in gpusoftmax.cross_entropy. Of these only `logits` has a gradient.
+    temperature, bias, softcap, mask, n_valid, empty_row
+        As in `softmax`. For the gradient of a bias or of a temperature, operations of JAX make an array of transformed
+        logits.
 
     Returns
     -------
@@ -139,8 +178,7 @@ def cross_entropy(
     Raises
     ------
     IndexError, TypeError, ValueError
-        As gpusoftmax.cross_entropy; TypeError also inside of jax.jit and jax.vmap, for the gradient of another argument
-        than `logits`, and for a second one that is not there.
+        As gpusoftmax.cross_entropy; TypeError also inside of jax.jit and jax.vmap, and for a gradient of what has none.
 
     Examples
     --------
@@ -150,224 +188,24 @@ def cross_entropy(
     >>> print(dlogits)
     [[ 0.25  0.25 -0.75  0.25]]
     """
-    given = {
-        "target": _probabilities(target),
-        "weight": weight,
-        "z_loss": z_loss,
-        "row_weight": row_weight,
-        "normalizer": normalizer,
-        "temperature": temperature,
-        "bias": bias,
-        "softcap": softcap,
-        "mask": mask,
-        "n_valid": n_valid,
-        "empty_row": empty_row,
-    }
-    for name, value in given.items():
+    without = {"target": _probabilities(target), "weight": weight, "row_weight": row_weight, "normalizer": normalizer}
+    for name, value in without.items():
         if isinstance(value, jax.core.Tracer):
             raise TypeError(f"{name} is traced by jax, and gets no gradient: pass jax.lax.stop_gradient({name})")
-    more = tuple((name, _array(value)) for name, value in given.items() if _is_given(name, value))
     target = tuple(map(jnp.asarray, target)) if isinstance(target, tuple) else jnp.asarray(target)
-    arrays = jnp.asarray(logits), target, None if weight is None else jnp.asarray(weight)
-    return _cross_entropy(*arrays, _Loss(axis, ignore_index, reduction, label_smoothing, more))
+    weight, row_weight = (None if one is None else jnp.asarray(one) for one in (weight, row_weight))
+    divide_by = None
+    if not hasattr(normalizer, "shape"):
+        normalizer, divide_by = None, normalizer
+    arrays, numbers = _jax_transform.split(temperature, bias, softcap, mask, n_valid, empty_row)
+    given = _jax_loss.Given(target, weight, row_weight, None if normalizer is None else jnp.asarray(normalizer), arrays)
+    loss = _jax_loss.Loss(axis, ignore_index, reduction, label_smoothing, z_loss, divide_by, numbers)
+    is_traced = any(isinstance(one, jax.core.Tracer) for one in (arrays.temperature, arrays.bias))
+    function = _jax_loss.of_transformed if is_traced else _jax_loss.cross_entropy
+    return function(jnp.asarray(logits), given, loss)
 
 
-# ---------------------------------------------------------------- rows to rows
-# What jax.vjp is given from above it hands on as it is, and that may be an array of NumPy.
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _softmax(x, axis, temperature):
-    return gpusoftmax.softmax(x, axis, temperature=temperature)
-
-
-def _softmax_forward(x, axis, temperature):
-    probs = _softmax(x, axis, temperature)
-    return probs, probs
-
-
-def _softmax_gradient(axis, temperature, probs, dprobs):
-    return (_softmax_backward(probs, jnp.asarray(dprobs), axis, temperature),)
-
-
-_softmax.defvjp(_softmax_forward, _softmax_gradient)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _softmax_backward(probs, dprobs, axis, temperature):
-    return gpusoftmax.softmax_backward(probs, dprobs, axis, temperature=temperature)
-
-
-def _softmax_backward_forward(probs, dprobs, axis, temperature):
-    return _softmax_backward(probs, dprobs, axis, temperature), (probs, dprobs)
-
-
-def _softmax_backward_gradient(axis, temperature, saved, h):
-    probs, dprobs = saved
-    p, g, wide_h = _wide(probs), _wide(dprobs), _wide(h)
-    terms = (g - _sum(p * g, axis)) * wide_h - g * _sum(p * wide_h, axis)
-    of_probs = (terms / temperature).astype(probs.dtype)
-    return of_probs, _softmax_backward(probs, jnp.asarray(h), axis, temperature)
-
-
-_softmax_backward.defvjp(_softmax_backward_forward, _softmax_backward_gradient)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _log_softmax(x, axis, temperature):
-    return gpusoftmax.log_softmax(x, axis, temperature=temperature)
-
-
-def _log_softmax_forward(x, axis, temperature):
-    log_probs = _log_softmax(x, axis, temperature)
-    return log_probs, log_probs
-
-
-def _log_softmax_gradient(axis, temperature, log_probs, dlog_probs):
-    return (_log_softmax_backward(log_probs, jnp.asarray(dlog_probs), axis, temperature),)
-
-
-_log_softmax.defvjp(_log_softmax_forward, _log_softmax_gradient)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _log_softmax_backward(log_probs, dlog_probs, axis, temperature):
-    return gpusoftmax.log_softmax_backward(log_probs, dlog_probs, axis, temperature=temperature)
-
-
-def _log_softmax_backward_forward(log_probs, dlog_probs, axis, temperature):
-    return _log_softmax_backward(log_probs, dlog_probs, axis, temperature), (log_probs, dlog_probs)
-
-
-def _log_softmax_backward_gradient(axis, temperature, saved, h):
-    log_probs, dlog_probs = saved
-    wide_h = _wide(h)
-    weighted = jnp.exp(_wide(log_probs)) * wide_h
-    of_log_probs = -weighted * _sum(_wide(dlog_probs), axis) / temperature
-    of_dlog_probs = (wide_h - _sum(weighted, axis)) / temperature
-    return of_log_probs.astype(log_probs.dtype), of_dlog_probs.astype(dlog_probs.dtype)
-
-
-_log_softmax_backward.defvjp(_log_softmax_backward_forward, _log_softmax_backward_gradient)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _logsumexp(x, axis, keepdims, temperature):
-    return gpusoftmax.logsumexp(x, axis, keepdims=keepdims, temperature=temperature)
-
-
-def _logsumexp_forward(x, axis, keepdims, temperature):
-    return _logsumexp(x, axis, keepdims, temperature), x
-
-
-def _logsumexp_gradient(axis, keepdims, temperature, x, dlse):
-    axes = _checks.axes(axis, x.ndim)
-    per_row = dlse.reshape([1 if one in axes else size for one, size in enumerate(x.shape)])
-    probs = _softmax(x.astype(dlse.dtype), axis, temperature)
-    return ((probs * (per_row / temperature)).astype(x.dtype),)
-
-
-_logsumexp.defvjp(_logsumexp_forward, _logsumexp_gradient)
-
-
-def _wide(x):
-    """In float32 at least, where sums of many terms lose nothing."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
-def _sum(x, axis):
-    return x.sum(axis=_checks.axes(axis, x.ndim), keepdims=True)
-
-
-# ---------------------------------------------------------------- losses
-
-
-_WITHOUT = {"z_loss": 0.0, "temperature": 1.0, "empty_row": "nan"}
-
-
-def _is_given(name, value):
-    """Whether an option of a loss is more than its default; `target` and `weight` go their own way."""
-    is_default = value is None or (not hasattr(value, "shape") and value == _WITHOUT.get(name))
-    return name not in ("target", "weight") and not is_default
-
-
-def _probabilities(target):
+def _probabilities(target: Any) -> Any:
     """What of a target might have a gradient."""
     soft = target[1] if isinstance(target, tuple) else target
     return soft if jnp.issubdtype(getattr(soft, "dtype", int), jnp.floating) else None
-
-
-def _array(value):
-    return jnp.asarray(value) if hasattr(value, "shape") else value
-
-
-class _Loss(NamedTuple):
-    axis: int
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    more: tuple[tuple[str, Any], ...]  # other options, by name
-
-    @property
-    def options(self) -> dict[str, Any]:
-        *first, more = self
-        return {**dict(zip(self._fields, first, strict=False)), **dict(more)}
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cross_entropy(logits, target, weight, loss):
-    return gpusoftmax.cross_entropy(logits, target, weight, **loss.options)
-
-
-def _cross_entropy_forward(logits, target, weight, loss):
-    if isinstance(logits, jax.core.Tracer):  # the gradient is to be differentiated
-        return _cross_entropy(logits, target, weight, loss), (logits, target, weight, None)
-    value, dlogits = gpusoftmax.cross_entropy_with_grad(logits, target, weight, **loss.options)
-    return value, (logits, target, weight, dlogits)
-
-
-def _cross_entropy_gradient(loss, saved, dloss):
-    (logits, target, weight, dlogits), dloss = saved, jnp.asarray(dloss)
-    has_labels = not isinstance(target, tuple) and jnp.issubdtype(target.dtype, jnp.integer)
-    if dlogits is None or isinstance(dloss, jax.core.Tracer):
-        if loss.more or not has_labels:
-            what = ", ".join(dict(loss.more)) or "soft targets"
-            raise TypeError(
-                f"the gradient of cross_entropy with {what} is not differentiable in gpusoftmax.jax: "
-                f"gpusoftmax.torch has derivatives of any order"
-            )
-        return _graph_of_dlogits(logits, target, weight, dloss, loss), None, None
-    if loss.reduction == "none":
-        if has_labels:
-            dloss = jnp.where(target == loss.ignore_index, 0, dloss)
-        dloss = jnp.expand_dims(dloss, loss.axis)
-    elif _on_cpu(dloss) and dloss == 1:  # as a rule, and a look waits for nobody
-        return dlogits, None, None
-    return (dlogits * dloss).astype(logits.dtype), None, None
-
-
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_gradient)
-
-
-def _on_cpu(x):
-    return all(device.platform == "cpu" for device in x.devices())
-
-
-def _graph_of_dlogits(logits, target, weight, dloss, loss):
-    """The gradient with respect to the logits, as a function of these and of dloss that JAX differentiates."""
-    (axis,) = _checks.class_axis(loss.axis, logits.ndim)
-    dtype, n_cols = dloss.dtype, logits.shape[axis]
-    counts = target != loss.ignore_index
-    weight = jnp.ones(n_cols, dtype) if weight is None else weight.astype(dtype)
-    weight_of_row = weight[jnp.clip(target, 0, n_cols - 1)] * counts
-    upstream = dloss / weight_of_row.sum() if loss.reduction == "mean" else dloss
-    upstream = jnp.where(counts, upstream, 0)
-    share = loss.label_smoothing / n_cols
-    of_target = upstream * (1 - loss.label_smoothing) * weight_of_row
-    of_all = upstream * share * weight.sum()
-    probs = _softmax(logits.astype(dtype), axis, 1.0)
-    each = weight.reshape([n_cols if one == axis else 1 for one in range(logits.ndim)])
-    dlogits = probs * jnp.expand_dims(of_target + of_all, axis)
-    dlogits -= jax.nn.one_hot(target, n_cols, axis=axis, dtype=dtype) * jnp.expand_dims(of_target, axis)
-    dlogits -= jnp.expand_dims(upstream * share, axis) * each
-    return jnp.where(jnp.expand_dims(counts, axis), dlogits, 0).astype(logits.dtype)

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _totals
+from gpusoftmax import _arrays, _checks, _gradients, _replay, _rows, _totals, _transform
 from gpusoftmax._loss import normalizer_array, split_normalizer
 from gpusoftmax.kernels.operands import NO_OPERAND, Numbers
 
@@ -88,8 +88,8 @@ def kl_div(
     """
     normalizers, number = split_normalizer(normalizer)
     placed = logits, target_logits, row_weight, None, normalizers
-    options = axis, temperature, reduction, number
     try:
+        options = axis, _transform.number(temperature, "temperature"), reduction, number
         return _replay.call(_kl_div, placed, *options, 1.0, False, False)[0]
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument
@@ -149,9 +149,8 @@ def kl_div_with_grad(
     grad_scale = _checks.grad_scale(grad_scale)
     normalizers, number = split_normalizer(normalizer)
     placed = logits, target_logits, row_weight, out, normalizers
-    found = _replay.call(
-        _kl_div, placed, axis, temperature, reduction, number, grad_scale, True, bool(target_grad)
-    )  # fmt: skip
+    options = axis, _transform.number(temperature, "temperature"), reduction, number
+    found = _replay.call(_kl_div, placed, *options, grad_scale, True, bool(target_grad))
     return KlDivWithGrad(*found)
 
 

@@ -1,7 +1,7 @@
 """The softmax family for training with PyTorch: torch's names, arguments and defaults, differentiable.
 
 softmax, log_softmax, logsumexp, cross_entropy, CrossEntropyLoss, linear_cross_entropy and LinearCrossEntropyLoss stand
-in for torch's functions of these names (the last two are not to be differentiated in forward mode);
+in for torch's functions of these names (the last two hold all logits in forward mode and under torch.func);
 token_logprobs, kl_div and sample are those of gpusoftmax. They are differentiable any number of times, once in forward
 mode, and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU
 and so can be captured in a CUDA graph, and take tensors of any strides without a copy.
@@ -15,8 +15,6 @@ log_softmax of half types return float32, as torch's do on a GPU; losses, log-su
 always, and gradients have the dtype of the logits.
 """
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -210,8 +208,8 @@ def cross_entropy(
     target : tensor of integers, the shape of `input` without the class dimension
         Class of each row, from 0 to n_cols - 1, or `ignore_index`. Or probabilities of classes: a floating tensor of
         the shape of `input`, or a pair (indices, probabilities) of tensors with one more dimension at the end, for
-        rows in which few classes have any. They get no gradient, but where torch's own function, which is then used,
-        has one to give.
+        rows in which few classes have any. Probabilities have a gradient, too: minus the log-probability of the class,
+        times its weight and what else the loss has, but 0 where the logit is masked or -inf.
     weight : tensor, shape (n_cols,), optional
         A factor for each class, which gets no gradient.
     ignore_index : int
@@ -260,14 +258,12 @@ def cross_entropy(
     x, _ = _logits(input, None)
     target, shares = split_target(target)
     _tensor(target, "target")
+    for name, one in (("target[1]", shares), ("weight", weight), ("row_weight", row_weight)):
+        if one is not None:
+            _tensor(one, name)
     given = through(x, (_torch_ops.class_dim(x),), temperature, bias, softcap, mask, n_valid, empty_row)
     wanted = return_z_loss, return_lse, return_correct
     plain = not z_loss and row_weight is normalizer is shares is None and not any(wanted)
-    if plain and given == 1.0 and target.is_floating_point() and target.requires_grad:
-        if not torch.compiler.is_compiling():  # which knows no warnings
-            _warn_once("target requires grad, for which gpusoftmax has no kernel: torch's function is used")
-        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        return torch.nn.functional.cross_entropy(input, target, weight, **options)
     _checks.reduction(reduction)
     ignore_index, label_smoothing = _checks.ignore_index(ignore_index), _checks.label_smoothing(label_smoothing)
     if plain and not target.is_floating_point():
@@ -543,10 +539,10 @@ def sample(
     logits: Tensor,
     dim: int = -1,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     rng: Any,
 ) -> Tensor:
     """gpusoftmax.sample, for code that is compiled: indices, which have no gradient.
@@ -554,7 +550,7 @@ def sample(
     Parameters
     ----------
     logits, temperature, top_k, top_p, min_p, rng
-        As in gpusoftmax.sample.
+        As in gpusoftmax.sample; a number in a tensor without axes is that of all rows.
     dim : int
         The axis of the classes.
 
@@ -579,8 +575,17 @@ def sample(
     seed, step = _checks.rng(rng)
     tensors = [None if type(one) is int else one for one in (seed, step)]
     numbers = [_signed(one) if type(one) is int else 0 for one in (seed, step)]
-    limits = (top_k, None if top_p is None else float(top_p), None if min_p is None else float(min_p))
-    return _torch_ops.sample(x.detach(), *tensors, *numbers, axis, float(temperature), *limits)
+    batch = [size for each, size in enumerate(x.shape) if each != axis]
+    limits = temperature, top_k, top_p, min_p
+    of_rows = [_of_rows(one, batch) if isinstance(one, Tensor) else None for one in limits]
+    temperature, top_k, top_p, min_p = [None if isinstance(one, Tensor) else one for one in limits]
+    temperature, top_p, min_p = [None if one is None else float(one) for one in (temperature, top_p, min_p)]
+    return _torch_ops.sample(x.detach(), *tensors, *numbers, axis, *of_rows, temperature, top_k, top_p, min_p)
+
+
+def _of_rows(given: Tensor, batch: list[int]) -> Tensor:
+    """One for each row, without a gradient."""
+    return (given if given.ndim else given.expand(batch)).detach()
 
 
 def _tensor(given: Any, name: str) -> None:
@@ -610,8 +615,3 @@ def _logits(given: Tensor, dtype: torch.dtype | None, name: str = "input") -> tu
     if half and torch.amp.is_autocast_available(given.device.type) and torch.is_autocast_enabled(given.device.type):
         dtype = torch.float32
     return given, dtype
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(reason, stacklevel=3)

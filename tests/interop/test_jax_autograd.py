@@ -157,13 +157,85 @@ def test_whole_losses(name, reduction, target):
     np.testing.assert_allclose(got, upstream * dlogits, rtol=1e-15)
 
 
-def test_second_gradients_that_are_not_there():
-    def slope(x, **options):
-        return jax.grad(lambda x: ours.cross_entropy(x, jnp.array([1]), **options))(x).sum()
+def their_whole_cross_entropy(logits, target, temperature=1.0, bias=None, **options):
+    """The same of every target, in JAX's operations."""
+    n_cols, softcap, z_loss = logits.shape[1], options.get("softcap"), options.get("z_loss", 0.0)
+    z = logits / (temperature[:, None] if jnp.ndim(temperature) else temperature)
+    z = z if bias is None else z + bias
+    z = softcap * jnp.tanh(z / softcap) if softcap else z
+    counts = jnp.ones(len(z), bool)
+    if isinstance(target, tuple):
+        q, counts = (jax.nn.one_hot(target[0], n_cols) * target[1][..., None]).sum(1), (target[0] != -100).any(1)
+    elif target.ndim == 1:
+        q, counts = jax.nn.one_hot(target, n_cols), target != -100
+    else:
+        q = target
+    if "mask" in options:
+        z = jnp.where(options["mask"] & (jnp.arange(n_cols) < options["n_valid"]), z, -1e9)
+    smoothing, w = options.get("label_smoothing", 0.0), options.get("weight", jnp.ones(n_cols))
+    r = options.get("row_weight", jnp.ones(len(z))) * counts
+    mass, of_target = ((1 - smoothing) * q + smoothing / n_cols) * w, (q * w).sum(1)
+    losses = -(mass * jax.nn.log_softmax(z)).sum(1) + z_loss * of_target * jax.nn.logsumexp(z, 1) ** 2
+    losses = jnp.where(r != 0, r * losses, 0)
+    if options["reduction"] == "none":
+        return losses
+    divisor = (r * of_target if not isinstance(target, tuple) and target.ndim == 1 else r).sum()
+    return losses.sum() / options.get("normalizer", divisor)
 
-    jax.grad(slope)(random(1, 3))
-    with pytest.raises(TypeError, match="with z_loss is not differentiable .* gpusoftmax.torch"):
-        jax.grad(partial(slope, z_loss=0.1))(random(1, 3))
+
+SECONDS = {
+    **OPTIONS,
+    "z_loss": {**OPTIONS["z_loss"], "label_smoothing": 0.1, "weight": np.linspace(0.5, 2, 7)},
+    "mask": {"mask": np.arange(28).reshape(4, 7) % 5 != 0, "n_valid": 6},
+}
+OF_SECONDS = [("z_loss", "none", "labels"), ("transform", "mean", "shares"), ("normalizer", "mean", "labels")]
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction", "target"),
+    [pytest.param(*case, marks=[] if case in OF_SECONDS else pytest.mark.matrix) for case in WHOLE],
+)
+def test_whole_losses_are_differentiable_twice(name, reduction, target):
+    """Of the logits, and of the bias and the temperatures where there are some."""
+    kept = np.arange(28).reshape(4, 7) % 5 != 0
+    kept[:, 6] = False
+    labels = jnp.asarray([*kept[:3].argmax(1), -100])
+    shares = jnp.stack([labels, jnp.array([2, 2, 2, -100])], 1), jnp.full((4, 2), 0.5)
+    probs = jax.nn.softmax(random(4, 7, seed=1)) * kept
+    target = {"labels": labels, "shares": shares, "probs": probs}[target]
+    options = {key: jnp.asarray(one) if isinstance(one, np.ndarray) else one for key, one in SECONDS[name].items()}
+    options["reduction"] = reduction
+    wanted = [key for key in ("temperature", "bias") if key in options]
+    given = random(4, 7), *[options[key] for key in wanted]
+
+    def loss(function, *given):
+        result = function(given[0], target, **{**options, **dict(zip(wanted, given[1:], strict=True))})
+        return (result * jnp.arange(1.0, 5)).sum() if reduction == "none" else result**2
+
+    every = tuple(range(len(given)))
+    both = [partial(loss, function) for function in (ours.cross_entropy, their_whole_cross_entropy)]
+    slopes = [jax.grad(one, every) for one in both]
+    seconds = [jax.grad(lambda *given, f=f: sum((one**2).sum() for one in f(*given)), every) for f in slopes]
+    for ways in (slopes, seconds):
+        for got, exact in zip(*(way(*given) for way in ways), strict=True):
+            np.testing.assert_allclose(got, exact, rtol=1e-9, atol=1e-11)
+    # Of the logits alone, which takes the kernel for the first one.
+    alone = [jax.grad(lambda x, f=f: (jax.grad(lambda x: f(x, *given[1:]))(x) ** 2).sum())(given[0]) for f in both]
+    np.testing.assert_allclose(*alone, rtol=1e-9, atol=1e-11)
+
+
+def test_rows_that_do_not_count_have_no_second_gradient():
+    """Of weight 0, ignored, or masked whole: whatever they hold."""
+    x = random(4, 7).at[0].set(np.nan).at[1].set(np.inf)
+    mask = jnp.ones((4, 7), bool).at[2].set(False)
+    options = {"row_weight": jnp.array([0.0, 1, 1, 1]), "mask": mask, "z_loss": 0.1, "empty_row": "zero"}
+
+    def function(x):
+        return ours.cross_entropy(x, jnp.array([1, -100, 2, 3]), reduction="sum", **options)
+
+    first = jax.grad(function)
+    for gradient in (first(x), jax.grad(lambda x: (first(x) ** 2).sum())(x)):
+        assert np.isfinite(gradient).all() and not gradient[:3].any() and gradient[3].all()
 
 
 def test_a_step_of_training():

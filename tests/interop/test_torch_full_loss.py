@@ -180,11 +180,9 @@ def test_half_types_and_ignored_rows():
 
 
 def test_gradients_that_there_are_not():
-    logits, (labels, shares) = make("shares")
+    logits, labels = make("labels")
     logits.requires_grad_()
-    with pytest.raises(TypeError, match=r"target\[1\] requires grad"):
-        cross_entropy(logits, (labels, shares.requires_grad_()))
     with pytest.raises(TypeError, match="row_weight requires grad"):
-        cross_entropy(logits, labels[:, 0], row_weight=torch.ones(5, dtype=F64, requires_grad=True))
+        cross_entropy(logits, labels, row_weight=torch.ones(5, dtype=F64, requires_grad=True))
     with pytest.raises(ValueError, match="normalizer is given and reduction is 'sum'"):
-        cross_entropy(logits, labels[:, 0], reduction="sum", normalizer=3.0)
+        cross_entropy(logits, labels, reduction="sum", normalizer=3.0)

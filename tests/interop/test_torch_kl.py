@@ -100,6 +100,17 @@ def test_refused():
     x, y = logits(3, 5)
     with pytest.raises(TypeError, match=r"row_weight requires grad, and gets no gradient: pass row_weight.detach\(\)"):
         kl_div(x, y, row_weight=WEIGHTS.clone().requires_grad_())
+    temperature = torch.tensor(2.0, requires_grad=True)
+    for one, other in ((x, y), (x.detach(), y.detach())):
+        for function in (kl_div, gpusoftmax.kl_div):
+            with pytest.raises(
+                TypeError, match="^temperature requires grad, and gets no gradient: pass temperature.det"
+            ):
+                function(one, other, temperature=temperature)
+            same = function(one, other, temperature=temperature.detach()), function(one, other, temperature=2.0)
+            assert torch.equal(*same)
+    with pytest.raises(TypeError, match="^temperature is a tensor that requires grad"):
+        gpusoftmax.kl_div_with_grad(x.detach(), y.detach(), temperature=temperature)
     with pytest.raises(TypeError, match="row_weight is a list, expected a torch tensor as the other arguments are"):
         kl_div(x, y, row_weight=[1.0, 1.0, 1.0])
     with pytest.raises(TypeError, match="target_logits has dtype float32, expected float64 to match logits"):

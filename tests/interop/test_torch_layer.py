@@ -311,3 +311,45 @@ def test_validation_can_be_left_out():
     assert loss.requires_grad and loss[0].isnan() and loss[1:].isfinite().all()
     with pytest.raises(IndexError, match="target"):
         gpusoftmax.linear_cross_entropy(x, w, target)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_and_functions_of_torch(reduction):
+    x, w, bias, target = tensors()
+    layer = x.detach(), w.detach(), bias.detach()
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+
+    def of(x, w, bias):
+        return linear_cross_entropy(x, w, target, linear_bias=bias, **options).pow(2).sum()
+
+    def theirs(x, w, bias):
+        return chain(x, w, bias, target, **options).pow(2).sum()
+
+    def forward(function):
+        with torch.autograd.forward_ad.dual_level():
+            given = [torch.autograd.forward_ad.make_dual(one, one.cos()) for one in layer]
+            return torch.autograd.forward_ad.unpack_dual(function(*given)).tangent
+
+    for way in (
+        forward,
+        lambda function: torch.func.grad(function, (0, 1, 2))(*layer),
+        lambda function: torch.func.jvp(torch.func.grad(function, 1), layer, layer)[1],
+    ):
+        torch.testing.assert_close(way(of), way(theirs), rtol=1e-10, atol=1e-12)
+    several = torch.stack([layer[0], layer[0] * 2])
+    losses = torch.func.vmap(lambda x: linear_cross_entropy(x, layer[1], target, reduction=reduction))(several)
+    torch.testing.assert_close(losses[1], linear_cross_entropy(several[1], layer[1], target, reduction=reduction))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_is_told_under_functions_of_torch():
+    x, w, bias, target = (one.detach() for one in tensors(shape=(2, 3)))
+
+    def told(x):
+        tell = {"return_z_loss": True, "return_lse": True, "return_correct": True}
+        made = linear_cross_entropy(x, w, target, linear_bias=bias, z_loss=0.1, reduction="none", **tell)
+        return made.loss.sum(), made
+
+    _, of_func = torch.func.grad(told, has_aux=True)(x)
+    torch.testing.assert_close(of_func, told(x)[1], rtol=1e-12, atol=1e-13)

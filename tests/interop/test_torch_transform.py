@@ -245,6 +245,16 @@ def test_rows_of_which_nothing_is_left(name):
     assert name == "logsumexp" or (value.isnan() if value.ndim == 0 else value[1].isnan().all())
 
 
+def test_rows_of_minus_infinity_without_a_mask():
+    x = random(3, 7).detach()
+    x[1] = -INF
+    x.requires_grad_()
+    for recorded in (False, True):
+        log_probs = ours.log_softmax(x, -1, empty_row="zero")
+        (dx,) = torch.autograd.grad(log_probs, x, torch.ones_like(log_probs), create_graph=recorded)
+        assert not dx[1].any() and dx[0].all()
+
+
 # ---------------------------------------------------------------- the ways to say it
 
 

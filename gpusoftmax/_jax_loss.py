@@ -1,0 +1,149 @@
+"""cross_entropy as a function that JAX differentiates as often as asked.
+
+Loss and first gradient come from one kernel. Where there is more to differentiate, a gradient of the gradient or that
+of a bias or of temperatures, the transform of the logits is written in operations of JAX, and the gradient with respect
+to what comes of them, z, is that of _torch_full_loss.py: with the masses g and their sum G, the share S of the target,
+and r the weight of a row,
+
+    dz_c = r dloss (p_c (G + 2 z_loss S lse) - g_c)
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import gpusoftmax
+from gpusoftmax import _checks
+from gpusoftmax import _jax_rows as rows
+from gpusoftmax._jax_transform import IDENTITY, NOTHING, Arrays, Numbers, is_nothing, options_of, transformed
+
+
+class Given(NamedTuple):
+    """Arrays beside the logits, of which those of the transform may have a gradient."""
+
+    target: jax.Array | tuple[jax.Array, jax.Array]
+    weight: jax.Array | None
+    row_weight: jax.Array | None
+    normalizer: jax.Array | None
+    transform: Arrays
+
+    @property
+    def has_labels(self) -> bool:
+        return not isinstance(self.target, tuple) and jnp.issubdtype(self.target.dtype, jnp.integer)
+
+
+class Loss(NamedTuple):
+    """Options. divide_by: a normalizer that is a number."""
+
+    axis: int
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    divide_by: float | None
+    transform: Numbers
+
+
+def _arguments(given: Given, loss: Loss) -> dict[str, Any]:
+    """Of the core's functions, the logits left out."""
+    *arrays, normalizer, _ = given
+    options = loss._asdict()
+    divide_by, numbers = options.pop("divide_by"), options.pop("transform")
+    return {
+        **dict(zip(Given._fields, arrays, strict=False)),
+        **options,
+        "normalizer": divide_by if normalizer is None else normalizer,
+        **options_of(given.transform, numbers),
+        "empty_row": numbers.empty_row,
+    }
+
+
+def of_transformed(logits: jax.Array, given: Given, loss: Loss) -> jax.Array:
+    """The loss, where the transform of the logits is to be differentiated too."""
+    (axis,) = _checks.class_axis(loss.axis, logits.ndim)
+    z = transformed(logits, given.transform, (axis,), loss.transform, takes_temperature=False)
+    numbers = IDENTITY._replace(empty_row=loss.transform.empty_row)
+    return cross_entropy(z, given._replace(transform=NOTHING), loss._replace(transform=numbers))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def cross_entropy(logits, given, loss):
+    return gpusoftmax.cross_entropy(logits, **_arguments(given, loss))
+
+
+def _forward(logits, given, loss):
+    if isinstance(logits, jax.core.Tracer):  # the gradient is to be differentiated
+        return cross_entropy(logits, given, loss), (logits, given, None)
+    value, dlogits = gpusoftmax.cross_entropy_with_grad(logits, **_arguments(given, loss))
+    return value, (logits, given, dlogits)
+
+
+def _gradient(loss, saved, dloss):
+    (logits, given, dlogits), dloss = saved, jnp.asarray(dloss)
+    if dlogits is None or isinstance(dloss, jax.core.Tracer):
+        if is_nothing(given.transform, loss.transform):
+            return _graph_of_dlogits(logits, dloss, given, loss), None
+        return *jax.vjp(lambda logits: of_transformed(logits, given, loss), logits)[1](dloss), None
+    if loss.reduction == "none":
+        if given.has_labels:
+            dloss = jnp.where(given.target == loss.ignore_index, 0, dloss)
+        dloss = jnp.expand_dims(dloss, loss.axis)
+    elif _on_cpu(dloss) and dloss == 1:  # as a rule, and a look waits for nobody
+        return dlogits, None
+    return (dlogits * dloss).astype(logits.dtype), None
+
+
+cross_entropy.defvjp(_forward, _gradient)
+
+
+def _on_cpu(x):
+    return all(device.platform == "cpu" for device in x.devices())
+
+
+def _graph_of_dlogits(logits, dloss, given, loss):
+    """The gradient with respect to the logits, which go through nothing, as a function of these and of dloss that JAX
+    differentiates.
+    """
+    (axis,) = _checks.class_axis(loss.axis, logits.ndim)
+    q, counts = _shares(logits, given, loss, axis, dloss.dtype)
+    n_cols, dtype = logits.shape[axis], dloss.dtype
+    w = jnp.ones(n_cols, dtype) if given.weight is None else given.weight.astype(dtype)
+    w = w.reshape([n_cols if one == axis else 1 for one in range(logits.ndim)])
+    r = jnp.ones(counts.shape, dtype) if given.row_weight is None else given.row_weight.astype(dtype)
+    counts = counts & (r != 0)
+    of_target = (q * w).sum(axis)
+    if loss.reduction == "mean":
+        if given.normalizer is not None:
+            divisor = given.normalizer.astype(dtype).reshape(())
+        elif loss.divide_by is not None:
+            divisor = loss.divide_by
+        else:
+            divisor = jnp.where(counts, r * of_target if given.has_labels else r, 0).sum()
+        dloss = dloss / divisor
+    if loss.transform.empty_row == "zero":  # a mean has counted such rows
+        counts = counts & (logits != -jnp.inf).any(axis)
+    upstream = jnp.where(counts, r * dloss, 0)
+
+    z = jnp.where(jnp.expand_dims(counts, axis), logits, 0).astype(dtype)  # whatever a row holds that does not count
+    masses = ((1 - loss.label_smoothing) * q + loss.label_smoothing / n_cols) * w
+    slope = masses.sum(axis)
+    if loss.z_loss:
+        slope = slope + 2 * loss.z_loss * of_target * rows.logsumexp(z, NOTHING, IDENTITY, axis, False)
+    dz = rows.softmax(z, NOTHING, IDENTITY, axis) * jnp.expand_dims(slope, axis) - masses
+    dz = jnp.where(jnp.expand_dims(counts, axis), jnp.expand_dims(upstream, axis) * dz, 0)
+    return dz.astype(logits.dtype)
+
+
+def _shares(logits, given, loss, axis, dtype):
+    """(the share of each class in the target of its row, which rows count)."""
+    n_cols, batch = logits.shape[axis], [size for one, size in enumerate(logits.shape) if one != axis]
+    if isinstance(given.target, tuple):
+        labels, shares = given.target
+        of_labels = jax.nn.one_hot(labels, n_cols, axis=axis, dtype=dtype)  # those of a row lie along the last axis
+        shares = jnp.where(labels == loss.ignore_index, 0, shares.astype(dtype))
+        return (of_labels * jnp.expand_dims(shares, axis)).sum(-1), (labels != loss.ignore_index).any(-1)
+    if given.has_labels:
+        return jax.nn.one_hot(given.target, n_cols, axis=axis, dtype=dtype), given.target != loss.ignore_index
+    return given.target.astype(dtype), jnp.ones(batch, bool)
