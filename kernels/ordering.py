@@ -15,16 +15,17 @@ STEPS = {"float16": 1 << 13, "bfloat16": 1 << 16, "float32": 1}
 
 
 def _magnitude_bits(a: Arithmetic) -> int:
-    return (1 << (a.integers.width - 1)) - 1
+    return (1 << (a.format.integer.width - 1)) - 1
 
 
 def order_of(a: Arithmetic, x):
-    """A 64-bit integer for a number that is not NaN: larger for larger numbers, 0 for both zeros."""
+    """64-bit integers for numbers that are not NaN, or for one: larger for larger ones, 0 for both zeros."""
     b = a.builder
     bits = b.bitcast(x, a.integers)
     magnitude = b.and_(bits, a.integer(_magnitude_bits(a)))
     order = b.select(b.icmp_signed("<", bits, a.integer(0)), b.neg(magnitude), magnitude)
-    return order if order.type == LONG else b.sext(order, LONG)
+    longs = ir.VectorType(LONG, order.type.count) if isinstance(order.type, ir.VectorType) else LONG
+    return order if order.type == longs else b.sext(order, longs)
 
 
 def of_order(a: Arithmetic, order):

@@ -1,6 +1,7 @@
 """The k largest logits of a row, in order.
 
-    short rows   k times the largest of a copy, in which it is then replaced by a NaN
+    short rows   up to 8 by a sorting network (few_largest.py); else k times the largest of a copy, in which it is then
+                 replaced by a NaN
     long rows    kept in order while the row is read: a vector of columns is looked at closer only if one of them is
                  larger than the last that is kept. Where there are fewer than k so far, a NaN at the end stands for
                  none
@@ -14,6 +15,7 @@ from gpusoftmax.kernels.cpu.arithmetic import (
     maximum,
 )
 from gpusoftmax.kernels.cpu.cache import device
+from gpusoftmax.kernels.cpu.few_largest import FEW, LAST_COLUMN, take_few
 from gpusoftmax.kernels.cpu.here import Line
 from gpusoftmax.kernels.cpu.lanes import (
     add_at,
@@ -31,6 +33,7 @@ from gpusoftmax.kernels.cpu.memory import (
 )
 from gpusoftmax.kernels.cpu.vector import (
     number,
+    size_of,
     stripe_of,
     widest,
 )
@@ -42,7 +45,9 @@ SHORT = 512
 @device
 def find_largest(here, first, count, values, columns, k, like):
     """The k largest of the columns before and of these, which are a chunk, go to values and columns, or stay there."""
-    if here.n_cols <= SHORT:
+    if k <= FEW and here.n_cols <= LAST_COLUMN + 1 and size_of(like) == 4:
+        take_few(here, values, columns, k, like)
+    elif here.n_cols <= SHORT:
         take_in_turn(here, values, columns, k, like)
     else:
         if first == 0:

@@ -1,22 +1,16 @@
 """The few largest logits of a row of one piece, in order, by the lanes of a warp that share it.
 
-A logit and its column are one integer, a key, of which a larger one is a larger logit, or an equal one in a lower
-column:
+    key    order of the logit | LAST_COLUMN - column       see kernels/sorting.py
 
-    order of the logit | LAST_COLUMN - column
-
-Lanes have their part of the row in registers and sort it by eights; of two eights the larger keys are the larger of
-
-    x0 and y7, x1 and y6, ... x7 and y0
-
-which are in order again after three steps of a bitonic sort (Batcher, "Sorting networks and their applications", 1968).
-Eights of one lane are merged like this, then those of the lanes. These are the same instructions for all rows of a
-warp, whatever their logits are, and for every k: halving an interval (largest_of_short.py) waits for the slowest row.
+Lanes have their part of the row in registers and sort its keys by eights, which are merged, at last with those of the
+other lanes. These are the same instructions for all rows of a warp, whatever their logits are, and for every k: halving
+an interval (largest_of_short.py) waits for the slowest row.
 """
 
 from llvmlite import ir
 from numpy import int32, int64
 
+from gpusoftmax.kernels import sorting
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device, intrinsic, types
 from gpusoftmax.kernels.cuda.device.memory import n_values, numbers_on_stack
 from gpusoftmax.kernels.cuda.device.pieces import col_of, has_columns
@@ -28,13 +22,6 @@ from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE, values_per_lane
 COLUMN_BITS = (WARP_SIZE * values_per_lane("float32")).bit_length() - 1
 LAST_COLUMN = (1 << COLUMN_BITS) - 1
 """Of a piece."""
-SORT = (
-    *((0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (1, 2), (5, 6)),
-    *((0, 4), (1, 5), (2, 6), (3, 7), (2, 4), (3, 5), (1, 2), (3, 4), (5, 6)),
-)
-"""Which two of eight are put in order, one pair after the other, until all are: Batcher's network."""
-BITONIC = tuple((k, k + step) for step in (4, 2, 1) for k in range(GROUP) if not k & step)
-"""The same, where they fall and then rise, or the other way round."""
 
 
 def _key_type(source, like):
@@ -63,28 +50,33 @@ def order_shift(typingctx, keys):
     return types.int64(keys), lambda context, builder, *_: context.get_constant(types.int64, bits)
 
 
-def _in_order_by(pairs):
-    """An intrinsic: of each pair in turn, the larger key comes first."""
-
-    @intrinsic
-    def in_order(typingctx, keys):
-        def codegen(context, builder, signature, args):
-            places = [builder.gep(args[0], [ir.Constant(ir.IntType(32), k)]) for k in range(GROUP)]
-            values = [builder.load(place) for place in places]
-            for one, two in pairs:
-                x, y = values[one], values[two]
-                is_greater = builder.icmp_signed(">", x, y)
-                values[one], values[two] = builder.select(is_greater, x, y), builder.select(is_greater, y, x)
-            for value, place in zip(values, places, strict=True):
-                builder.store(value, place)
-            return context.get_dummy_value()
-
-        return types.void(keys), codegen
-
-    return in_order
+def _loaded(builder, keys):
+    return [builder.load(builder.gep(keys, [ir.Constant(ir.IntType(32), k)])) for k in range(GROUP)]
 
 
-sort, sort_bitonic = _in_order_by(SORT), _in_order_by(BITONIC)
+def _stored(builder, found, keys):
+    for k, key in enumerate(found):
+        builder.store(key, builder.gep(keys, [ir.Constant(ir.IntType(32), k)]))
+
+
+@intrinsic
+def sort(typingctx, keys):
+    def codegen(context, builder, signature, args):
+        _stored(builder, sorting.in_order(builder, _loaded(builder, args[0]), sorting.SORT), args[0])
+        return context.get_dummy_value()
+
+    return types.void(keys), codegen
+
+
+@intrinsic
+def merge(typingctx, keys, others):
+    """keys = the largest of both, which are sorted."""
+
+    def codegen(context, builder, signature, args):
+        _stored(builder, sorting.merged(builder, *(_loaded(builder, one) for one in args)), args[0])
+        return context.get_dummy_value()
+
+    return types.void(keys, others), codegen
 
 
 @device
@@ -104,16 +96,12 @@ def put_largest(keys, held, source, piece, team, split):
     for group in range(GROUP, n_values(held[0]), GROUP):
         if has_columns(group, piece, split):
             put_group(others, held, group, source, team, split)
-            for k in range(GROUP):
-                keys[k] = max(keys[k], others[GROUP - 1 - k])
-            sort_bitonic(keys)
+            merge(keys, others)
     for offset in (1, 2, 4, 8, 16):
         if offset < split_lanes(split):
             for k in range(GROUP):
                 others[k] = cuda.shfl_xor_sync(FULL_WARP, keys[k], offset)
-            for k in range(GROUP):
-                keys[k] = max(keys[k], others[GROUP - 1 - k])
-            sort_bitonic(keys)
+            merge(keys, others)
 
 
 def few_largest_with(write):
