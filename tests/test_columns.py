@@ -257,7 +257,7 @@ def test_rows_have_the_bits_and_results_of_any_layout(name):
     check(name, np.float32, (77, 700, 2100))
 
 
-@pytest.mark.parametrize("name", ["softmax", "smoothed_cross_entropy"])
+@pytest.mark.parametrize("name", ["softmax", pytest.param("smoothed_cross_entropy", marks=pytest.mark.matrix)])
 def test_rows_of_halves(name):
     check(name, inputs.BFLOAT16, (300, 2100))
 
@@ -269,7 +269,7 @@ def test_rows_of_every_dtype(name, dtype):
     check(name, dtype, (5, 77, 300, 700, 2100))
 
 
-@pytest.mark.parametrize("name", ["softmax_backward", "smoothed_cross_entropy"])
+@pytest.mark.parametrize("name", ["softmax_backward", pytest.param("smoothed_cross_entropy", marks=pytest.mark.matrix)])
 def test_schedule(name):
     """Warps and blocks in an order drawn anew with each seed."""
     logits, gradient, labels = make(2100, np.float32)

@@ -258,7 +258,7 @@ def test_gradient_with_temperature(target, temperature):
 
 
 @pytest.mark.parametrize(("n_rows", "n_cols"), [(3, 31), (40, 31), (3, 300), (40, 300), (2, 2500)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.matrix)])
 def test_gradient_of_several_targets(target, dtype, n_rows, n_cols):
     logits = inputs.make("spread", (n_rows, n_cols), dtype)
     rng = np.random.default_rng(2)

@@ -157,6 +157,7 @@ def test_other_axes(axis):
         np.testing.assert_allclose(got, exact, rtol=1e-11, atol=1e-13)
 
 
+@MATRIX
 @pytest.mark.parametrize("name", SOME)
 def test_bits_are_bools(name):
     x, mask = random(3, 40), jnp.asarray(np.random.default_rng(1).random((3, 40)) < 0.6)
