@@ -1,14 +1,15 @@
 """What the loss of a row is measured against: a label, several labels with a share each, or a share for every class.
 
-In the words of kernels/cpu/loss_target.py. `loss` stands for cross_entropy.Loss.
+In the words of kernels/cpu/loss_target.py.
 """
 
 import math
+from typing import NamedTuple
 
 from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
-from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, fma, maximum, mul, number
+from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, div, fma, maximum, mul, number, sub
 from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label, row_offset
 from gpusoftmax.kernels.cuda.device.reduce import first_lane, lanes_where, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import number_or, row_of
@@ -18,6 +19,24 @@ from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 COUNTED, IGNORED, BAD = 1, 0, -1
 """A row that is ignored is not read: loss 0, gradient 0. One with a bad label: loss and gradient NaN."""
+
+
+class Loss(NamedTuple):
+    """What the loss of rows needs besides their logits."""
+
+    labels: object
+    label_stride: int
+    n_labels: int
+    shares: object  # None unless a row has several labels, which have these shares,
+    share_stride: int
+    probs: object  # or unless a row has a share for each class
+    weight: object
+    weight_sum: object
+    ignore_index: int
+    confidence: object  # 1 - eps
+    share: object  # eps/V
+    row_weight: object  # None where there are no extras
+    z_loss: object
 
 
 @device
@@ -206,3 +225,39 @@ def share_at(col, start, loss, probs, like):
     if probs is None:
         return loss.share
     return fma(load(probs.pointer, start + col * probs.col_stride, like), loss.confidence, loss.share)
+
+
+# ---------------------------------------------------------------- all of the mass
+
+
+@device
+def mass_of_label(label, row, counts, rows, loss, team, split, like, shares, probs):
+    """S; not yet known where every class has a share."""
+    if probs is None:
+        if shares is None:
+            return number_at(loss.weight, label, number(like, 1.0)) if counts else number(like, 1.0)
+        return sum_of_shares(row, counts, rows, loss, team, split, like)
+    return number(like, 0.0)
+
+
+@device
+def looked_up(label, row, counts, writes_loss, source, rows, loss, team, split, like, shares, probs):
+    """The logit of the label, and 0; or what distances_of_labels gives, to whoever writes the loss."""
+    nothing = number(like, 0.0)
+    if probs is None:
+        if shares is None:
+            if counts and writes_loss:  # now: the gradient may be written over the logits
+                return logit_of(source, label, like), nothing
+        elif team.rank == 0:
+            return distances_of_labels(row, counts, source, rows, loss, team, split, like)
+    return nothing, nothing
+
+
+@device
+def all_mass(s, mass, all_weights, loss, probs):
+    """(S, G), of which one is known."""
+    if probs is None:
+        return s, fma(loss.share, all_weights, mul(loss.confidence, s))
+    one = number(mass, 1.0)
+    s = div(sub(mass, mul(loss.share, all_weights)), loss.confidence if loss.confidence > number(mass, 0.0) else one)
+    return s, mass
