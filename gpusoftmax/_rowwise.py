@@ -54,13 +54,13 @@ def forward(op: str, x: Any, axis: Any, dtype: Any, out: Any, transform: tuple, 
     where 2 / temperature overflows.
     """
     arrays, options = _transform.split(*transform)
+    dtype = None if dtype is None else _checks.dtype_name(dtype)
     return _replay.call(_forward, (x, out, *arrays), op, axis, dtype, any_temperature, *options)
 
 
 def _forward(x, out, temperatures, bias, mask, valid, op, axis, dtype, any_temperature, *options):
     logits = _arrays.logits(x, "x")
     axes = _checks.axes(axis, logits.ndim)
-    dtype = None if dtype is None else _checks.dtype_name(dtype)
     result = _arrays.output(out, logits, logits.shape, logits.dtype, dtype)
     arrays = temperatures, bias, mask, valid
     logits, temperature = _transform.applied(

@@ -79,7 +79,8 @@ def log_softmax_backward(
 
 
 def axis_of(dim: Sequence[int]) -> tuple[int, ...] | int:
-    return tuple(dim) or -1  # a tensor without axes has none to name
+    """One axis as a number, with which calls are replayed. A tensor without axes has none to name."""
+    return tuple(dim) if len(dim) > 1 else dim[0] if dim else -1
 
 
 def fake_logsumexp(x, dim, keepdim, *transform):
