@@ -40,10 +40,25 @@ class Format(NamedTuple):
     sqrt_half_bits: int
     ln2: float  # ln 2 in this format: n * ln2 cancels the leading bits of what it is taken from exactly
     ln2_rest: float
-    exp_lift: int  # exp_from works 2^lift higher, so that only its last product can underflow
-    exp_depth: int  # exp_from of 2^-depth and less is 0
     tanh_terms: tuple[float, ...]  # q in tanh(u) = u + u^3 q(u^2) for |u| <= 0.55, interpolated at Chebyshev's points
     excess_terms: tuple[float, ...]  # q in d + expm1(-d) = d^2 q(d) for |d| <= 1, interpolated likewise
+
+    @property
+    def bias(self) -> int:
+        """Of exponents: that of 2^n is stored as n + bias."""
+        return (1 << (self.integer.width - self.mantissa_bits - 2)) - 1
+
+    @property
+    def exp_lift(self) -> int:
+        """exp_from works 2^lift higher, so that only its last product can underflow."""
+        return self.mantissa_bits + 1
+
+    @property
+    def exp_depth(self) -> int:
+        """exp_from of 2^-depth and less is 0. Down there 2^(n + lift) is 0 itself: nothing underflows on the way, which
+        would take CPUs fifty cycles for every vector with a logit that is masked.
+        """
+        return self.bias + self.exp_lift
 
 
 def _taylor_of_atanh(n_terms: int) -> tuple[float, ...]:
@@ -70,8 +85,6 @@ SINGLE = Format(
     sqrt_half_bits=0x3F3504F3,
     ln2=0.693147182464599609375,
     ln2_rest=-1.904654299957768e-09,
-    exp_lift=64,
-    exp_depth=160,
     # Relative error 3.6e-9.
     tanh_terms=(
         -0.333333320079769797,
@@ -117,8 +130,6 @@ DOUBLE = Format(
     sqrt_half_bits=0x3FE6A09E667F3BCD,
     ln2=0.693147180559945286226764,
     ln2_rest=2.319046813846299558e-17,
-    exp_lift=600,
-    exp_depth=1100,
     # Relative error 6.5e-20.
     tanh_terms=(
         -0.333333333333333333,
@@ -263,7 +274,7 @@ class Arithmetic:
 
     def power_of_two(self, exponent):
         """2^exponent as a number; `exponent` is an integer in the normal range."""
-        bias = self.integer((1 << (self.format.integer.width - self.format.mantissa_bits - 2)) - 1)
+        bias = self.integer(self.format.bias)
         shift = self.integer(self.format.mantissa_bits)
         return self.builder.bitcast(self.builder.shl(self.builder.add(exponent, bias), shift), self.type)
 
@@ -473,8 +484,7 @@ def _exp_from(a: Arithmetic, x, shift, exponent, floor, scale, scale_low, terms)
     y = x if scale_low is None else a.mul(x, scale)
     product, y = y, a.larger(floor, y)
     # Added to y / ln 2, this leaves the biased exponent of 2^(n - exponent + lift) in the low bits.
-    bias = (1 << (f.integer.width - f.mantissa_bits - 2)) - 1
-    magic = a.sub(a.number(f.magic + bias + f.exp_lift), exponent)
+    magic = a.sub(a.number(f.magic + f.bias + f.exp_lift), exponent)
     shifted = a.fma(y, a.kept(1 / math.log(2)), magic)
     n = a.sub(shifted, magic)
     r = a.fma(n, a.kept(-f.ln2), y)
@@ -516,8 +526,7 @@ def power_of_two_ratio(a: Arithmetic, exponent, other_exponent):
     """`ratio_of_anchors` where both shifts are equal: exact, but for underflow."""
     f = a.format
     steps = a.larger(a.number(-f.exp_depth), a.sub(exponent, other_exponent))
-    bias = (1 << (f.integer.width - f.mantissa_bits - 2)) - 1
-    shifted = a.add(steps, a.number(f.magic + bias + f.exp_lift))
+    shifted = a.add(steps, a.number(f.magic + f.bias + f.exp_lift))
     power = a.builder.shl(a.builder.bitcast(shifted, a.integers), a.integer(f.mantissa_bits))
     return a.mul(a.number(2.0**-f.exp_lift), a.builder.bitcast(power, a.type))
 
