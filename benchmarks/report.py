@@ -22,8 +22,8 @@ Measured = dict[str, dict]
 
 
 def write(root: Path = results.RESULTS, readme: Path = README) -> None:
-    """Writes everything anew."""
-    sections = []
+    """Writes everything anew. The summary is of the CPU and the GPU that were measured last."""
+    sections = {}
     for directory in sorted(root.glob("[cg]pu-*")):
         ops = {op: list(by_case(results.load(directory / f"{op}.jsonl"))) for op in OPS}
         ops = {op: found for op, found in ops.items() if found}
@@ -40,11 +40,14 @@ def write(root: Path = results.RESULTS, readme: Path = README) -> None:
             text += f"\n\n{_layer(list(records))}"
         (directory / "README.md").write_text(text + "\n")
         link = f"[{directory.name}](benchmarks/results/{directory.name}/README.md)"
-        sections.append(f"{link}: {_circumstances(ops)}\n\n" + table(_summary(ops)))
+        date = max(record["date"] for cases in ops.values() for case in cases for record in case.values())
+        section = f"{link}: {_circumstances(ops)}\n\n" + table(_summary(ops))
+        target = directory.name[:3]
+        sections[target] = max(sections.get(target, ("", "")), (date, section))
     text = readme.read_text()
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
-    readme.write_text("\n\n".join([before + _BEGIN, *sections, _END]) + after)
+    readme.write_text("\n\n".join([before + _BEGIN, *(section for _, section in sections.values()), _END]) + after)
 
 
 def by_case(records: Iterable[dict]) -> Iterator[Measured]:

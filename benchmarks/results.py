@@ -4,6 +4,7 @@ import datetime
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import re
@@ -40,9 +41,14 @@ def device_name(target: str) -> str:
 
 def _cpu_name() -> str:
     try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"^model name\s*:\s*(.+)", text, re.M)[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
+    if not re.search(r"\d", name):  # as virtual machines tell it: an "AMD EPYC" may be of any generation
+        numbers = re.findall(r"^(?:cpu )?(family|model)\s*:\s*(\d+)", text, re.M)
+        name = " ".join([name, *itertools.chain(*numbers[:2])])
+    return name
 
 
 def _gpu_name() -> str:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,6 +370,27 @@ def test_tables_show_gains_and_losses(reported):
 def test_the_report_is_the_same_when_nothing_new_was_measured(reported):
     given = record("gpusoftmax", 2.0), record("torch", 6.0)
     assert reported(*given) == reported(*given)
+
+
+def test_the_summary_is_of_the_newest_results(reported, tmp_path):
+    reported(record("gpusoftmax", 2.0), record("torch", 6.0))
+    newer = [
+        {**record(*each), "device": "cpu-y", "date": "2026-12-01T03:00:00+00:00"} for each in (("gpusoftmax", 1.0),)
+    ]
+    results.save(newer, tmp_path / "results")
+    report.write(tmp_path / "results", tmp_path / "README.md")
+    summary = (tmp_path / "README.md").read_text()
+    assert "cpu-y" in summary and "cpu-x" not in summary
+    assert "| 1000x1024 | float32 | 2 |" in (tmp_path / "results/cpu-x/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("AMD EPYC", "cpu-amd-epyc-family-26-model-2"), ("Xeon Gold 6230", "cpu-xeon-gold-6230")]
+)
+def test_processors_whose_names_are_alike_are_told_apart(name, expected, monkeypatch):
+    text = f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    assert results.device_name("cpu") == expected
 
 
 @pytest.mark.parametrize("target, names", [("cpu", ["softmax"]), ("gpu", ["bandwidth", "latency"])])
