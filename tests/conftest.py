@@ -161,5 +161,5 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.matrix)
         if is_newer and on_emulator and ("bfloat16" in dtypes or item.originalname in _FOR_THE_CPU):
             item.add_marker(pytest.mark.matrix)
-        if parameters.get("target") == "gpu":  # one command runs everything that needs a GPU
+        if item.get_closest_marker("gpu"):  # one command runs everything that needs a GPU
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "matrix"]
