@@ -495,12 +495,15 @@ def to_python(array: Array):
     return value
 
 
-def next_integer(given: Any) -> Any:
-    """An array of integers plus 1, by its own library."""
+def next_integer(given: Any, counts: Any) -> Any:
+    """An array of integers plus 1, by its own library; as it is where counts, if there are any, are not above 0."""
     array = wrap(given, "an index")
     if array.kind == "device":
         raise TypeError(f"temperature is 0, which takes an addition: of {array.home} no library is known that adds")
-    return given + 1
+    if counts is None:
+        return given + 1
+    library = array_api_compat.array_namespace(given)
+    return given + (library.asarray(counts, dtype=given.dtype) > 0)  # torch compares no uint16 and wider
 
 
 def reshaped(array: Array, shape: tuple[int, ...], name: str) -> Array:

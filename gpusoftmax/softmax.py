@@ -89,9 +89,10 @@ def softmax(
     transform = temperature, bias, softcap, mask, n_valid, empty_row
     try:
         if _checks.is_zero(temperature) and _arrays.logits(x, "x").size:
-            # Of the columns up to the first of the largest, none but this one is as large.
+            # Of the columns up to the first of the largest, none but this one is as large. A row without has none.
             arrays, options = _transform.split(1.0, bias, softcap, mask, n_valid)
-            n_valid = _arrays.next_integer(_replay.call(_largest.along_axes, (x, None, *arrays), axis, False, *options))
+            first = _replay.call(_largest.along_axes, (x, None, *arrays), axis, False, *options)
+            n_valid = _arrays.next_integer(first, n_valid)
         through = temperature, bias, softcap, mask, n_valid, empty_row
         return _rowwise.forward("softmax", x, axis, dtype, out, through, any_temperature=True)
     except _arrays.RequiresGrad as refusal:

@@ -315,6 +315,16 @@ def test_temperature_0_of_special_rows():
     assert np.array_equal(gpusoftmax.softmax(logits.T, axis=0, temperature=0).T, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("n_valid", [0, np.zeros(2, np.uint8), np.array([0, 2])])
+@pytest.mark.parametrize(("empty_row", "nothing"), [("nan", NAN), ("zero", 0)])
+def test_temperature_0_of_rows_without_columns(n_valid, empty_row, nothing):
+    logits = np.array([[3, 2, 1], [1, 2, 3]], np.float32)
+    expected = np.where(np.reshape(n_valid, (-1, 1)) > 0, [[0, 1, 0]], np.full((2, 3), nothing))
+    for x, axis in ((logits, 1), (logits.T, 0)):
+        probs = gpusoftmax.softmax(x, axis, temperature=0, n_valid=n_valid, empty_row=empty_row)
+        assert np.array_equal(np.moveaxis(probs, axis, 1), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("axis", [(1, 2), (-1, 1), None])
 def test_temperature_0_along_several_axes(axis):
     logits = np.random.default_rng(0).permutation(24).astype(np.float32).reshape(2, 3, 4)
