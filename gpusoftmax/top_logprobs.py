@@ -35,7 +35,8 @@ def top_logprobs(
     """The `k` most likely tokens of each row with their log-probabilities, in nats; before them the target's.
 
     A row runs along `axis`, by default the last one. Up to 64 tokens are found in the read that computes the
-    log-probabilities; for more, rows are sorted by the arrays' own library.
+    log-probabilities, and so are more where logits go through anything but one temperature; else, for more, rows are
+    sorted by the arrays' own library.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ def _top_logprobs(
     _checks.temperature_fits(temperature, dtype)
     if labels is not None:
         _checks.same_shape(labels, batch_shape, "target", f"to match logits {x.shape} without axis {axis}")
-    if k > _ON_CHIP and x.kind != "device":
+    if k > _ON_CHIP and x.kind != "device" and x.transform is None:  # logits would be sorted as they were given
         return _sorted(logits, target, k, x, axes[0], ignore_index, arrays, transform)
     shape = (*batch_shape, k if labels is None else 1 + k)
     logprobs, tokens = _arrays.empty(x, shape, dtype), _arrays.empty(x, shape, "int64")

@@ -161,6 +161,22 @@ def test_more_tokens_than_the_kernels_keep(dtype):
     assert np.array_equal(top.logprob[:, :65], fewer.logprob, equal_nan=True)
 
 
+@pytest.mark.parametrize("k", [64, 100])
+def test_more_tokens_of_what_logits_go_through(k):
+    logits = inputs.make("spread", (4, 300), np.float32)
+    logits[2, 7] = np.nan  # masked, and no token of its row is missing for it
+    bias = np.random.default_rng(0).normal(0, 9, 300).astype(np.float32)
+    mask = np.random.default_rng(1).random(logits.shape) < 0.8
+    mask[2, 7] = False
+    through = np.where(mask & (np.arange(300) < 250), logits + bias, np.float32(-np.inf))
+    top = gpusoftmax.top_logprobs(logits, k, bias=bias, mask=mask, n_valid=250)
+    expected = gpusoftmax.top_logprobs(through, k)
+    assert np.array_equal(top.token, expected.token) and np.array_equal(top.token, largest(through, k))
+    assert top.logprob.tobytes() == expected.logprob.tobytes()
+    top = gpusoftmax.top_logprobs(logits, k, temperature=np.float32([1, np.nan, 1, -1]))
+    assert (top.token == -1).all(axis=1).tolist() == [False, True, True, True]
+
+
 def test_an_ignored_class_is_a_token_like_others():
     logits = np.array([[3.0, 2.0, 1.0] + [0.0] * 97])
     for k in (2, 100):
