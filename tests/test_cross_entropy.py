@@ -161,6 +161,20 @@ def test_valid_rows_of_total_weight_zero(target, smoothing):
     check(loss, dlogits, logits, labels, weight, label_smoothing=smoothing, reduction="sum")
 
 
+@pytest.mark.parametrize("n_cols", [40, 4099])
+def test_smoothing_over_masked_classes_without_weight(target, n_cols):
+    """0 inf is 0 here, too: classes that a vocabulary is padded with add nothing. One that has a weight is infinite."""
+    logits = inputs.make("spread", (3, n_cols), np.float32)
+    labels, weight = np.array([3, 0, 7]), class_weights(n_cols, "float32")
+    logits[:, -9:], weight[-9:] = -np.inf, 0
+    logits[2, 5] = -np.inf
+    loss, dlogits = run(target, logits, labels, weight, reduction="none", label_smoothing=0.1)
+    expected = oracle.full_cross_entropy(logits, labels, weight, label_smoothing=0.1)
+    np.testing.assert_allclose(loss, expected.loss.astype(np.float32), rtol=1e-6)
+    np.testing.assert_allclose(dlogits, expected.dlogits.astype(np.float32), atol=1e-6)
+    assert np.isfinite(loss[:2]).all() and loss[2] == np.inf and not dlogits[:, -9:].any()
+
+
 @pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
 def test_grad_scale_multiplies_the_gradient_alone(target, dtype):
     logits, labels = inputs.make("spread", (3, 40), dtype), inputs.targets(3, 40)

@@ -5,7 +5,6 @@ import math
 from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     add_pair,
-    distance,
     distance_of_mass,
     mul,
 )
@@ -89,10 +88,11 @@ def weights_of_chunk(here, first, count, loss):
 
 @device
 def weighted_distance(col, left, others, here, arguments):
-    """eps/V w_c (max - x_c). The factor is inside: the sum of the bare differences of large logits would overflow."""
+    """eps/V w_c (max - x_c)"""
     loss, largest = arguments
     x = load_cols(here.first, col, left, add(here.zeros, largest))
-    return mul(distance(x, largest, loss.share), weights_at(col, left, here, loss)), others, None
+    mass = mul(weights_at(col, left, here, loss), add(here.zeros, loss.share))
+    return distance_of_mass(mass, x, add(here.zeros, largest)), others, None
 
 
 @device
