@@ -69,8 +69,8 @@ def softmax(
     Notes
     -----
     The row that is read goes through scale, bias, softcap and mask on its way into registers, and whatever is not given
-    costs nothing. With bias or softcap a logit is divided by the temperature first; else the maximum is subtracted
-    before, so that the smallest temperature overflows nothing.
+    costs nothing. With bias, softcap or a temperature for each row a logit is divided by the temperature first, which
+    may overflow; else the maximum is subtracted before, so that the smallest temperature overflows nothing.
 
     A row has the same bits whatever the batch around it, its strides and its alignment. One pass finds maximum and sum
     together: Milakov and Gimelshein, arXiv:1805.02867, algorithm 3.
