@@ -37,27 +37,30 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before Python started: what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as exit:  # after --help, --version or an error
-        return exit.code or 0
+        return _flushed("gpusoftmax", exit.code or 0)
     with contextlib.suppress(AttributeError):  # a file name or a token may have letters that the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
+    name = f"gpusoftmax {arguments.command}"
     with warnings.catch_warnings(), _interrupts():
         warnings.showwarning = _show_warning
         try:
             COMMANDS[arguments.command].run(arguments)
-            sys.stdout.flush()
+            code = 0
         except KeyboardInterrupt:
-            return _fail(arguments.command, "interrupted", INTERRUPTED)
+            code = _fail(name, "interrupted", INTERRUPTED)
         except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's flush at exit complains
-            return FAILED
+            code = FAILED
         except Exception as error:
             if sys.flags.dev_mode:
                 raise
-            return _fail(arguments.command, _describe(error), FAILED)
-    return 0
+            code = _fail(name, _describe(error), FAILED)
+        return _flushed(name, code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,9 +72,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(command: str, message: str, code: int) -> int:
+def _fail(name: str, message: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"gpusoftmax {command}: {message}", file=sys.stderr, flush=True)
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _flushed(name: str, code: int) -> int:
+    """The exit code once the output is out. What cannot be written is dropped: at exit Python would try again, complain
+    in its own words and end with a code of its own.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED if code or isinstance(error, BrokenPipeError) else _fail(name, _describe(error), FAILED)
     return code
 
 

@@ -454,12 +454,35 @@ def test_an_interrupt(monkeypatch, capsys):
     assert capsys.readouterr().err == "gpusoftmax info: interrupted\n"
 
 
-def test_a_reader_that_leaves():
+def program(*arguments, **streams):
+    """(exit code, what came on stderr) of the command as a program, whose output Python buffers."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "gpusoftmax", *arguments]
+    child = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, timeout=60, **streams)
+    return child.returncode, child.stderr
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"], ["info", "--help"], ["--version"]])
+def test_a_reader_that_leaves(arguments):
     """gpusoftmax info | head -0"""
     reader, writer = os.pipe()
     os.close(reader)
-    child = subprocess.run(
-        [sys.executable, "-m", "gpusoftmax", "info"], stdout=writer, stderr=subprocess.PIPE, text=True
-    )
+    assert program(*arguments, stdout=writer) == (2, "")
     os.close(writer)
-    assert (child.returncode, child.stderr) == (2, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full")
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--version"]])
+def test_output_that_cannot_be_written(arguments):
+    name = " ".join(["gpusoftmax", *(one for one in arguments if one[0] != "-")])
+    with open("/dev/full", "w") as full:
+        assert program(*arguments, stdout=full) == (2, f"{name}: No space left on device\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors are closed before the program starts")
+def test_streams_that_are_closed():
+    """gpusoftmax info >&- 2>&-"""
+    assert program("info", preexec_fn=lambda: os.close(1)) == (0, "")
+    code = "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, '-m', 'gpusoftmax', 'fly'])"
+    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60)
+    assert (child.returncode, child.stdout) == (2, b"")  # an error does not go where results are expected
