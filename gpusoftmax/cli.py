@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -26,6 +27,8 @@ COMMANDS = {
 }
 FAILED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_CLEAN_UP_SECONDS = 1.0
+"""To close and remove a temporary file; a system call that takes longer is not broken off by a signal."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,16 +112,23 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 @contextlib.contextmanager
 def _interrupts():
     """SIGTERM and SIGHUP end a command as Ctrl-C does, by an exception: `normalize` removes its temporary file."""
+    deaf_until = 0.0
 
     def interrupt(number, frame):
-        raise KeyboardInterrupt
+        # A second Ctrl-C must not break into the clean-up after the first. Later ones count: Python drops exceptions in
+        # finalisers, and the first may have come there.
+        nonlocal deaf_until
+        now = time.monotonic()
+        if now >= deaf_until:
+            deaf_until = now + _CLEAN_UP_SECONDS
+            raise KeyboardInterrupt
 
     previous = {}
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         # Whoever set another disposition (nohup ignores SIGHUP) meant it; only the main thread may set one.
         with contextlib.suppress(ValueError):
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 previous[number] = signal.signal(number, interrupt)
     try:
         yield

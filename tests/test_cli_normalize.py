@@ -544,6 +544,25 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(number):
     assert os.listdir() == ["in.npy"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_interrupt_does_not_break_into_the_clean_up(number, valid):
+    """Ctrl-C, and again at the very moment when the temporary file would be removed."""
+    code = (
+        "import os, sys\n"
+        "from gpusoftmax import cli\n"
+        "number, unlink = int(sys.argv[1]), os.unlink\n"
+        "def again(path):\n"
+        "    os.kill(os.getpid(), number)\n"
+        "    unlink(path)\n"
+        "os.unlink, os.fsync = again, lambda handle: os.kill(os.getpid(), number)\n"
+        "sys.exit(cli.main(sys.argv[2:]))\n"
+    )
+    arguments = [str(int(number)), "normalize", "in.npy", "out.npy", "--op", "softmax"]
+    child = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert (child.returncode, child.stderr) == (130, "gpusoftmax normalize: interrupted\n")
+    assert os.listdir() == ["in.npy"]
+
+
 def test_killed_or_not_the_name_never_stands_for_half_a_file():
     """kill -9 at any time: no result or all of it."""
     array = logits((4000, 1000))
