@@ -159,8 +159,9 @@ def facts(launch: "Launch") -> dict[str, Any]:
 
 def imagined(arch: str):
     """As kernels.cuda.launch.imagined, for a device of an architecture."""
-    from gpusoftmax.kernels.cuda import driver, launch
+    from gpusoftmax.kernels.cuda import driver, launch, requirements
 
+    requirements.check()
     return launch.imagined(driver.Device(0, arch, DEVICES[arch].multiprocessors))
 
 

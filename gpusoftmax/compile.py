@@ -47,7 +47,7 @@ def compile(
     TypeError
         Options that one of the ops does not take.
     RuntimeError
-        There is no cache directory that can be used.
+        There is no cache directory that can be used, or numba-cuda or cuda-core is not installed.
 
     Examples
     --------

@@ -49,6 +49,8 @@ def explain(
     ------
     TypeError, ValueError
         Unknown names, a shape without elements, or options that `op` does not take.
+    RuntimeError
+        numba-cuda or cuda-core is not installed.
 
     Notes
     -----

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from importlib import metadata
 from types import SimpleNamespace
 from unittest import mock
 
@@ -244,3 +245,26 @@ def test_bad_arguments(arguments, message, capsys):
 def test_bad_names(arguments, options, error, message):
     with pytest.raises(error, match=message):
         gpusoftmax.explain(*arguments, **options)
+
+
+@pytest.mark.parametrize("missing", ["numba-cuda", "cuda-core"])
+@pytest.mark.parametrize(
+    "arguments", [["explain", "softmax", "--shape", "4x5"], ["compile", "--arch", "sm_90", "--ops", "softmax"]]
+)
+def test_what_kernels_take_is_named_where_it_is_missing(missing, arguments, monkeypatch, capsys):
+    """After pip install gpusoftmax, without an extra."""
+    version = metadata.version
+
+    def version_of(name):
+        if name == missing:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", version_of)
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"gpusoftmax {arguments[0]}: kernels for a GPU take {missing}, which is not installed: pip install "
+        "'gpusoftmax[cu13]', or [cu12] for a CUDA 12 driver\n"
+    )
+    with pytest.raises(RuntimeError, match=f"take {missing}"):  # and by a call on a GPU
+        driver.device.__wrapped__(0)

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 
+from gpusoftmax.kernels.cuda import requirements
 from gpusoftmax.kernels.cuda.compile import Image
 from gpusoftmax.kernels.cuda.plan import Plan
 
@@ -35,6 +36,7 @@ class _LoadedKernel:
 @functools.cache
 def device(ordinal: int) -> Device:
     """What the launch plans need to know of a device."""
+    requirements.check()
     from cuda.core import Device as CoreDevice
 
     core = CoreDevice(ordinal)
