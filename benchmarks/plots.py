@@ -1,6 +1,7 @@
 """Figures of the results of one device: bars of ratios for a CPU; bandwidth and latency for a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,39 @@ def write(directory: Path, ops: dict[str, list[dict[str, dict]]]) -> list[str]:
 
     matplotlib.rcParams["svg.hashsalt"] = "gpusoftmax"  # the same file from the same results
     written = []
-    for op, cases in ops.items():
-        for name, figure in _figures(pyplot, directory.name.partition("-")[0], op, cases):
-            figure.savefig(directory / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-            pyplot.close(figure)
-            written.append(f"{name}.svg")
+    for name, draw in _figures(directory, ops):
+        figure = draw(pyplot)
+        figure.savefig(directory / name, metadata={"Date": None}, bbox_inches="tight")
+        pyplot.close(figure)
+        written.append(name)
     return written
 
 
-def _figures(pyplot, target: str, op: str, cases: Sequence[dict[str, dict]]):
+def present(directory: Path, ops: dict[str, list[dict[str, dict]]]) -> list[str]:
+    """The files that were written before, in the order of `write`. Needs no matplotlib."""
+    return [name for name, _ in _figures(directory, ops) if (directory / name).exists()]
+
+
+def _figures(directory: Path, ops: dict[str, list[dict[str, dict]]]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """The name of each file, and what draws the figure with pyplot."""
+    target = directory.name.partition("-")[0]
+    for op, cases in ops.items():
+        for name, draw in _figures_of(target, op, cases):
+            yield f"{name}.svg", draw
+
+
+def _figures_of(target: str, op: str, cases: Sequence[dict[str, dict]]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     if target == "cpu":
-        yield op, _ratios(pyplot, op, cases)
+        yield op, partial(_ratios, op=op, cases=cases)
         return
     for dtype in dict.fromkeys(case[OURS]["dtype"] for case in cases):
         chosen = [case for case in cases if case[OURS]["dtype"] == dtype]
         large = [case for case in chosen if case[OURS]["n_rows"] > _DECODE_ROWS]
         small = [case for case in chosen if case[OURS]["n_rows"] <= _DECODE_ROWS]
         if large:
-            yield f"{op}-{dtype}-bandwidth", _bandwidth(pyplot, f"{op}, {dtype}, about 1 GiB", large)
+            yield f"{op}-{dtype}-bandwidth", partial(_bandwidth, title=f"{op}, {dtype}, about 1 GiB", cases=large)
         if small:
-            yield f"{op}-{dtype}-latency", _latency(pyplot, f"{op}, {dtype}", small)
+            yield f"{op}-{dtype}-latency", partial(_latency, title=f"{op}, {dtype}", cases=small)
 
 
 def _ratios(pyplot, op: str, cases: Sequence[dict[str, dict]]) -> Any:

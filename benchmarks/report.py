@@ -31,7 +31,7 @@ def write(root: Path = results.RESULTS, readme: Path = README) -> None:
             figures = plots.write(directory, ops)
         except ImportError as error:
             print(f"no plots: pip install 'gpusoftmax[bench]' ({error})")
-            figures = sorted(path.name for path in directory.glob("*.svg"))
+            figures = plots.present(directory, ops)
         text = "\n\n".join([f"# {directory.name}", _circumstances(ops), *_details(ops), *map(_figure, figures)])
         layers = results.load(directory / f"{layer.OP}.jsonl")
         if layers:

@@ -1,6 +1,7 @@
 """The benchmark suite itself, on small shapes: wrong answers are not timed, times are the calls' own."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -408,6 +409,20 @@ def test_without_matplotlib_the_tables_are_written_and_the_plots_missed(reported
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page, _ = reported(record("gpusoftmax", 2.0))
     assert "1000x1024" in page and "no plots: pip install 'gpusoftmax[bench]'" in capsys.readouterr().out
+
+
+def test_the_committed_pages_are_those_of_the_committed_results(monkeypatch, tmp_path):
+    """Without matplotlib too, by whose files the pages keep their figures, in the order of the tables."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    root, readme = tmp_path / "results", tmp_path / "README.md"
+    shutil.copytree(results.RESULTS, root)
+    shutil.copy(report.README, readme)
+    report.write(root, readme)
+    assert readme.read_text() == report.README.read_text()
+    pages = sorted(results.RESULTS.glob("*/README.md"))
+    assert pages
+    for page in pages:
+        assert (root / page.parent.name / "README.md").read_text() == page.read_text(), page
 
 
 def test_torch_compile_gives_way_when_time_runs_short(monkeypatch, capsys):
