@@ -18,7 +18,8 @@ def compile(
     kernels, which are others then: name it, in one call of this function for each kind of call.
 
     The cache is the directory that `GPUSOFTMAX_CACHE_DIR` names, or the user's own. A process that shall only read it
-    names it in `GPUSOFTMAX_CACHE_PATH`: kernels that are built into a container, for instance.
+    names it in `GPUSOFTMAX_CACHE_PATH`: kernels that are built into a container, for instance. The directory is made
+    for its owner alone; what root has made is read by processes of other users after `chmod -R a+rX`.
 
     Parameters
     ----------

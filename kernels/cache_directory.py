@@ -76,7 +76,8 @@ def prepared_directory(*names: str) -> Path | None:
     try:
         for name in ("", *names):
             directory = directory / name
-            _check(directory, {os.geteuid(), 0} if os.name == "posix" else set(), os.R_OK | os.X_OK, "cannot be read")
+            owners = {os.geteuid(), 0} if os.name == "posix" else set()
+            _check(directory, owners, os.R_OK | os.X_OK, "cannot be read by this user (chmod -R a+rX lets all users)")
     except _Refused as refused:
         reason = str(refused)
     except OSError as error:

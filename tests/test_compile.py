@@ -198,6 +198,21 @@ def test_a_directory_that_is_not_to_be_trusted(copied, find, tmp_path, reason):
     assert not path.exists() or path == copied or path.is_symlink(), "nothing is created"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
+def test_a_directory_of_root_for_other_users(copied, find, monkeypatch):
+    """It is made 0700; what lets others read it is said."""
+    access = os.access
+
+    def of_another_user(path, mode):
+        return access(path, mode) and (copied not in (path, *path.parents) or path.stat().st_mode & 0o5 == 0o5)
+
+    monkeypatch.setattr(os, "access", of_another_user)
+    with pytest.warns(RuntimeWarning, match=r"copied cannot be read by this user \(chmod -R a\+rX lets all users\)"):
+        assert not any(find(copied))
+    subprocess.run(["chmod", "-R", "a+rX", copied], check=True)
+    assert all(find(copied))
+
+
 # ---------------------------------------------------------------- arguments
 
 
