@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from benchmarks import gpu_timing, launch, layer, measure, report, results, suites
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
+from benchmarks.providers import DTYPES, PROVIDERS
 
 _GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
 """Seconds for the whole suite and for the quick one: what is left then is named instead of measured."""
@@ -35,7 +36,10 @@ _COMPILED = "torch.compile"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if problem := _misfit(arguments):
+        parser.error(problem)
     if arguments.what in _WITHOUT_CASES:
         _WITHOUT_CASES[arguments.what](arguments)
         return
@@ -45,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         target = arguments.target
         cases = [
-            Case(arguments.what, *map(int, shape.split("x")), dtype)
+            Case(arguments.what, *shape, dtype)
             for dtype in arguments.dtype
-            for shape in arguments.shape or ["4096x1024"]
+            for shape in arguments.shape or [(4096, 1024)]
         ]
     effort = Effort(arguments.attempts or (2 if arguments.quick else 5), threads=arguments.threads)
     budget = arguments.budget or (_GPU_BUDGET[arguments.quick] if arguments.what == "gpu" else float("inf"))
@@ -83,7 +87,32 @@ def run(target: str, cases: Sequence[Case], effort: Effort, budget: float, names
 
 
 def _layer_shape(arguments: argparse.Namespace) -> tuple[int, int, int] | None:
-    return tuple(map(int, arguments.shape[0].split("x"))) if arguments.shape else None
+    return arguments.shape[0] if arguments.shape else None
+
+
+def _misfit(arguments: argparse.Namespace) -> str | None:
+    """What was given that would be ignored, or fits nothing, after hours of measuring perhaps."""
+    what = arguments.what
+    if arguments.op and what not in ("predict", "transforms"):
+        return f"--op is for predict and transforms; of {what} it names nothing"
+    sizes = 3 if what == "layer" else 2
+    if arguments.shape and what not in ("layer", *OPS):
+        return f"--shape is for an op or layer; {what} has its own"
+    if any(len(shape) != sizes for shape in arguments.shape or ()):
+        return f"--shape of {what} has {sizes} sizes"
+    if what == "layer" and arguments.shape and len(arguments.shape) > 1:
+        return "--shape of layer is one"
+    return None
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive, text.split("x")))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,12 +126,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
     parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--shape", nargs="+", help="ROWSxCOLS; of a layer one ROWSxFEATURESxCLASSES")
-    parser.add_argument("--dtype", nargs="+", default=["float32"])
-    parser.add_argument("--provider", nargs="+", default=[], help="these beside gpusoftmax instead of all")
+    parser.add_argument("--shape", nargs="+", type=_shape, help="ROWSxCOLS; of a layer one ROWSxFEATURESxCLASSES")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument(
+        "--provider", nargs="+", choices=PROVIDERS, default=[], help="these beside gpusoftmax instead of all"
+    )
     parser.add_argument("--op", nargs="+", default=[], help="what is predicted or counted (default: all)")
-    parser.add_argument("--attempts", type=int, help="the quietest of so many is reported (default 5, quick 2)")
-    parser.add_argument("--threads", type=int, default=2, help="of every provider on the CPU (default 2)")
+    parser.add_argument("--attempts", type=_positive, help="the quietest of so many is reported (default 5, quick 2)")
+    parser.add_argument("--threads", type=_positive, default=2, help="of every provider on the CPU (default 2)")
     parser.add_argument("--budget", type=float, help="seconds after which no further case is begun")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/<op>.jsonl")
     return parser

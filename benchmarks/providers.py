@@ -22,6 +22,8 @@ COPY = "copy"
 ONE_NUMBER = "one number"
 """A copy of a single byte: the least that a launch takes."""
 
+DTYPES = "float16", "bfloat16", "float32", "float64"
+
 Calls = dict[str, Callable[[Arrays], Callable[[], Any]]]
 """op -> what makes the call for given arrays."""
 
@@ -31,7 +33,7 @@ class Provider(NamedTuple):
 
     calls: Callable[[], Calls]
     library: dict[str, str]
-    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
+    dtypes: tuple[str, ...] = DTYPES
     max_cols: int = 2**31 - 1
 
 

@@ -46,9 +46,12 @@ _ONE: dict[str, Callable[[np.dtype, tuple[int, int]], dict]] = {
 }
 _WAYS = (*_ONE, "mask + softcap", "temperature + bias + softcap + mask + n_valid")
 OPS = ("softmax", "cross_entropy_with_grad")
+OTHERS = ("log_softmax", "logsumexp", "argmax", "soft_argmax", "cross_entropy")
 
 
 def run(report: Report, ops: Sequence[str] = ()) -> None:
+    if unknown := sorted(set(ops) - {*OPS, *OTHERS}):
+        raise SystemExit(f"transforms: no op {unknown[0]!r}, expected some of {', '.join((*OPS, *OTHERS))}")
     for op, n_cols, dtype, way in itertools.product(ops or OPS, _LENGTHS, _DTYPES, _WAYS):
         instructions, registers = counted(op, dtype, way, n_cols)
         case = f"{op:24}{n_cols:6} {dtype:9}{way:46}"

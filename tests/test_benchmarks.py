@@ -425,6 +425,32 @@ def test_the_committed_pages_are_those_of_the_committed_results(monkeypatch, tmp
         assert (root / page.parent.name / "README.md").read_text() == page.read_text(), page
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["softmax", "--shape", "4096"], "--shape of softmax has 2 sizes"),
+        (["softmax", "--shape", "4x5x6"], "--shape of softmax has 2 sizes"),
+        (["softmax", "--shape", "4xb"], "argument --shape: 'b' is no number above 0"),
+        (["softmax", "--shape", "0x4"], "argument --shape: '0' is no number above 0"),
+        (["softmax", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["softmax", "--provider", "tourch"], "invalid choice: 'tourch'"),
+        (["softmax", "--attempts", "0"], "argument --attempts: '0' is no number above 0"),
+        (["softmax", "--op", "softmax"], "--op is for predict and transforms"),
+        (["cpu", "--op", "softmax"], "--op is for predict and transforms"),
+        (["cpu", "--shape", "4x5"], "--shape is for an op or layer"),
+        (["layer", "--shape", "4x5"], "--shape of layer has 3 sizes"),
+        (["layer", "--shape", "4x5x6", "5x6x7"], "--shape of layer is one"),
+        (["transforms", "--op", "softmx"], "transforms: no op 'softmx', expected some of softmax,"),
+        (["predict", "--op", "softmx"], "predict: no op 'softmx', expected some of softmax,"),
+    ],
+)
+def test_arguments_that_would_be_ignored_or_fit_nothing(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("something is measured"))
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert message in f"{ended.value.code} {capsys.readouterr().err}"
+
+
 def test_torch_compile_gives_way_when_time_runs_short(monkeypatch, capsys):
     seen = []
 
