@@ -109,10 +109,19 @@ def test_training_stops_when_the_time_is_up(library, monkeypatch):
     assert len(_demo.train(_demo.Model(np, 20), corpus.training, 4)) == 4
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--vocab", "-1"], ["--steps", "x"], ["--device", "tpu"]])
-def test_bad_usage(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "'0' is not a whole number above 0"),
+        (["--vocab", "-1"], "'-1' is not a whole number above 0"),
+        (["--steps", "x"], "'x' is not a whole number above 0"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_bad_usage(arguments, message, capsys):
     assert cli.main(["demo", *arguments]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
 
 
 def test_without_a_gpu_the_cpu_is_chosen_and_said_why(monkeypatch):
