@@ -57,10 +57,11 @@ def can_be_in_place(logits: Tensor, *others: Tensor | None) -> bool:
     """Whether there is a gradient to overwrite the logits, and nobody but them wants it."""
     if not rows.recorded(logits) or rows.is_transforming() or torch.compiler.is_compiling():
         return False
-    if logits.is_leaf:
+    memory = logits if logits._base is None else logits._base
+    if memory.is_leaf and memory.requires_grad:
         raise ValueError(
-            "input is a leaf that requires grad, whose values inplace=True would overwrite: expected the result of "
-            "other operations, or inplace=False"
+            "input is a leaf that requires grad, or a view of one, whose values inplace=True would overwrite: expected "
+            "the result of other operations, or inplace=False"
         )
     if any(one is not None and one.requires_grad for one in others):
         raise ValueError(

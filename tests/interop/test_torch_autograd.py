@@ -585,8 +585,11 @@ def test_in_place(dtype, reduction, scale):
 
 def test_what_is_in_place_can_be_used_once():
     leaf, target = random(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match="^input is a leaf"):
-        ours.cross_entropy(leaf, target, inplace=True)
+    before = leaf.detach().clone()
+    for one in (leaf, leaf.view(3, 4), leaf.T.T[:, :]):  # a view has the memory of its leaf
+        with pytest.raises(ValueError, match="^input is a leaf"):
+            ours.cross_entropy(one, target, inplace=True)
+    assert torch.equal(leaf, before)
     loss = ours.cross_entropy(leaf * 2, target, inplace=True)
     torch.autograd.grad(loss, leaf, retain_graph=True)
     with pytest.raises(RuntimeError, match="twice.*inplace=False"):
