@@ -232,6 +232,21 @@ def token_logprobs(
     return [field for field in fields if field is not None]
 
 
+def _batch_of_token_logprobs(
+    info: Any, in_dims: Sequence[Any], logits: Tensor, target: Tensor, dim: int, *options: Any
+) -> tuple[list[Tensor], list[int]]:
+    """Under vmap, which has no rule of its own for lists of tensors."""
+    logits, target = (
+        one.expand(info.batch_size, *one.shape) if at is None else one.movedim(at, 0)
+        for one, at in zip((logits, target), in_dims, strict=False)
+    )
+    made = token_logprobs(logits, target, dim + 1, *options)
+    return made, [0] * len(made)
+
+
+torch.library.register_vmap("gpusoftmax::token_logprobs", _batch_of_token_logprobs, lib=_LIBRARY)
+
+
 def _fake_token_logprobs_backward(logits, target, dlogprob, dentropy, dim, temperature, ignore_index):
     return logits.new_empty(logits.shape)
 

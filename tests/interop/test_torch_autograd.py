@@ -248,6 +248,22 @@ def test_functional_transforms(name, transform):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("at", [0, 2])
+def test_tokens_of_a_batch_under_vmap(at):
+    """Their operator returns a list, for which vmap has no rule."""
+    x, target = random(4, 5, 3).detach(), labels((4, 3, 2), 5, ignored=-100)
+
+    def scores(x, target):
+        return ours.token_logprobs(x, target, 0, return_lse=True, return_entropy=True, return_rank=True)[:4]
+
+    expected = [scores(*one) for one in zip(x, target, strict=True)]
+    got = torch.func.vmap(scores, (at, 0))(x.movedim(0, at), target)
+    assert all(map(torch.equal, got, map(torch.stack, zip(*expected, strict=True))))
+    one_target = torch.func.vmap(scores, (0, None))(x, target[0])
+    assert torch.equal(one_target[0][2], scores(x[2], target[0])[0])
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", PAIRS)
 def test_forward_mode(name, requires_grad):
