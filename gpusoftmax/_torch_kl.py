@@ -32,7 +32,7 @@ def kl_div(
             raise TypeError(f"{name} requires grad, and gets no gradient: pass {name}.detach()")
     if not rows.recorded(logits, target_logits):
         return kl_div_of_rows(logits, target_logits, row_weight, normalizer, *options)
-    return rows.with_tangent(_KlDiv, _KlDivWithTangent)(logits, target_logits, row_weight, normalizer, options)
+    return rows.with_tangent(_KlDiv, _KlDivInForwardMode)(logits, target_logits, row_weight, normalizer, options)
 
 
 def _fake_kl_div(logits, target_logits, row_weight, normalizer, dim, temperature, reduction, number):
@@ -104,24 +104,20 @@ class _KlDiv(torch.autograd.Function):
         return dlogits if needed else None, dtarget if target_needed else None, None, None, None
 
 
-class _KlDivWithTangent(_KlDiv):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, loss: Tensor) -> None:
-        _KlDiv.setup_context(ctx, inputs, loss)
-        ctx.save_for_forward(*inputs[:4])
+def _kl_div_tangent(ctx: Any, saved: list, tangent: Tensor | None, target_tangent: Tensor | None, *_: None) -> Tensor:
+    logits, target_logits, row_weight, normalizer = saved
+    logits, target_logits = rows.wide(logits), rows.wide(target_logits)
+    one = torch.ones((), dtype=logits.dtype, device=logits.device)
+    upstream = _upstream(one, logits, row_weight, normalizer, ctx.options)
+    both = _graph_of_gradients(logits, target_logits, row_weight, upstream, ctx.options)
+    moved = torch.zeros_like(logits)
+    for gradient, of in zip(both, (tangent, target_tangent), strict=True):
+        if of is not None:
+            moved = moved + gradient * of
+    return moved.sum(dim=ctx.options.dim) if ctx.options.reduction == "none" else moved.sum()
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor | None, target_tangent: Tensor | None, *_: None) -> Tensor:
-        logits, target_logits, row_weight, normalizer = ctx.saved_tensors
-        dim, temperature, reduction, _ = ctx.options
-        one = torch.ones((), dtype=ops.row_dtype(logits.dtype), device=logits.device)
-        upstream = _upstream(one, logits, row_weight, normalizer, ctx.options)
-        both = kl_div_backward(logits, target_logits, upstream, dim, temperature, target_tangent is not None)
-        moved = torch.zeros_like(logits, dtype=one.dtype)
-        for gradient, of in zip(both, (tangent, target_tangent), strict=True):
-            if of is not None:
-                moved = moved + rows.wide(gradient) * rows.wide(of)
-        return moved.sum(dim=dim) if reduction == "none" else moved.sum()
+
+_KlDivInForwardMode = rows.in_forward_mode(_KlDiv, lambda given, loss: given[:4], _kl_div_tangent)
 
 
 def _upstream(

@@ -42,7 +42,7 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, loss: L
     backward_alone = torch.autograd.forward_ad._current_level < 0
     if backward_alone and can_look(logits):
         return _FusedCrossEntropy.apply(logits, target, weight, loss)
-    return rows.with_tangent(_CrossEntropy, _CrossEntropyWithTangent)(logits, target, weight, loss)[0]
+    return rows.with_tangent(_CrossEntropy, _CrossEntropyInForwardMode)(logits, target, weight, loss)[0]
 
 
 def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:
@@ -105,18 +105,17 @@ class _CrossEntropy(torch.autograd.Function):
         return _dlogits(logits, target, weight, divisor, dloss, ctx.loss), None, None, None
 
 
-class _CrossEntropyWithTangent(_CrossEntropy):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
-        _CrossEntropy.setup_context(ctx, inputs, outputs)
-        ctx.save_for_forward(*inputs[:3], outputs[1])
+def _cross_entropy_tangent(ctx: Any, saved: list, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+    logits, target, weight, divisor = saved
+    dim, of_rows = ops.class_dim(logits), ctx.loss.reduction == "none"
+    dloss = torch.ones(target.shape if of_rows else (), dtype=divisor.dtype, device=logits.device)
+    moved = graph_of_dlogits(rows.wide(logits), target, weight, dloss, ctx.loss) * tangent
+    return moved.sum(dim=dim) if of_rows else moved.sum(), None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        logits, target, weight, divisor = ctx.saved_tensors
-        options = logits, target, weight, ctx.loss.ignore_index, ctx.loss.label_smoothing
-        moved = ops.cross_entropy_backward(divisor, *options, divisor.dtype) * tangent
-        return moved.sum(dim=ops.class_dim(logits)) if ctx.loss.reduction == "none" else moved.sum(), None
+
+_CrossEntropyInForwardMode = rows.in_forward_mode(
+    _CrossEntropy, lambda given, made: (*given[:3], made[1]), _cross_entropy_tangent
+)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -264,7 +263,7 @@ class Tokens(NamedTuple):
 def token_logprobs(logits: Tensor, target: Tensor, tokens: Tokens) -> tuple[Tensor | None, ...]:
     """logprob, lse, entropy, rank, argmax."""
     if rows.recorded(logits):
-        made = rows.with_tangent(_TokenLogprobs, _TokenLogprobsWithTangent)(logits, target, tokens)
+        made = rows.with_tangent(_TokenLogprobs, _TokenLogprobsInForwardMode)(logits, target, tokens)
     else:
         made = ops.token_logprobs(logits, target, *tokens)
     made = iter(made)
@@ -304,31 +303,29 @@ class _TokenLogprobs(torch.autograd.Function):
         return dlogits, None, None
 
 
-class _TokenLogprobsWithTangent(_TokenLogprobs):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, made: tuple[Tensor, ...]) -> None:
-        _TokenLogprobs.setup_context(ctx, inputs, made)
-        ctx.save_for_forward(*inputs[:2])
+def _token_logprobs_tangent(ctx: Any, saved: list, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    (logits, target), tokens = saved, ctx.tokens
+    dim, temperature, dtype = tokens.dim, tokens.temperature, ops.row_dtype(logits.dtype)
+    probs, moved = rows.softmax(logits, (dim,), temperature, dtype), tangent.to(dtype) / temperature
+    of_lse = (probs * moved).sum(dim)
+    several = target.ndim == logits.ndim
+    targets = (target if several else target.unsqueeze(-1)).long()
+    columns = targets.clamp(0, logits.shape[dim] - 1).movedim(-1, dim)
+    of_targets = moved.gather(dim, columns).movedim(dim, -1) - of_lse.unsqueeze(-1)
+    of_targets = torch.where(targets != tokens.ignore_index, of_targets, 0)
+    made = [of_targets if several else of_targets.squeeze(-1)]
+    if tokens.lse:
+        made.append(of_lse)
+    if tokens.entropy:
+        terms = _entropy_terms(probs, rows.log_softmax(logits, (dim,), temperature, dtype))
+        entropy = -terms.sum(dim, keepdim=True)
+        made.append(-((terms + probs * entropy) * moved).sum(dim))
+    return *made, *[None] * (tokens.rank + tokens.argmax)
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        (logits, target), tokens = ctx.saved_tensors, ctx.tokens
-        dim, temperature, dtype = tokens.dim, tokens.temperature, ops.row_dtype(logits.dtype)
-        probs, moved = ops.softmax(logits, (dim,), temperature, dtype), tangent.to(dtype) / temperature
-        of_lse = (probs * moved).sum(dim)
-        several = target.ndim == logits.ndim
-        targets = (target if several else target.unsqueeze(-1)).long()
-        columns = targets.clamp(0, logits.shape[dim] - 1).movedim(-1, dim)
-        of_targets = moved.gather(dim, columns).movedim(dim, -1) - of_lse.unsqueeze(-1)
-        of_targets = torch.where(targets != tokens.ignore_index, of_targets, 0)
-        made = [of_targets if several else of_targets.squeeze(-1)]
-        if tokens.lse:
-            made.append(of_lse)
-        if tokens.entropy:
-            terms = _entropy_terms(probs, ops.log_softmax(logits, (dim,), temperature, dtype))
-            entropy = -terms.sum(dim, keepdim=True)
-            made.append(-((terms + probs * entropy) * moved).sum(dim))
-        return *made, *[None] * (tokens.rank + tokens.argmax)
+
+_TokenLogprobsInForwardMode = rows.in_forward_mode(
+    _TokenLogprobs, lambda given, made: given[:2], _token_logprobs_tangent
+)
 
 
 def _entropy_terms(probs: Tensor, log_probs: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ and with y = log_softmax(x / T), f = (g - exp(y) sum(g)) / T,
     dg = (h - sum(exp(y) h)) / T
     dy = -exp(y) h sum(g) / T
 
-The gradient of logsumexp is g p / T, a product of functions that are differentiated already.
+The gradient of logsumexp is g p / T, a product of functions that are differentiated already. So are tangents: along v,
+
+    dp = p (v - sum(p v)) / T        dy = (v - sum(exp(y) v)) / T        dlse = sum(p v) / T
 
 The first backward is one kernel; what is beyond it is written in operations of torch, in float32 at least.
 """
@@ -46,31 +48,83 @@ def is_transforming() -> bool:
 
 def with_tangent(function: type, forward: type) -> Callable[..., Any]:
     """How to call a function of autograd: with forward mode where that is on. torch.compile takes none that has it."""
-    return (function if torch.autograd.forward_ad._current_level < 0 else forward).apply
+    if torch.autograd.forward_ad._current_level < 0:
+        return function.apply
+    return lambda *arguments: forward.apply(*[_Whole(one) if isinstance(one, tuple) else one for one in arguments])
+
+
+class _Whole:
+    """A tuple among the arguments: torch.func would take it apart, and then look for a tangent of each part."""
+
+    def __init__(self, value: tuple):
+        self.value = value
+
+
+def in_forward_mode(function: type, saved: Callable[[list, Any], tuple], jvp: Callable[..., Any]) -> type:
+    """A function of autograd as with_tangent needs it where forward mode is on.
+
+    saved(given, made): the tensors among its arguments and results that it saves.
+    jvp(ctx, saved, *tangents): in operations that can be differentiated, for tangents are.
+    """
+
+    class InForwardMode(function):
+        @staticmethod
+        def forward(*given: Any) -> Any:
+            return function.forward(*_parts(given))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, made: Any) -> None:
+            given = _parts(inputs)
+            function.setup_context(ctx, given, made)
+            ctx.save_for_forward(*saved(given, made))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            # Meanwhile torch leaves all forward mode off, and so would lose what an outer level differentiates.
+            with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+                return jvp(ctx, [_primal(one) for one in ctx.saved_tensors], *tangents)
+
+    return InForwardMode
+
+
+def _parts(given: tuple) -> list:
+    return [one.value if isinstance(one, _Whole) else one for one in given]
+
+
+def _primal(saved: Tensor | None) -> Tensor | None:
+    """Without the tangent, of which jvp has been told."""
+    if saved is None or not saved.is_floating_point():
+        return saved
+    if torch._C._functorch.is_batchedtensor(saved):  # vmap has no rule for it
+        functorch = torch._C._functorch
+        place = functorch.maybe_get_bdim(saved), functorch.maybe_get_level(saved)
+        return functorch._add_batch_dim(_primal(functorch.get_unwrapped(saved)), *place)
+    return torch.autograd.forward_ad.unpack_dual(saved).primal
 
 
 def softmax(x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
     if recorded(x):
-        return with_tangent(_Softmax, _SoftmaxWithTangent)(x, dim, temperature, dtype)
+        return with_tangent(_Softmax, _SoftmaxInForwardMode)(x, dim, temperature, dtype)
     return ops.softmax(x, dim, temperature, dtype)
 
 
 def log_softmax(x: Tensor, dim: Dims, temperature: float, dtype: torch.dtype | None) -> Tensor:
     if recorded(x):
-        return with_tangent(_LogSoftmax, _LogSoftmaxWithTangent)(x, dim, temperature, dtype)
+        return with_tangent(_LogSoftmax, _LogSoftmaxInForwardMode)(x, dim, temperature, dtype)
     return ops.log_softmax(x, dim, temperature, dtype)
 
 
 def logsumexp(x: Tensor, dim: Dims, keepdim: bool, temperature: float) -> Tensor:
     if recorded(x):
-        return with_tangent(_LogSumExp, _LogSumExpWithTangent)(x, dim, keepdim, temperature)
+        return with_tangent(_LogSumExp, _LogSumExpInForwardMode)(x, dim, keepdim, temperature)
     return ops.logsumexp(x, dim, keepdim, temperature)
 
 
 def softmax_backward(probs: Tensor, dprobs: Tensor, dim: Dims, temperature: float, dtype: torch.dtype) -> Tensor:
     """The gradient with respect to the logits, of `dtype`; itself differentiable where gradients are recorded."""
     if recorded(probs, dprobs):
-        return _SoftmaxBackward.apply(probs, dprobs, dim, temperature, dtype)
+        function = with_tangent(_SoftmaxBackward, _SoftmaxBackwardInForwardMode)
+        return function(probs, dprobs, dim, temperature, dtype)
     return ops.softmax_backward(probs, dprobs, dim, temperature, dtype)
 
 
@@ -79,7 +133,8 @@ def log_softmax_backward(
 ) -> Tensor:
     """As softmax_backward, for log_softmax."""
     if recorded(log_probs, dlog_probs):
-        return _LogSoftmaxBackward.apply(log_probs, dlog_probs, dim, temperature, dtype)
+        function = with_tangent(_LogSoftmaxBackward, _LogSoftmaxBackwardInForwardMode)
+        return function(log_probs, dlog_probs, dim, temperature, dtype)
     return ops.log_softmax_backward(log_probs, dlog_probs, dim, temperature, dtype)
 
 
@@ -106,16 +161,12 @@ class _Softmax(torch.autograd.Function):
         return softmax_backward(*ctx.saved_tensors, dprobs, *ctx.options), None, None, None
 
 
-class _SoftmaxWithTangent(_Softmax):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, probs: Tensor) -> None:
-        _Softmax.setup_context(ctx, inputs, probs)
-        ctx.save_for_forward(probs)
+def _softmax_tangent(ctx: Any, saved: list, tangent: Tensor, *_: None) -> Tensor:
+    (probs,), (dim, temperature, _) = saved, ctx.options
+    return softmax_backward(probs, tangent.to(probs.dtype), dim, temperature, probs.dtype)  # J is symmetric
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (probs,), (dim, temperature, _) = ctx.saved_tensors, ctx.options
-        return ops.softmax_backward(probs, tangent.to(probs.dtype), dim, temperature, probs.dtype)  # J is symmetric
+
+_SoftmaxInForwardMode = in_forward_mode(_Softmax, lambda given, probs: (probs,), _softmax_tangent)
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -136,17 +187,13 @@ class _LogSoftmax(torch.autograd.Function):
         return log_softmax_backward(*ctx.saved_tensors, dlog_probs, *ctx.options), None, None, None
 
 
-class _LogSoftmaxWithTangent(_LogSoftmax):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, log_probs: Tensor) -> None:
-        _LogSoftmax.setup_context(ctx, inputs, log_probs)
-        ctx.save_for_forward(log_probs)
+def _log_softmax_tangent(ctx: Any, saved: list, tangent: Tensor, *_: None) -> Tensor:
+    (log_probs,), (dim, temperature, _) = saved, ctx.options
+    moved = wide(tangent) - (wide(log_probs).exp() * wide(tangent)).sum(dim=dim, keepdim=True)
+    return (moved / temperature).to(log_probs.dtype)
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (log_probs,), (dim, temperature, _) = ctx.saved_tensors, ctx.options
-        moved = wide(tangent) - (wide(log_probs).exp() * wide(tangent)).sum(dim=dim, keepdim=True)
-        return (moved / temperature).to(log_probs.dtype)
+
+_LogSoftmaxInForwardMode = in_forward_mode(_LogSoftmax, lambda given, log_probs: (log_probs,), _log_softmax_tangent)
 
 
 class _SoftmaxBackward(torch.autograd.Function):
@@ -173,6 +220,24 @@ class _SoftmaxBackward(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_dprobs = softmax_backward(probs, h.to(probs.dtype), dim, temperature, dprobs.dtype)
         return of_probs, of_dprobs, None, None, None
+
+
+def _softmax_backward_tangent(
+    ctx: Any, saved: list, of_probs: Tensor | None, of_dprobs: Tensor | None, *_: None
+) -> Tensor:
+    (probs, dprobs), (dim, temperature, dtype) = saved, ctx.options
+    moved = 0.0
+    if of_probs is not None:
+        p, g, dp, along = wide(probs), wide(dprobs), wide(of_probs), {"dim": dim, "keepdim": True}
+        moved = (dp * (g - (p * g).sum(**along)) - p * (dp * g).sum(**along)) / temperature
+    if of_dprobs is not None:
+        moved = moved + softmax_backward(probs, of_dprobs.to(probs.dtype), dim, temperature, dtype)
+    return moved.to(dtype)
+
+
+_SoftmaxBackwardInForwardMode = in_forward_mode(
+    _SoftmaxBackward, lambda given, made: given[:2], _softmax_backward_tangent
+)
 
 
 class _LogSoftmaxBackward(torch.autograd.Function):
@@ -202,6 +267,23 @@ class _LogSoftmaxBackward(torch.autograd.Function):
         return of_log_probs, of_dlog_probs, None, None, None
 
 
+def _log_softmax_backward_tangent(
+    ctx: Any, saved: list, of_log_probs: Tensor | None, of_dlog_probs: Tensor | None, *_: None
+) -> Tensor:
+    (log_probs, dlog_probs), (dim, temperature, dtype) = saved, ctx.options
+    along, probs, moved = {"dim": dim, "keepdim": True}, wide(log_probs).exp(), 0.0
+    if of_log_probs is not None:
+        moved = -probs * wide(of_log_probs) * wide(dlog_probs).sum(**along)
+    if of_dlog_probs is not None:
+        moved = moved + wide(of_dlog_probs) - probs * wide(of_dlog_probs).sum(**along)
+    return (moved / temperature).to(dtype)
+
+
+_LogSoftmaxBackwardInForwardMode = in_forward_mode(
+    _LogSoftmaxBackward, lambda given, made: given[:2], _log_softmax_backward_tangent
+)
+
+
 class _LogSumExp(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -211,13 +293,12 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, lse: Tensor) -> None:
-        x, dim, _, temperature = inputs
+        x, *ctx.options = inputs
         ctx.save_for_backward(x)
-        ctx.options = dim, temperature
 
     @staticmethod
     def backward(ctx: Any, dlse: Tensor) -> tuple:
-        (x,), (dim, temperature) = ctx.saved_tensors, ctx.options
+        (x,), (dim, _, temperature) = ctx.saved_tensors, ctx.options
         per_row = [1 if axis in dim else size for axis, size in enumerate(x.shape)]
         scale = dlse.reshape(per_row) / temperature
         probs = softmax(x, dim, temperature, dlse.dtype)
@@ -226,14 +307,11 @@ class _LogSumExp(torch.autograd.Function):
         return dx.to(x.dtype), None, None, None
 
 
-class _LogSumExpWithTangent(_LogSumExp):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, lse: Tensor) -> None:
-        _LogSumExp.setup_context(ctx, inputs, lse)
-        ctx.save_for_forward(inputs[0], lse)
+def _logsumexp_tangent(ctx: Any, saved: list, tangent: Tensor, *_: None) -> Tensor:
+    (x,), (dim, keepdim, temperature) = saved, ctx.options
+    probs = softmax(x, dim, temperature, ops.row_dtype(x.dtype))
+    products = probs * tangent / temperature
+    return products.sum(dim=dim, keepdim=keepdim) if products.ndim else products
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (x, lse), (dim, temperature) = ctx.saved_tensors, ctx.options
-        probs = ops.softmax(x, dim, temperature, lse.dtype)
-        return ((probs * tangent).sum(dim=dim) / temperature).reshape(lse.shape).to(lse.dtype)
+
+_LogSumExpInForwardMode = in_forward_mode(_LogSumExp, lambda given, lse: given[:1], _logsumexp_tangent)

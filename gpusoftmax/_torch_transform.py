@@ -97,7 +97,7 @@ def transformed(
     if not (takes_temperature and given.is_mask):
         z, left = _before_cap(z, dim, given), 1.0
     if given.softcap is not None:
-        z = given.softcap * (z / given.softcap).tanh_()
+        z = given.softcap * (z / given.softcap).tanh()
     if kept is not None:
         z = torch.where(kept, z, -torch.inf)
     if given.empty_row == "nan":

@@ -2,9 +2,9 @@
 
 softmax, log_softmax, logsumexp, cross_entropy, CrossEntropyLoss, linear_cross_entropy and LinearCrossEntropyLoss stand
 in for torch's functions of these names (the last two hold all logits in forward mode and under torch.func);
-token_logprobs, kl_div and sample are those of gpusoftmax. They are differentiable any number of times, once in forward
-mode, and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU
-and so can be captured in a CUDA graph, and take tensors of any strides without a copy.
+token_logprobs, kl_div and sample are those of gpusoftmax. They are differentiable any number of times, in forward mode
+too, and by torch.func (sample is not at all), can be compiled by torch.compile with fullgraph=True, wait for no GPU and
+so can be captured in a CUDA graph, and take tensors of any strides without a copy.
 
 softmax, log_softmax, logsumexp, cross_entropy and token_logprobs take what gpusoftmax.softmax may do to the logits
 first: temperature, bias, softcap, mask, n_valid. Their derivatives go through it, to bias and temperatures too. The

@@ -248,6 +248,39 @@ def test_functional_transforms(name, transform):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+def forward_over_reverse(f, x, v):
+    x = x.clone().requires_grad_()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        (gradient,) = torch.autograd.grad(squares(f(dual)), dual, create_graph=True)
+        return torch.autograd.forward_ad.unpack_dual(gradient).tangent
+
+
+def slopes_along(f, v):
+    return lambda x: torch.func.jvp(f, (x,), (v,))[1]
+
+
+SEVERAL_LEVELS = {
+    "forward over reverse": forward_over_reverse,
+    "forward over forward": lambda f, x, v: torch.func.jvp(slopes_along(f, v), (x,), (x,)),
+    "reverse over forward": lambda f, x, v: torch.func.grad(lambda x: squares(slopes_along(f, v)(x)))(x),
+    "hessian": lambda f, x, v: torch.func.hessian(lambda x: squares(f(x)))(x),
+    "hessian of a batch": lambda f, x, v: torch.func.vmap(torch.func.hessian(lambda x: squares(f(x))))(
+        torch.stack([x, v])
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PAIRS)
+def test_tangents_are_differentiable(name):
+    """They had been constants to whatever level differentiated them, without an error."""
+    x, v = random(3, 5).detach(), random(3, 5, seed=1).detach()
+    for way in SEVERAL_LEVELS.values():
+        got, expected = (way(function, x, v) for function in PAIRS[name])
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("at", [0, 2])
 def test_tokens_of_a_batch_under_vmap(at):

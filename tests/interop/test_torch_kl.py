@@ -46,6 +46,22 @@ def test_gradients_of_any_order(options):
         assert torch.autograd.gradgradcheck(function, arguments)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_tangents_are_differentiable():
+    given = [one.detach() for one in logits(3, 5)]
+    along = [one.detach() for one in logits(3, 5, seed=1)]
+
+    def derivatives(function):
+        def slope(x, y):
+            return torch.func.jvp(function, (x, y), tuple(along))[1]
+
+        return torch.func.jvp(slope, tuple(given), tuple(along)), torch.func.grad(slope, (0, 1))(*given)
+
+    got = derivatives(lambda x, y: kl_div(x, y, temperature=0.7, reduction="sum"))
+    expected = derivatives(lambda x, y: chain(x, y, 0.7).sum())
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_agrees_with_the_chain_of_torch(dtype):
     x, y = logits(6, 300, dtype=dtype)

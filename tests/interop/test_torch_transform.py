@@ -181,6 +181,17 @@ def test_forward_mode_and_functional_transforms(name):
     both(lambda f: torch.func.jacrev(lambda x: squares(torch.func.grad(lambda x: squares(f(x)))(x)))(x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_tangents_behind_a_softcap_are_differentiable():
+    x = random(7).detach()
+
+    def second(softmax):
+        return torch.func.jacfwd(torch.func.jacfwd(softmax))(x)
+
+    got = second(lambda x: ours.softmax(x, 0, softcap=2.0, temperature=0.7))
+    agree(got, second(lambda x: F.softmax(2 * torch.tanh(x / 1.4), 0)))
+
+
 @MATRIX
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types(dtype):
