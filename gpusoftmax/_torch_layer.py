@@ -167,7 +167,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple:
-        layer, given = Layer(*ctx.saved_tensors[:3]), Given(*ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
+        layer, given = Layer(*saved[:3]), Given(*saved[3:])
         if torch.is_grad_enabled() and rows.recorded(layer.input, layer.linear_weight, dloss):
             return *_graph_of_gradients(ctx, layer, given, dloss), *[None] * 5
         # Handed out once: whoever gets them may write into them. The next backward of a retained graph goes over the

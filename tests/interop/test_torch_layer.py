@@ -87,6 +87,17 @@ def test_a_retained_graph_gives_the_same_gradients_again():
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_checkpointed(reduction):
+    x, w, bias, target = tensors()
+
+    def loss(x, w, bias):
+        return linear_cross_entropy(x * 2, w, target, linear_bias=bias, reduction=reduction)
+
+    kept = torch.utils.checkpoint.checkpoint(loss, x, w, bias, use_reentrant=False)
+    assert all(map(torch.equal, gradients(kept, x, w, bias), gradients(loss(x, w, bias), x, w, bias)))
+
+
 def test_batches_of_sequences():
     x, w, _, target = tensors(torch.float32, shape=(3, 4))
     ours, theirs = linear_cross_entropy(x, w, target), chain(x, w, None, target)
