@@ -194,6 +194,9 @@ def _gradients(
 def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as results of operations that torch can differentiate."""
     silent = ctx.options._replace(return_z_loss=False, return_lse=False, return_correct=False, validate=False)
+    # Views, of which none comes from another one: where the input does from the weights, as embeddings that share them
+    # do, their gradient would have that of the input in it.
+    layer = Layer(*(None if tensor is None else tensor.view_as(tensor) for tensor in layer))
     loss = _of_all_logits(layer, given, silent)
     wanted = [tensor for tensor, is_wanted in zip(layer, ctx.wanted, strict=True) if is_wanted]
     found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))

@@ -88,6 +88,21 @@ def test_a_retained_graph_gives_the_same_gradients_again():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_input_that_comes_from_the_weights(reduction):
+    """As where the embedding of the tokens is the last layer, too: each gradient is differentiated on its own."""
+    _, w, _, target = tensors()
+
+    def derivatives(function):
+        loss = function(w[:N_ROWS] * 2, w).pow(2).sum()
+        (first,) = torch.autograd.grad(loss, w, create_graph=True)
+        return first, torch.autograd.grad(first.pow(2).sum(), w)[0]
+
+    got = derivatives(lambda x, w: linear_cross_entropy(x, w, target, reduction=reduction))
+    expected = derivatives(lambda x, w: chain(x, w, None, target, reduction=reduction))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_checkpointed(reduction):
     x, w, bias, target = tensors()
 
