@@ -169,7 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple:
         saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
         layer, given = Layer(*saved[:3]), Given(*saved[3:])
-        if torch.is_grad_enabled() and rows.recorded(layer.input, layer.linear_weight, dloss):
+        if torch.is_grad_enabled() and rows.recorded(*(tensor for tensor in layer if tensor is not None), dloss):
             return *_graph_of_gradients(ctx, layer, given, dloss), *[None] * 5
         # Handed out once: whoever gets them may write into them. The next backward of a retained graph goes over the
         # chunks again.

@@ -102,6 +102,17 @@ def test_an_input_that_comes_from_the_weights(reduction):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_second_derivatives_with_respect_to_the_bias_alone():
+    x, w, bias, target = tensors()
+
+    def second(function):
+        (first,) = torch.autograd.grad(function(x.detach(), w.detach(), bias), bias, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), bias)[0]
+
+    got = second(lambda x, w, bias: linear_cross_entropy(x, w, target, linear_bias=bias))
+    torch.testing.assert_close(got, second(lambda x, w, bias: chain(x, w, bias, target)), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_checkpointed(reduction):
     x, w, bias, target = tensors()
