@@ -169,7 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple:
         saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
         layer, given = Layer(*saved[:3]), Given(*saved[3:])
-        if torch.is_grad_enabled() and rows.recorded(*(tensor for tensor in layer if tensor is not None), dloss):
+        if rows.recorded(*(tensor for tensor in layer if tensor is not None), dloss):
             return *_graph_of_gradients(ctx, layer, given, dloss), *[None] * 5
         # Handed out once: whoever gets them may write into them. The next backward of a retained graph goes over the
         # chunks again.
@@ -194,12 +194,14 @@ def _gradients(
 def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as results of operations that torch can differentiate."""
     silent = ctx.options._replace(return_z_loss=False, return_lse=False, return_correct=False, validate=False)
-    # Views, of which none comes from another one: where the input does from the weights, as embeddings that share them
-    # do, their gradient would have that of the input in it.
-    layer = Layer(*(None if tensor is None else tensor.view_as(tensor) for tensor in layer))
-    loss = _of_all_logits(layer, given, silent)
+    is_kept = torch.is_grad_enabled()  # not for a batch of gradients that nobody differentiates
+    with torch.enable_grad():
+        # Views, of which none comes from another one: where the input does from the weights, as embeddings that share
+        # them do, their gradient would have that of the input in it.
+        layer = Layer(*(None if tensor is None else tensor.view_as(tensor) for tensor in layer))
+        loss = _of_all_logits(layer, given, silent)
     wanted = [tensor for tensor, is_wanted in zip(layer, ctx.wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
+    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=is_kept))
     return tuple(next(found) if is_wanted else None for is_wanted in ctx.wanted)
 
 

@@ -114,6 +114,21 @@ def test_second_derivatives_with_respect_to_the_bias_alone():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_batch_of_gradients(reduction):
+    """As torch.autograd.functional.jacobian(vectorize=True) takes them, which differentiates none of them."""
+    x, w, bias, target = tensors()
+    upstream = torch.randn(3, *(target.shape if reduction == "none" else ()), dtype=torch.float64)
+
+    def gradients_of(function):
+        return torch.autograd.grad(function(), (x, w, bias), upstream, is_grads_batched=True)
+
+    got = gradients_of(lambda: linear_cross_entropy(x, w, target, linear_bias=bias, reduction=reduction))
+    expected = gradients_of(lambda: chain(x, w, bias, target, reduction=reduction))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert not any(one.requires_grad for one in got)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_checkpointed(reduction):
     x, w, bias, target = tensors()
 
