@@ -273,7 +273,8 @@ def _from_torch(x, name: str) -> Array:
             f"{name} is traced by torch: kernels need values, so call gpusoftmax outside of torch.compile and "
             f"torch.jit.trace, or use gpusoftmax.torch inside of torch.compile"
         )
-    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+    # Where forward mode is off, torch.func.linearize has tensors that fail when they are asked.
+    if torch._C._is_fwd_grad_enabled() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise TypeError(
             f"{name} carries a tangent of forward-mode differentiation, which this function would drop: "
             f"pass {name}.detach()"

@@ -264,6 +264,7 @@ SEVERAL_LEVELS = {
     "forward over reverse": forward_over_reverse,
     "forward over forward": lambda f, x, v: torch.func.jvp(slopes_along(f, v), (x,), (x,)),
     "reverse over forward": lambda f, x, v: torch.func.grad(lambda x: squares(slopes_along(f, v)(x)))(x),
+    "linearize": lambda f, x, v: torch.func.linearize(f, x)[1](v),
     "hessian": lambda f, x, v: torch.func.hessian(lambda x: squares(f(x)))(x),
     "hessian of a batch": lambda f, x, v: torch.func.vmap(torch.func.hessian(lambda x: squares(f(x))))(
         torch.stack([x, v])
