@@ -12,7 +12,8 @@ layers take one temperature and a softcap.
 
 Sums are computed in float32 whatever the dtype of the logits, float64 in float64. Inside torch.autocast softmax and
 log_softmax of half types return float32, as torch's do on a GPU; losses, log-sum-exp and log-probabilities are float32
-always, and gradients have the dtype of the logits.
+always, and gradients have the dtype of the logits. The layers take bfloat16 there, as torch's do, but float32 where
+torch's take float16.
 """
 
 from collections.abc import Sequence
@@ -353,6 +354,7 @@ def linear_cross_entropy(
     >>> head.grad[2]
     tensor([-0.7500, -0.7500, -0.7500])
     """
+    input, linear_weight, linear_bias = _in_autocast(input, linear_weight, linear_bias)
     wanted = bool(return_z_loss), bool(return_lse), bool(return_correct)
     given = linear_bias, weight, row_weight, normalizer
     options = ignore_index, reduction, label_smoothing, z_loss, temperature, softcap, wanted
@@ -586,6 +588,19 @@ def sample(
 def _of_rows(given: Tensor, batch: list[int]) -> Tensor:
     """One for each row, without a gradient."""
     return (given if given.ndim else given.expand(batch)).detach()
+
+
+def _in_autocast(*layer: Any) -> tuple:
+    """Inside torch.autocast all in one format, as torch's products of matrices take them: inputs may be in half types,
+    and parameters are not.
+    """
+    kind = layer[0].device.type if isinstance(layer[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return layer
+    # Not float16: gradients would be rounded to it before they meet the scale of a GradScaler.
+    dtype = torch.bfloat16 if torch.get_autocast_dtype(kind) == torch.bfloat16 else torch.float32
+    narrow = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(one.to(dtype) if isinstance(one, Tensor) and one.dtype in narrow else one for one in layer)
 
 
 def _tensor(given: Any, name: str) -> None:

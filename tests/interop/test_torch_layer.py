@@ -159,6 +159,24 @@ def test_half_types(dtype):
         torch.testing.assert_close(one.double(), other, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("input_dtype", ["autocast", torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, input_dtype):
+    """Of an input in a half type and parameters that are not, whose gradients survive the scale of a GradScaler."""
+    x, w, bias, target = tensors(torch.float32)
+    small = 2.0**-26 if dtype == torch.float16 else 1.0  # nothing in float16, before it is scaled
+
+    with torch.autocast("cpu", dtype):
+        hidden = functional.linear(x, torch.eye(N_FEATURES)) if input_dtype == "autocast" else x
+        loss = linear_cross_entropy(hidden, w, target, linear_bias=bias)
+        assert linear_cross_entropy(x.double(), w.double(), target).dtype == torch.float64
+    got = [one / small for one in torch.autograd.grad(loss * small, (w, bias))]
+    expected = chain(x, w, bias, target)
+    close = {"rtol": 0.03, "atol": 0.005}
+    torch.testing.assert_close(loss, expected, **close)
+    torch.testing.assert_close(tuple(got), torch.autograd.grad(expected, (w, bias)), **close)
+
+
 def test_compiled_whole():
     x, w, bias, target = tensors(torch.float32)
 
