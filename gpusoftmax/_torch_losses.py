@@ -346,7 +346,7 @@ def graph_of_tokens(
         return None
     dim, temperature, dtype = tokens.dim % logits.ndim, tokens.temperature, given[0].dtype
     probs = rows.softmax(logits, (dim,), temperature, dtype)
-    of_row = torch.zeros((), dtype=dtype, device=logits.device)  # what the probabilities of a row are multiplied with
+    of_row = probs.new_zeros([size for axis, size in enumerate(logits.shape) if axis != dim])
     if dlse is not None:
         of_row = of_row + dlse
     at_targets = None
@@ -361,7 +361,7 @@ def graph_of_tokens(
         of_row = of_row - of_targets.sum(-1)
         columns = targets.clamp(0, logits.shape[dim] - 1)
         at_targets = columns.movedim(-1, dim), of_targets.movedim(-1, dim)
-    dlogits = probs * of_row.unsqueeze(dim) if of_row.ndim else torch.zeros_like(probs)
+    dlogits = probs * of_row.unsqueeze(dim)
     if at_targets is not None:
         dlogits = dlogits.scatter_add(dim, *at_targets)
     if dentropy is not None:

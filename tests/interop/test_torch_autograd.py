@@ -152,6 +152,19 @@ def test_token_logprobs_is_differentiable_twice(wanted, several):
         assert gradgradcheck(floats, random(*shape))
 
 
+@pytest.mark.parametrize("target", [torch.tensor(1), torch.tensor([1, 3, 1])], ids=["one target", "several"])
+def test_token_logprobs_of_one_row_is_differentiable_twice(target):
+    """Its log-sum-exp has no axes, and yet is no constant."""
+    x = random(5)
+
+    def scores(x):
+        return ours.token_logprobs(x, target, return_lse=True)[:2]
+
+    assert gradcheck(scores, x) and gradgradcheck(scores, x)
+    expected = torch.autograd.grad(scores(x)[0].sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(scores(x)[0].sum(), x, create_graph=True), expected)
+
+
 def test_token_logprobs_agrees_with_torch():
     x, target = random(6, 9), labels((6,), 9, ignored=-100)
     scores = ours.token_logprobs(x, target, return_entropy=True, return_lse=True, return_rank=True, return_argmax=True)
