@@ -200,6 +200,16 @@ def _dx(
     return losses_of_weighted_rows_backward(dtype, x, *beside, *through)
 
 
+def _rows_that_count(call: Call, x: Tensor) -> Tensor | None:
+    target, shares, _, row_weight = _target_of(call)
+    counts = None if row_weight is None else row_weight != 0
+    if shares is None and target.is_floating_point():
+        return counts
+    labelled = target != Options(*call.options).ignore_index
+    labelled = labelled if shares is None else labelled.any(-1)
+    return labelled if counts is None else labelled & counts
+
+
 class _Masses(NamedTuple):
     """Of all classes, as the classes of z lie; of rows, with one axis less."""
 
@@ -342,4 +352,6 @@ def _scores_that_are_recorded(
 _NOTHING_ELSE = (False,) * 5
 """What token_logprobs may tell beside the log-probabilities, and do: no label is looked at twice."""
 
-_LOSSES = Op(_value, _composed, _dx, _dz, dtarget=_dtarget, keeps=True, takes_temperature=False)
+_LOSSES = Op(
+    _value, _composed, _dx, _dz, dtarget=_dtarget, counts=_rows_that_count, keeps=True, takes_temperature=False
+)

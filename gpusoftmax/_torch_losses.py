@@ -215,6 +215,7 @@ def graph_of_dlogits(logits: Tensor, target: Tensor, weight: Tensor | None, dlos
     n_cols = logits.shape[dim]
     target = target.long()
     counts = target != loss.ignore_index
+    logits = torch.where(counts.unsqueeze(dim), logits, 0)  # whatever a row holds that does not count
     is_class = (target >= 0) & (target < n_cols)
     column = target.clamp(0, n_cols - 1)
     weight_of_row = counts.to(dtype) if weight is None else weight.to(dtype)[column] * counts
@@ -328,6 +329,12 @@ _TokenLogprobsInForwardMode = rows.in_forward_mode(
 )
 
 
+def rows_of_tokens(target: Tensor, tokens: Tokens, logits: Tensor) -> Tensor:
+    """Which rows have a target that counts."""
+    counts = target != tokens.ignore_index
+    return counts.any(-1) if target.ndim == logits.ndim else counts
+
+
 def _entropy_terms(probs: Tensor, log_probs: Tensor) -> Tensor:
     return probs * torch.where(probs > 0, log_probs, 0)  # 0 log 0 = 0
 
@@ -345,6 +352,8 @@ def graph_of_tokens(
     if not given:
         return None
     dim, temperature, dtype = tokens.dim % logits.ndim, tokens.temperature, given[0].dtype
+    if dlse is dentropy is None:  # whatever a row holds that is not asked for
+        logits = torch.where(rows_of_tokens(target, tokens, logits).unsqueeze(dim), logits, 0)
     probs = rows.softmax(logits, (dim,), temperature, dtype)
     of_row = probs.new_zeros([size for axis, size in enumerate(logits.shape) if axis != dim])
     if dlse is not None:

@@ -30,6 +30,7 @@ class Op(NamedTuple):
     dz: Callable  # and with respect to the transformed ones, as operations that autograd knows
     value_and_dx: Callable | None = None  # on the CPU, if that is one kernel: for the gradient 1 of the value
     dtarget: Callable | None = None  # the gradient with respect to probabilities of the target, if it has any
+    counts: Callable | None = None  # which rows are read, if not all
     keeps: bool = False  # the value, for dx, dz and dtarget
     takes_temperature: bool = True
 
@@ -97,13 +98,19 @@ def token_logprobs(
 
 def called(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     if rows.is_transforming():
-        return call.op.composed(call, x, through)
+        return call.op.composed(call, _read(call, x), through)
     *numbers, temperatures, bias, mask, valid = through
     if rows.recorded(x, *[one for one in (temperatures, bias, call.target, call.shares) if one is not None]):
         beside = temperatures, bias, mask, valid, *call[3:]
         made = _Transformed.apply(call.op, call.dim, call.options, tuple(numbers), x, *beside)
         return made if isinstance(made, tuple) else (made,)
     return call.op.value(call, x, through)
+
+
+def _read(call: Call, x: Tensor) -> Tensor:
+    """The logits, with 0 in rows that are not read, whatever these hold."""
+    counts = None if call.op.counts is None else call.op.counts(call, x)
+    return x if counts is None else torch.where(counts.unsqueeze(*call.dim), x, 0)
 
 
 class _Transformed(torch.autograd.Function):
@@ -135,6 +142,7 @@ class _Transformed(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         given = x, through.temperatures, through.bias, call.target, call.shares, *upstream
         is_recorded = rows.recorded(*[one for one in given if one is not None])
+        x = _read(call, x) if is_recorded else x
         dtarget = op.dtarget(call, x, through, made, upstream, is_recorded) if any(of_target) else None
         targets = [dtarget if wanted else None for wanted in of_target]
         if not any(of_logits):
@@ -243,6 +251,10 @@ def _cross_entropy_value(call: Call, x: Tensor, through: Through) -> tuple[Tenso
     return (kernels.cross_entropy_transformed(x, call.target, call.weight, *call.options, *through),)
 
 
+def _labelled_rows(call: Call, x: Tensor) -> Tensor:
+    return call.target != Loss(*call.options).ignore_index
+
+
 def _cross_entropy_with_grad(call: Call, x: Tensor, through: Through, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     beside = call.target, call.weight, *call.options
     return kernels.cross_entropy_transformed_with_grad(dtype, x, *beside, *through)
@@ -283,6 +295,11 @@ def _cross_entropy_dz(call: Call, z: Tensor, left: float, upstream: tuple[Tensor
 def _token_logprobs_value(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     dim, _, *options = call.options
     return tuple(kernels.token_logprobs_transformed(x, call.target, dim, *options, *through))
+
+
+def _rows_of_tokens(call: Call, x: Tensor) -> Tensor | None:
+    tokens = Tokens(*call.options)
+    return None if tokens.lse or tokens.entropy else losses.rows_of_tokens(call.target, tokens, x)
 
 
 def _token_logprobs_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
@@ -334,6 +351,13 @@ _CROSS_ENTROPY = Op(
     _cross_entropy_dx,
     _cross_entropy_dz,
     value_and_dx=_cross_entropy_with_grad,
+    counts=_labelled_rows,
     takes_temperature=False,
 )
-_TOKEN_LOGPROBS = Op(_token_logprobs_value, _token_logprobs_composed, _token_logprobs_dx, _token_logprobs_dz)
+_TOKEN_LOGPROBS = Op(
+    _token_logprobs_value,
+    _token_logprobs_composed,
+    _token_logprobs_dx,
+    _token_logprobs_dz,
+    counts=_rows_of_tokens,
+)

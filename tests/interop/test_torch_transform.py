@@ -181,6 +181,40 @@ def test_forward_mode_and_functional_transforms(name):
     both(lambda f: torch.func.jacrev(lambda x: squares(torch.func.grad(lambda x: squares(f(x)))(x)))(x))
 
 
+LABELS = torch.tensor([0, -100, 2])
+IGNORING = {
+    "cross_entropy": lambda x, **given: ours.cross_entropy(x, LABELS, **given),
+    "rows": lambda x, **given: ours.cross_entropy(x, LABELS, reduction="none", **given).sum(),
+    "z_loss": lambda x, **given: ours.cross_entropy(x, LABELS, z_loss=0.1, **given),
+    "row_weight": lambda x, **given: ours.cross_entropy(
+        x, LABELS.clamp(0), row_weight=torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64), **given
+    ),
+    "token_logprobs": lambda x, **given: ours.token_logprobs(x, LABELS, **given).logprob.sum(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("given", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("name", IGNORING)
+def test_ignored_rows_may_hold_anything_in_any_mode(name, given):
+    """Their gradient is 0 where it is differentiated again, too, under torch.func and in forward mode."""
+    x, function = random(3, 5), IGNORING[name]
+    with torch.no_grad():
+        x[1] = torch.nan
+
+    def derivatives(x):
+        (first,) = torch.autograd.grad(function(x, **given), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x)
+        of_func = torch.func.grad(lambda x: function(x, **given))(x.detach())
+        along = torch.func.jvp(lambda x: function(x, **given), (x.detach(),), (torch.ones_like(x),))[1]
+        return first, second, of_func, along
+
+    *rows, along = derivatives(x)
+    *expected, expected_along = derivatives(x.nan_to_num().detach().requires_grad_())
+    assert not any(one[1].any() for one in rows)
+    torch.testing.assert_close((*rows, along), (*expected, expected_along), rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_tangents_behind_a_softcap_are_differentiable():
     x = random(7).detach()
