@@ -49,8 +49,16 @@ def is_transforming() -> bool:
 def with_tangent(function: type, forward: type) -> Callable[..., Any]:
     """How to call a function of autograd: with forward mode where that is on. torch.compile takes none that has it."""
     if torch.autograd.forward_ad._current_level < 0:
+        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # torch.compile does not see that the argument of a torch.func.grad requires one, and would leave out the
+            # backward: what comes of it does.
+            return lambda *arguments: function.apply(*[_seen(one) for one in arguments])
         return function.apply
     return lambda *arguments: forward.apply(*[_Whole(one) if isinstance(one, tuple) else one for one in arguments])
+
+
+def _seen(given: Any) -> Any:
+    return given.view_as(given) if isinstance(given, Tensor) and given.is_floating_point() else given
 
 
 class _Whole:

@@ -876,6 +876,19 @@ def test_compiled_whole(name, backend, dtype):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("name", some_by_default("softmax", "cross_entropy"))
+def test_compiled_gradients_of_torch_func(name):
+    """torch.compile does not see that the argument requires grad: gradients had been 0."""
+    x, (function, _) = random(3, 5).detach(), PAIRS[name]
+
+    def gradient(x):
+        return torch.func.grad(lambda x: squares(function(x)))(x)
+
+    torch._dynamo.reset()
+    got = torch.compile(gradient, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, gradient(x), rtol=1e-10, atol=1e-12)
+
+
 def test_compiled_for_all_shapes():
     torch._dynamo.reset()
     function = torch.compile(
