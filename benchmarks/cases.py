@@ -28,6 +28,7 @@ OPS = (
     "argmax",
     "soft_argmax",
     "sample",
+    "sample_top_p",  # of the likeliest columns that have TOP_P of the probability together
     "masked_softmax",  # of logits under a softcap, as grammars and models want it
     "topk_softmax",  # a router of experts
     "logsumexp_state",
@@ -36,6 +37,7 @@ OPS = (
 )
 TOP = 20
 """Tokens of top_logprobs: the most that serving APIs give."""
+TOP_P = 0.9
 EXPERTS = 8
 Z_LOSS = 1e-4
 SOFTCAP = 30.0
@@ -85,6 +87,7 @@ class Case(NamedTuple):
             "argmax": logits + labels,
             "soft_argmax": logits + per_row,
             "sample": logits + labels,
+            "sample_top_p": logits + labels,
             "masked_softmax": 2 * logits + self.n_rows * self.n_cols,
             "topk_softmax": logits + EXPERTS * (per_row + labels),
             "logsumexp_state": logits + per_row,
@@ -154,7 +157,7 @@ def worst_error(case: Case, result: object, to_numpy: Callable[[object], np.ndar
     Raises ValueError for an error so large that the result is another one. Samples have no error: they are columns
     that can be drawn, or not.
     """
-    if case.op == "sample":
+    if case.op.startswith("sample"):
         return _check_samples(case, _blocks(case, result, to_numpy))
     worst = 0.0
     for got, want in zip(_blocks(case, result, to_numpy), 2 * _answer(case), strict=True):
@@ -186,6 +189,7 @@ def hold_to_promise(case: Case, result: object, to_numpy: Callable[[object], np.
         "top_logprobs": (_check_top,),
         "argmax": (_check_argmax,),
         "sample": (lambda got, logits: 0.0,),  # worst_error has said all
+        "sample_top_p": (lambda got, logits: 0.0,),
         "masked_softmax": (_check_masked,),
         "topk_softmax": (_check_experts,),
         "logsumexp_state": (tolerances.check_logsumexp,),
@@ -256,6 +260,11 @@ def _check_samples(case: Case, blocks: list[np.ndarray]) -> float:
         behind = logits.max(axis=1) - logits[np.arange(len(logits)), columns]
         if behind.max() > 40 + np.log(case.n_cols):
             raise ValueError("its answer is wrong: a column that is never drawn")
+        if case.op == "sample_top_p":
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            before = (weights * (behind[:, None] > logits.max(axis=1, keepdims=True) - logits)).sum(axis=1)
+            if (before > (TOP_P + 1e-4) * weights.sum(axis=1)).any():
+                raise ValueError("its answer is wrong: a column that is not among the likeliest")
     return 0.0
 
 

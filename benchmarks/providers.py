@@ -13,7 +13,7 @@ import numpy as np
 
 import gpusoftmax
 from benchmarks.arrays import Arrays
-from benchmarks.cases import EXPERTS, SOFTCAP, TOP, Z_LOSS
+from benchmarks.cases import EXPERTS, SOFTCAP, TOP, TOP_P, Z_LOSS
 
 OURS = "gpusoftmax"
 COPY = "copy"
@@ -56,6 +56,7 @@ def _ours() -> Calls:
         "argmax": lambda a: partial(gpusoftmax.argmax, a.logits, out=a.per_row("int64")),
         "soft_argmax": lambda a: partial(gpusoftmax.soft_argmax, a.logits, out=a.per_row(row_dtype(a))),
         "sample": lambda a: partial(gpusoftmax.sample, a.logits, rng=0),
+        "sample_top_p": lambda a: partial(gpusoftmax.sample, a.logits, top_p=TOP_P, rng=0),
         "masked_softmax": lambda a: partial(gpusoftmax.softmax, a.logits, softcap=SOFTCAP, mask=a.mask, out=a.result()),
         "topk_softmax": lambda a: lambda: gpusoftmax.topk_softmax(a.logits, EXPERTS).probs,
         "logsumexp_state": lambda a: partial(_our_state, a.logits),
@@ -144,6 +145,12 @@ def _torch_tokens(torch, compiled=lambda function: function) -> Calls:
     def sample(logits):
         return torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0]
 
+    def sample_top_p(logits):
+        ordered, columns = logits.float().sort(descending=True)
+        probs = torch.softmax(ordered, -1)
+        probs[probs.cumsum(-1) - probs >= TOP_P] = 0
+        return columns.gather(-1, torch.multinomial(probs, 1))[:, 0]
+
     def masked_softmax(logits, mask):
         capped = SOFTCAP * torch.tanh(logits / SOFTCAP)
         return torch.softmax(capped.masked_fill(~mask, -torch.inf), -1)
@@ -160,6 +167,7 @@ def _torch_tokens(torch, compiled=lambda function: function) -> Calls:
         "argmax": lambda a: partial(torch.argmax, a.logits, -1),
         "soft_argmax": lambda a: partial(soft_argmax, a.logits),
         "sample": lambda a: partial(sample, a.logits),
+        "sample_top_p": lambda a: partial(sample_top_p, a.logits),
         "masked_softmax": lambda a: partial(masked_softmax, a.logits, a.mask),
         "topk_softmax": lambda a: partial(topk_softmax, a.logits),
     }
@@ -286,6 +294,13 @@ def _numpy() -> Calls:
     def masked_softmax(logits, mask, out):
         return softmax(np.where(mask, SOFTCAP * np.tanh(logits / SOFTCAP), -np.inf), out)
 
+    def sample_top_p(logits, out):
+        columns = np.argsort(-logits, axis=-1)
+        probs = softmax(np.take_along_axis(logits, columns, -1), out)
+        kept = np.where(probs.cumsum(axis=-1) - probs < TOP_P, probs, 0).cumsum(axis=-1)
+        drawn = (kept < np.random.default_rng(0).random((len(kept), 1)) * kept[:, -1:]).sum(axis=-1)
+        return columns[np.arange(len(columns)), drawn]
+
     def topk_softmax(logits):
         largest = -np.sort(-np.partition(logits, -EXPERTS, axis=-1)[:, -EXPERTS:], axis=-1)
         return softmax(largest, largest)
@@ -302,6 +317,7 @@ def _numpy() -> Calls:
             lambda: softmax(a.logits, a.result()) @ np.arange(a.logits.shape[1], dtype=a.logits.dtype)
         ),
         "sample": lambda a: lambda: np.argmax(a.logits + np.random.default_rng(0).gumbel(size=a.logits.shape), axis=-1),
+        "sample_top_p": lambda a: partial(sample_top_p, a.logits, a.result()),
         "softmax": lambda a: partial(softmax, a.logits, a.result()),
         "log_softmax": lambda a: partial(log_softmax, a.logits, a.result()),
         "logsumexp": lambda a: partial(logsumexp, a.logits),

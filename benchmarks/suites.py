@@ -16,7 +16,15 @@ _FLOAT32_SOFTMAX = (
 _SOME = ((4096, 1024), (256, 32768), (16, 262144), (1, 262144), (100_000, 10), (65536, 64))
 _LONG = ((1024, 8192), (256, 32768), (16, 262144))
 _SCORED = ((1024, 32768), (64, 151936))
-_TOKENS = ("token_logprobs", "token_logprobs_and_rank", "top_logprobs", "argmax", "soft_argmax", "sample")
+_TOKENS = (
+    "token_logprobs",
+    "token_logprobs_and_rank",
+    "top_logprobs",
+    "argmax",
+    "soft_argmax",
+    "sample",
+    "sample_top_p",
+)
 
 _MORE = ("masked_softmax", "logsumexp_state")
 _SMALL = ("logsumexp", "cross_entropy", "cross_entropy_with_grad", "token_logprobs", "sample")

@@ -40,7 +40,9 @@ def test_a_wrong_answer_is_seen_in_the_first_and_in_the_last_row(op):
         cases.worst_error(case, result, arrays.to_numpy)
         wrong = [np.array(part) for part in (result if isinstance(result, tuple) else (result,))]
         part = wrong[-1]
-        off = {"sample": -1000, "argmax": 1, "token_logprobs_and_rank": 1}.get(op, 0.01 * (1 + np.abs(part).max()))
+        off = {"sample": -1000, "sample_top_p": -1000, "argmax": 1, "token_logprobs_and_rank": 1}.get(
+            op, 0.01 * (1 + np.abs(part).max())
+        )
         part[(row, ...) if part.ndim else ...] += off
         with pytest.raises(ValueError, match="answer is wrong"):
             cases.worst_error(case, tuple(wrong), arrays.to_numpy)

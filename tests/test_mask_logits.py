@@ -41,6 +41,18 @@ def test_top_p(target, dtype, n_cols):
         check(masked, logits, top_p=p, temperature=temperature)
 
 
+@pytest.mark.parametrize("dtype", [F32, inputs.DTYPES[1]], ids=str)
+def test_top_p_of_long_rows(dtype):
+    """Of many columns few are left after some halvings, and are gathered (kernels/cpu/threshold.py)."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((1, 70_001))
+    far_below = -1000 - 30 * rng.random(normal.shape)
+    logits = np.concatenate([normal, 5 * normal, far_below, np.round(normal), np.ones(normal.shape)]).astype(dtype)
+    for p in (1e-6, 0.5, 0.9, 0.999, 1 - 2**-20):
+        check(top_p(logits, p), logits, top_p=p, temperature=1.0)
+    check(top_p(logits, 0.9, temperature=0.1), logits, top_p=0.9, temperature=0.1)
+
+
 def test_what_stays_is_not_changed(target):
     """Not even the sign of a zero or the digits of a half type."""
     logits = np.array([[-0.0, 0.0, -1.0, 1e-45, -np.inf]], F32)

@@ -181,6 +181,8 @@ def better_of(best, here, col, left, draw, limit):
     seed, step, unit, noise = draw
     nothing = widest(here.nothing)
     x = kept_from(load_cols(here.first, col, left, nothing), limit)
+    if limit is not None and not any_reaches(x, lowest(unit)):  # as a rule: noise is drawn for few
+        return best
     words = words_of(col, seed, step, nothing)
     if any_reaches(score_bound(x, words, unit, noise), maximum(lowest(unit), best[0])):  # a score of -inf is none
         highs, lows = score(x, words, unit, noise)

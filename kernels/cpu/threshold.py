@@ -17,17 +17,24 @@ from gpusoftmax.kernels import formulas, ordering
 from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     add_pair,
+    anchor,
+    div,
+    exp_from,
+    floor,
     formula,
     maximum,
     mul,
+    sub,
 )
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.chunks import sum_chunk, sum_of_exponentials
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials
+from gpusoftmax.kernels.cpu.lanes import lowest_bit
 from gpusoftmax.kernels.cpu.memory import (
     STORED_DTYPE,
     load,
     load_cols,
     load_label,
+    store,
 )
 from gpusoftmax.kernels.cpu.noise import distance_of_ratio, scale_of_temperature
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, row_offset
@@ -39,6 +46,10 @@ from gpusoftmax.kernels.cpu.vector import (
 from gpusoftmax.kernels.operands import ONE_VALUE
 
 kept_from = formula(ordering.kept_from)
+# One column of so many: they are gathered when no more are left (Zen 5; 64 to 1024 differ little).
+FEW = 256
+# A sum over so many columns takes no longer than to look for a better way.
+SHORT = 512
 
 
 @device
@@ -117,20 +128,101 @@ def limit_of_count(here, top_k, largest):
 
 @device
 def limit_of_mass(here, top_p, limit, largest, scale, scale_low):
-    for chunk in range(count_of_chunks(here.n_cols)):
-        col, count = chunk_range(here, chunk)
-        sum_of_exponentials(here, True, largest, None, col, count, scale, scale_low, False)
-    wanted = mul(top_p, mass_reaching(here, limit))
     step = order_step(here.first.pointer, largest)
     low, high = order_of(limit), order_of(largest) + step
-    middle = halfway(low, high, step)
+    numbers = *anchor(largest, scale), scale, scale_low
+    if limit > number(largest, -math.inf) and here.n_cols > SHORT:  # of what top_k leaves
+        n_left = gather_between(here, limit, of_order(high, largest))
+        wanted = mul(top_p, mass_of_gathered(here, n_left, limit, numbers))
+        return limit_of_gathered(here, n_left, wanted, here.zero, low, high, step, False, numbers)
+
+    reaching, above = mass_of_row(here, limit, largest, scale, scale_low), here.zero  # what reaches low, and high
+    wanted = mul(top_p, reaching)
+    by_value = False
+    if here.n_cols > SHORT:
+        bound = least_limit(here, top_p, largest, scale)
+        by_value = bound > limit
+        low = order_of(bound) & -step if by_value else low
+    middle = between(low, high, step, by_value, part_of(wanted, reaching, above))
+    while middle != low and are_many(sub(reaching, above), of_order(low, largest), here, numbers):
+        mass = mass_reaching(here, of_order(middle, largest))
+        if mass >= wanted:
+            low, reaching = middle, mass
+        else:
+            high, above = middle, mass
+        middle = between(low, high, step, by_value, part_of(wanted, reaching, above))
+    if middle == low:
+        return of_order(low, largest)
+    n_left = gather_between(here, of_order(low, largest), of_order(high, largest))
+    return limit_of_gathered(here, n_left, wanted, above, low, high, step, by_value, numbers)
+
+
+@device
+def mass_of_row(here, limit, largest, scale, scale_low):
+    """The sum of the exponentials whose logits are at least the limit. All exponentials go to `home`."""
+    total, low = here.zero, here.zero
+    for chunk in range(count_of_chunks(here.n_cols)):
+        col, count = chunk_range(here, chunk)
+        sums = sum_of_exponentials(here, True, largest, None, col, count, scale, scale_low, False)
+        total, low = add_pair(total, low, sums[0], sums[1])
+    total = add(total, low)
+    # A NaN among the logits reaches no limit.
+    is_of_all = limit == number(largest, -math.inf) and total == total
+    return total if is_of_all else mass_reaching(here, limit)
+
+
+@device
+def are_many(mass, low, here, numbers):
+    """Whether columns that reach low, with this sum, are too many to be gathered, or all of them few."""
+    if here.n_cols <= SHORT:
+        return True
+    shift, exponent, scale, scale_low = numbers
+    least = exp_from(low, shift, exponent, floor(exponent), scale, scale_low)
+    return mul(mass, number(mass, FEW)) > mul(least, number(mass, here.n_cols))
+
+
+@device
+def limit_of_gathered(here, n_gathered, wanted, above, low, high, step, by_value, numbers):
+    """The limit between two orders, where all logits between these have been gathered. above: the sum of the others."""
+    half = number(wanted, 0.5)
+    middle = between(low, high, step, by_value, half)
     while middle != low:
-        if mass_reaching(here, of_order(middle, largest)) >= wanted:
+        if add(above, mass_of_gathered(here, n_gathered, of_order(middle, half), numbers)) >= wanted:
             low = middle
         else:
             high = middle
-        middle = halfway(low, high, step)
-    return of_order(low, largest)
+        middle = between(low, high, step, by_value, half)
+    return of_order(low, half)
+
+
+@device
+def least_limit(here, top_p, largest, scale):
+    """What the limit is not below: columns that have less than (1 - top_p) / (e n_cols) each have less than 1 - top_p
+    together. -inf where that tells nothing.
+    """
+    rest = sub(number(largest, 1.0), top_p)
+    share = div(rest, number(largest, math.e * here.n_cols))
+    bound = add(largest, distance_of_ratio(share, div(number(largest, 1.0), scale)))
+    # So little is left that rounding errors count; rows of infinities, and of NaN.
+    tells = rest > number(largest, 2.0**-16) and bound < largest and largest < number(largest, math.inf)
+    return bound if tells else number(largest, -math.inf)
+
+
+@device
+def part_of(wanted, reaching, above):
+    """Where between two limits a third may have the wanted sum, as a part of their distance: half way to it."""
+    return mul(add(div(sub(reaching, wanted), sub(reaching, above)), number(wanted, 0.5)), number(wanted, 0.5))
+
+
+@device
+def between(low, high, step, by_value, part):
+    """An order between two, low if there is none. Dividing by value takes fewer steps between numbers of one size."""
+    if by_value:
+        x = of_order(low, part)
+        middle = order_of(add(x, mul(part, sub(of_order(high, part), x)))) & -step
+        if middle > low and middle < high:
+            return middle
+    return halfway(low, high, step)
 
 
 @device
@@ -167,6 +259,41 @@ def mass_reaching(here, limit):
 def exponential_reaching(col, left, others, here, arguments):
     x = load_cols(here.first, col, left, here.nothing)
     return where_reaching(x, arguments[0], load_cols(here.home, col, left, here.zeros)), others, None
+
+
+@device
+def gather_between(here, low, high):
+    """How many logits reach low and not high: they go to the front of `home`, in the place of exponentials."""
+    step = cols_of(here.zeros)
+    found = 0
+    for col in range(0, here.n_cols, step):
+        left = here.n_cols - col
+        x = load_cols(here.first, col, left, here.nothing)
+        lanes = lanes_between(x, low, high)
+        while lanes != 0:
+            store(here.home.pointer, found, load(here.first.pointer, col + lowest_bit(lanes), here.zero))
+            lanes &= lanes - 1
+            found += 1
+    return found
+
+
+@device
+def mass_of_gathered(here, n_gathered, limit, numbers):
+    """The sum of the exponentials of those that are at least the limit."""
+    total, low = here.zero, here.zero
+    for first in range(0, n_gathered, CHUNK_COLS):
+        count = min(CHUNK_COLS, n_gathered - first)
+        part, part_low, _, _ = sum_chunk(exponential_of_gathered, here, (limit, *numbers), first, count)
+        total, low = add_pair(total, low, part, part_low)
+    return add(total, low)
+
+
+@device
+def exponential_of_gathered(col, left, others, here, arguments):
+    limit, shift, exponent, scale, scale_low = arguments
+    x = load_cols(here.home, col, left, here.nothing)
+    e = exp_from(x, shift, exponent, floor(exponent), scale, scale_low)
+    return where_reaching(x, limit, e), others, None
 
 
 # ---------------------------------------------------------------- instructions
@@ -209,6 +336,20 @@ def lanes_reaching(typingctx, x, limit):
         return count if count.type == ordering.LONG else builder.zext(count, ordering.LONG)
 
     return types.int64(x, limit), codegen
+
+
+@intrinsic
+def lanes_between(typingctx, x, low, high):
+    """A bit for each lane of x that is at least low and less than high, if that is a number."""
+
+    def codegen(context, builder, signature, args):
+        a = formulas.Arithmetic(builder, args[0].type)
+        reaching = builder.fcmp_ordered(">=", args[0], a.splat(args[1]))
+        between = builder.and_(reaching, builder.fcmp_unordered("<", args[0], a.splat(args[2])))
+        mask = builder.bitcast(between, ir.IntType(x.lanes))
+        return mask if mask.type == ordering.LONG else builder.zext(mask, ordering.LONG)
+
+    return types.int64(x, low, high), codegen
 
 
 @intrinsic
