@@ -11,6 +11,8 @@ from gpusoftmax.kernels.cpu.memory import (
     load_part,
     load_transposed,
     pointer_to,
+    prefetch_to_read,
+    prefetch_to_write,
     store,
     store_part,
     store_transposed,
@@ -18,6 +20,7 @@ from gpusoftmax.kernels.cpu.memory import (
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
 from gpusoftmax.kernels.cpu.vector import (
     across,
+    along,
     lanes_of,
     number,
     square_of,
@@ -85,6 +88,19 @@ def copy_out(array, row, n_rows, rows, buffer, like):
 
 
 @device
+def fetch_next(array, row, n_rows, rows, for_result, like):
+    """Asks for the rows behind these, as many, if they follow in memory: they come while these are computed."""
+    if array.col_stride != 1 or array.inner_stride != rows.n_cols:
+        return
+    line, zeros = Line(element(array, row + n_rows, rows), 1, 0), along(number(like, 0.0))
+    for col in range(0, n_rows * rows.n_cols, lanes_of(zeros)):
+        if for_result:
+            prefetch_to_write(line, col, zeros)
+        else:
+            prefetch_to_read(line, col, zeros)
+
+
+@device
 def across_rows(way, job, rows, first, second, target, prepare, measure, fold, write, numbers, like):
     """Blocks of rows, by way of copies in the cache; the result takes the place of the first array there."""
     zero = across(number(like, 0.0))
@@ -109,6 +125,10 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
             copy_in(first, row, n_rows, rows, copy, like)
             if job.has_second:
                 copy_in(second, row, n_rows, rows, copy + job.stage_bytes, like)
+                fetch_next(second, row, n_rows, rows, False, like)
+            fetch_next(first, row, n_rows, rows, False, like)
+            if job.has_target:
+                fetch_next(target, row, n_rows, rows, True, like)
             line = Line(pointer_to(copy, like), lanes, 1)
             here = Here(
                 row,
