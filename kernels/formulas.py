@@ -599,6 +599,12 @@ def distance_of_mass(a: Arithmetic, mass, x, max):
     return a.select(a.equal(mass, a.number(0)), a.number(0), a.mul(half, a.mul(mass, a.number(2))))
 
 
+def weighted_nats(a: Arithmetic, mass, nats):
+    """mass nats, and 0 where the mass is and the nats are infinite: of a class that cannot be, and has no weight."""
+    cannot_be = a.builder.and_(a.equal(mass, a.number(0)), a.equal(nats, a.number(math.inf)))
+    return a.select(cannot_be, a.number(0), a.mul(mass, nats))
+
+
 def is_above(a: Arithmetic, x, threshold):
     """1 where x is larger than the threshold, else 0."""
     return a.select(a.less(threshold, x), a.number(1), a.number(0))

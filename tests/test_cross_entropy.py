@@ -161,6 +161,20 @@ def test_valid_rows_of_total_weight_zero(target, smoothing):
     check(loss, dlogits, logits, labels, weight, label_smoothing=smoothing, reduction="sum")
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_a_label_without_weight_that_cannot_be(target, label_smoothing):
+    """0 inf is 0: what a vocabulary is padded with, as a label. Where the row holds a NaN, the loss is."""
+    logits, weight = inputs.make("spread", (3, 40), np.float32), class_weights(40, "float32")
+    labels = np.array([39, 38, 39])
+    logits[:, -2:], weight[-2:] = -np.inf, 0
+    logits[2, 5] = np.nan
+    loss, dlogits = run(target, logits, labels, weight, reduction="none", label_smoothing=label_smoothing)
+    smoothed = oracle.full_cross_entropy(logits[:2], np.full((2, 40), label_smoothing / 40), weight)
+    np.testing.assert_allclose(loss[:2], smoothed.loss.astype(np.float32), rtol=1e-6)
+    np.testing.assert_allclose(dlogits[:2], smoothed.dlogits.astype(np.float32), atol=1e-6)
+    assert np.isnan(loss[2]) and np.isnan(dlogits[2]).any()
+
+
 @pytest.mark.parametrize("n_cols", [40, 4099])
 def test_smoothing_over_masked_classes_without_weight(target, n_cols):
     """0 inf is 0 here, too: classes that a vocabulary is padded with add nothing. One that has a weight is infinite."""

@@ -13,6 +13,7 @@ from gpusoftmax.kernels.cpu.arithmetic import (
     negative,
     rise_to,
     row_inverse,
+    weighted_nats,
 )
 from gpusoftmax.kernels.cpu.arithmetic import (
     logsumexp as logsumexp_of_state,
@@ -154,7 +155,7 @@ def loss_of_target(here, n_chunks, numbers, loss, shares, is_dense):
 def loss_of_label(here, n_chunks, numbers, loss):
     confident, all_weights, log, log_low, largest = numbers
     logit = saved(here.states, n_chunks, LABEL_LOGIT, here.zero)
-    value = mul(confident, negative(log_probability(logit, largest, log, loss.scale)))
+    value = weighted_nats(confident, negative(log_probability(logit, largest, log, loss.scale)))
     if loss.share != number(loss.scale, 0.0):
         smoothing = mul(add(log, log_low), mul(loss.share, all_weights))
         value = add(value, add(smoothing, fold_distances(here, n_chunks, largest)))

@@ -6,7 +6,15 @@ from typing import NamedTuple
 from numpy import int64
 
 from gpusoftmax.kernels.cuda.device._cuda import device
-from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, fma, logsumexp_of, mul, number
+from gpusoftmax.kernels.cuda.device.arithmetic import (
+    add,
+    distance_of_mass,
+    fma,
+    logsumexp_of,
+    mul,
+    number,
+    weighted_nats,
+)
 from gpusoftmax.kernels.cuda.device.exponential import negative_log_probability
 from gpusoftmax.kernels.cuda.device.loss_target import unused, weight_of_row
 from gpusoftmax.kernels.cuda.device.memory import is_null, row_offset, store, store_integer
@@ -29,7 +37,8 @@ def loss_of_row(found, s, mass, distances, looked, all_weights, smoothed, loss, 
     half, log, log_low, _ = found
     if probs is None:
         if shares is None:
-            value = mul(mul(loss.confidence, s), negative_log_probability(looked[0], half, log, scale))
+            nats = negative_log_probability(looked[0], half, log, scale)
+            value = weighted_nats(mul(loss.confidence, s), nats)
             if smoothed:
                 value = add(value, add(mul(mul(loss.share, all_weights), add(log, log_low)), distances))
             return value
