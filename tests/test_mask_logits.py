@@ -1,5 +1,10 @@
 """top_k_mask_logits and top_p_mask_logits: which logits stay, on every target, dtype and awkward row."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 
@@ -87,6 +92,26 @@ def test_special_rows(target, function, limit):
     assert np.array_equal(np.where(np.isnan(masked[1]), -np.inf, masked[1]), masked_without)
     if function is top_p:
         assert masked[2].tobytes() == logits[2].tobytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no page that cannot be read")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_nothing_behind_a_row_with_infinity_is_read(dtype):
+    """Its last vector is not full, and behind it memory ends."""
+    program = f"""
+    import ctypes, mmap
+    import numpy as np
+    import gpusoftmax
+    page, row_bytes = mmap.PAGESIZE, 1001 * np.dtype("{dtype}").itemsize
+    n_bytes = -(-row_bytes // page) * page
+    memory = mmap.mmap(-1, n_bytes + page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + n_bytes
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+    logits = np.frombuffer(memory, "{dtype}", 1001, n_bytes - row_bytes)[None]
+    logits[0, 5] = np.inf
+    assert np.array_equal(gpusoftmax.top_p_mask_logits(logits, 0.9), logits)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=300)
 
 
 def test_axes_and_out():

@@ -178,7 +178,8 @@ def are_many(mass, low, here, numbers):
         return True
     shift, exponent, scale, scale_low = numbers
     least = exp_from(low, shift, exponent, floor(exponent), scale, scale_low)
-    return mul(mass, number(mass, FEW)) > mul(least, number(mass, here.n_cols))
+    # Of a row with +inf the sum is NaN, and its limit -inf, which what fills up the last vector would reach, too.
+    return not mul(mass, number(mass, FEW)) <= mul(least, number(mass, here.n_cols))
 
 
 @device
