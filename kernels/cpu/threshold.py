@@ -48,6 +48,8 @@ from gpusoftmax.kernels.operands import ONE_VALUE
 kept_from = formula(ordering.kept_from)
 # One column of so many: they are gathered when no more are left (Zen 5; 64 to 1024 differ little).
 FEW = 256
+# So many steps divide by value: to a limit of 0 all of them would be hundreds, in float64 thousands.
+BY_VALUE = 16
 # A sum over so many columns takes no longer than to look for a better way.
 SHORT = 512
 
@@ -134,15 +136,15 @@ def limit_of_mass(here, top_p, limit, largest, scale, scale_low):
     if limit > number(largest, -math.inf) and here.n_cols > SHORT:  # of what top_k leaves
         n_left = gather_between(here, limit, of_order(high, largest))
         wanted = mul(top_p, mass_of_gathered(here, n_left, limit, numbers))
-        return limit_of_gathered(here, n_left, wanted, here.zero, low, high, step, False, numbers)
+        return limit_of_gathered(here, n_left, wanted, here.zero, low, high, step, 0, numbers)
 
     reaching, above = mass_of_row(here, limit, largest, scale, scale_low), here.zero  # what reaches low, and high
     wanted = mul(top_p, reaching)
-    by_value = False
+    by_value = 0
     if here.n_cols > SHORT:
         bound = least_limit(here, top_p, largest, scale)
-        by_value = bound > limit
-        low = order_of(bound) & -step if by_value else low
+        if bound > limit:
+            low, by_value = order_of(bound) & -step, BY_VALUE
     middle = between(low, high, step, by_value, part_of(wanted, reaching, above))
     while middle != low and are_many(sub(reaching, above), of_order(low, largest), here, numbers):
         mass = mass_reaching(here, of_order(middle, largest))
@@ -150,6 +152,7 @@ def limit_of_mass(here, top_p, limit, largest, scale, scale_low):
             low, reaching = middle, mass
         else:
             high, above = middle, mass
+        by_value -= 1
         middle = between(low, high, step, by_value, part_of(wanted, reaching, above))
     if middle == low:
         return of_order(low, largest)
@@ -184,7 +187,9 @@ def are_many(mass, low, here, numbers):
 
 @device
 def limit_of_gathered(here, n_gathered, wanted, above, low, high, step, by_value, numbers):
-    """The limit between two orders, where all logits between these have been gathered. above: the sum of the others."""
+    """The limit between two orders, where all logits between these have been gathered. above: the sum of the others.
+    by_value: how many more steps divide by value.
+    """
     half = number(wanted, 0.5)
     middle = between(low, high, step, by_value, half)
     while middle != low:
@@ -192,6 +197,7 @@ def limit_of_gathered(here, n_gathered, wanted, above, low, high, step, by_value
             low = middle
         else:
             high = middle
+        by_value -= 1
         middle = between(low, high, step, by_value, half)
     return of_order(low, half)
 
@@ -217,8 +223,10 @@ def part_of(wanted, reaching, above):
 
 @device
 def between(low, high, step, by_value, part):
-    """An order between two, low if there is none. Dividing by value takes fewer steps between numbers of one size."""
-    if by_value:
+    """An order between two, low if there is none. Dividing by value, if by_value is above 0, takes fewer steps between
+    numbers of one size.
+    """
+    if by_value > 0:
         x = of_order(low, part)
         middle = order_of(add(x, mul(part, sub(of_order(high, part), x)))) & -step
         if middle > low and middle < high:
