@@ -1,5 +1,7 @@
 """top_logprobs: the same tokens as a stable sort, and log_softmax's own bits for them, on every target."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -175,6 +177,34 @@ def test_more_tokens_of_what_logits_go_through(k):
     assert top.logprob.tobytes() == expected.logprob.tobytes()
     top = gpusoftmax.top_logprobs(logits, k, temperature=np.float32([1, np.nan, 1, -1]))
     assert (top.token == -1).all(axis=1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("k", [128, 129, 130, 2100])
+def test_many_tokens_of_what_logits_go_through(dtype, k):
+    """They are kept as a heap (kernels/cpu/largest.py)."""
+    logits = np.concatenate([inputs.make(family, (2, 2100), dtype) for family in ("ties", "sorted", "masked", "flat")])
+    through = {"mask": np.ones(2100, bool)}
+    top = gpusoftmax.top_logprobs(logits, k, **through)
+    assert np.array_equal(top.token, largest(logits, k))
+    expected = gpusoftmax.token_logprobs(logits, top.token).logprob
+    assert top.logprob.tobytes() == expected.tobytes()
+    logits[0, 3], logits[1] = np.nan, np.nan
+    top = gpusoftmax.top_logprobs(logits, k, **through)
+    assert (top.token[:2] == -1).all() and np.isnan(top.logprob[:2]).all()
+    assert np.array_equal(top.token[2:], largest(logits[2:], k))
+
+
+def test_many_tokens_take_no_more_time_than_the_row():
+    """In ascending order each logit had moved all that were kept."""
+    logits, bias = np.arange(40_000, dtype=np.float32)[None], np.zeros(40_000, np.float32)
+    times = {64: [], 2000: []}
+    for _ in range(7):  # the first compiles
+        for k, of_k in times.items():
+            start = time.perf_counter()
+            gpusoftmax.top_logprobs(logits, k, bias=bias)
+            of_k.append(time.perf_counter() - start)
+    assert min(times[2000]) < 5 * min(times[64])
 
 
 def test_an_ignored_class_is_a_token_like_others():

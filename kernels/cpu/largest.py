@@ -4,7 +4,7 @@
                  replaced by a NaN
     long rows    kept in order while the row is read: a vector of columns is looked at closer only if one of them is
                  larger than the last that is kept. Where there are fewer than k so far, a NaN at the end stands for
-                 none
+                 none. Many are kept as a heap, the last one at its top, and put in order at the end of the row
 
 Equal logits stay in the order of their columns.
 """
@@ -40,6 +40,8 @@ from gpusoftmax.kernels.cpu.vector import (
 
 # As many logits are gone over faster than a few are put where they belong (Zen 4, 8 of 64: 4 times as fast).
 SHORT = 512
+# To move as many at each insertion takes longer than a heap (Zen 5, 1000 of 151936: 1.6 ms; in ascending order 58).
+MANY = 128
 
 
 @device
@@ -53,6 +55,8 @@ def find_largest(here, first, count, values, columns, k, like):
         if first == 0:
             begin_largest(values, columns, k, like)
         take_largest(here, first, count, values, columns, k, like)
+        if k > MANY and first + count == here.n_cols:
+            put_in_order(values, columns, k, like)
 
 
 # ---------------------------------------------------------------- short rows
@@ -111,14 +115,18 @@ def take_largest(here, first, count, values, columns, k, like):
 
 @device
 def take_from_vector(here, col, vector, count, values, columns, k, like):
-    least = load(values, k - 1, like)
+    last = 0 if k > MANY else k - 1
+    least = load(values, last, like)
     candidates = lanes_not_below(vector, least, count)
     while candidates != 0:
         lane = lowest_bit(candidates)
         candidates &= candidates - 1
         x = load(here.first.pointer, col + lane, like)
-        if comes_before(x, load(values, k - 1, like)):
-            insert(values, columns, x, col + lane, k, like)
+        if comes_before(x, load(values, last, like)):
+            if k > MANY:
+                replace_top(values, columns, x, col + lane, k, like)
+            else:
+                insert(values, columns, x, col + lane, k, like)
 
 
 @device
@@ -135,3 +143,39 @@ def insert(values, columns, x, col, k, like):
         j -= 1
     store(values, j, x)
     columns[j] = col
+
+
+# ---------------------------------------------------------------- many
+
+
+@device
+def replace_top(values, columns, x, col, k, like):
+    """Puts a logit into a heap of k in place of the one at the top, behind which no other one comes."""
+    j, child = 0, 1
+    while child < k:
+        if child + 1 < k and is_ahead(load(values, child, like), columns[child], values, columns, child + 1, like):
+            child += 1
+        if not is_ahead(x, col, values, columns, child, like):
+            break
+        store(values, j, load(values, child, like))
+        columns[j] = columns[child]
+        j, child = child, 2 * child + 1
+    store(values, j, x)
+    columns[j] = col
+
+
+@device
+def is_ahead(x, col, values, columns, j, like):
+    """Whether a logit comes before that at a place of a heap."""
+    other = load(values, j, like)
+    return comes_before(x, other) or (x == other and col < columns[j])
+
+
+@device
+def put_in_order(values, columns, k, like):
+    """The top of what is left of a heap goes behind it, again and again."""
+    for left in range(k - 1, 0, -1):
+        x, col = load(values, left, like), columns[left]
+        store(values, left, load(values, 0, like))
+        columns[left] = columns[0]
+        replace_top(values, columns, x, col, left, like)
