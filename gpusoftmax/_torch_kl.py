@@ -143,13 +143,15 @@ def _graph_of_gradients(
     """Both gradients, as functions of the logits and of upstream that autograd knows."""
     dim, temperature, dtype = options.dim, options.temperature, upstream.dtype
     of_rows = (dim,), temperature, dtype
+    counts = None if row_weight is None else (row_weight != 0).unsqueeze(dim)
+    if counts is not None:  # a row of weight 0 may hold anything, of which a derivative would be NaN
+        logits, target_logits = torch.where(counts, logits, 0), torch.where(counts, target_logits, 0)
     q, p = rows.softmax(logits, *of_rows), rows.softmax(target_logits, *of_rows)
     d = rows.log_softmax(target_logits, *of_rows) - rows.log_softmax(logits, *of_rows)
     d = torch.where(p > 0, d, 0)  # 0 log 0 = 0
     divergence = (p * d).sum(dim, keepdim=True)
     factor = (upstream / temperature).unsqueeze(dim)
     dlogits, dtarget = factor * (q - p), factor * p * (d - divergence)
-    if row_weight is not None:  # a row of weight 0 may hold anything
-        counts = (row_weight != 0).unsqueeze(dim)
+    if counts is not None:  # whatever comes from above
         dlogits, dtarget = torch.where(counts, dlogits, 0), torch.where(counts, dtarget, 0)
     return dlogits.to(logits.dtype), dtarget.to(target_logits.dtype)

@@ -97,6 +97,19 @@ def test_a_row_that_is_left_out_may_hold_anything():
         assert loss.isfinite() and not dlogits[1].any() and not dtarget[1].any() and dlogits.isfinite().all()
 
 
+def test_second_derivatives_of_a_row_of_weight_0_that_holds_nan():
+    x, y = (one.detach() for one in logits(3, 5))
+    broken = x.clone()
+    broken[1] = torch.nan
+    for function in (
+        lambda one: kl_div(one, y, row_weight=WEIGHTS).sin(),
+        lambda one: kl_div(y, one, row_weight=WEIGHTS).sin(),
+    ):
+        expected = torch.autograd.functional.hessian(function, x)
+        torch.testing.assert_close(torch.autograd.functional.hessian(function, broken), expected)
+        torch.testing.assert_close(torch.func.hessian(function)(broken), expected)
+
+
 def test_compiled_and_checked():
     x, y = logits(3, 5, dtype=torch.float32)
     options = 1, 1.0, "mean", None
