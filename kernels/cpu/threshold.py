@@ -41,6 +41,7 @@ from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, r
 from gpusoftmax.kernels.cpu.states import row_max
 from gpusoftmax.kernels.cpu.vector import (
     cols_of,
+    first_lanes,
     number,
 )
 from gpusoftmax.kernels.operands import ONE_VALUE
@@ -278,7 +279,7 @@ def gather_between(here, low, high):
     for col in range(0, here.n_cols, step):
         left = here.n_cols - col
         x = load_cols(here.first, col, left, here.nothing)
-        lanes = lanes_between(x, low, high)
+        lanes = lanes_between(x, low, high, left)
         while lanes != 0:
             store(here.home.pointer, found, load(here.first.pointer, col + lowest_bit(lanes), here.zero))
             lanes &= lanes - 1
@@ -348,17 +349,18 @@ def lanes_reaching(typingctx, x, limit):
 
 
 @intrinsic
-def lanes_between(typingctx, x, low, high):
-    """A bit for each lane of x that is at least low and less than high, if that is a number."""
+def lanes_between(typingctx, x, low, high, count):
+    """A bit for each of the first `count` lanes of x that is at least low and less than high, if that is a number."""
 
     def codegen(context, builder, signature, args):
         a = formulas.Arithmetic(builder, args[0].type)
         reaching = builder.fcmp_ordered(">=", args[0], a.splat(args[1]))
         between = builder.and_(reaching, builder.fcmp_unordered("<", args[0], a.splat(args[2])))
+        between = builder.and_(between, first_lanes(builder, args[3], x.lanes))
         mask = builder.bitcast(between, ir.IntType(x.lanes))
         return mask if mask.type == ordering.LONG else builder.zext(mask, ordering.LONG)
 
-    return types.int64(x, low, high), codegen
+    return types.int64(x, low, high, types.intp), codegen
 
 
 @intrinsic
