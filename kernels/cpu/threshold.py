@@ -49,9 +49,11 @@ from gpusoftmax.kernels.operands import ONE_VALUE
 kept_from = formula(ordering.kept_from)
 # One column of so many: they are gathered when no more are left (Zen 5; 64 to 1024 differ little).
 FEW = 256
-# So many steps divide by value: to a limit of 0 all of them would be hundreds, in float64 thousands.
+# So many steps divide by value: to a limit of 0 all of them would be hundreds, in float64 thousands (Zen 5, 4 x 151936
+# float32 zeros: 9.9 ms without a bound, 1.8 with this one).
 BY_VALUE = 16
-# A sum over so many columns takes no longer than to look for a better way.
+# A sum over so many columns takes no longer than to look for a better way (Zen 5, 65536 rows of 64 columns: 19 ms so,
+# 33 the other way; 4096 rows of 1000: 4.7 and 3.8).
 SHORT = 512
 
 
