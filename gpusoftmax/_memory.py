@@ -37,10 +37,15 @@ address = _address_getter()
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A new NumPy array that starts at a cache line, as vector instructions like it; NumPy's own start at 16 bytes."""
-    size = math.prod(shape) * dtype.itemsize
+    return aligned_at(shape, dtype, math.prod(shape) * dtype.itemsize)[0]
+
+
+def aligned_at(shape: tuple[int, ...], dtype: np.dtype, size: int) -> tuple[np.ndarray, int]:
+    """The same, of so many bytes, and where it starts."""
     memory = np.empty(size + CACHE_LINE, np.uint8)
-    offset = -address(memory) % CACHE_LINE
-    return np.ndarray(shape, dtype, memory, offset)
+    start = address(memory)
+    offset = -start % CACHE_LINE
+    return np.ndarray(shape, dtype, memory, offset), start + offset
 
 
 _LARGE = 1 << 22

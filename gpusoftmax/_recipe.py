@@ -32,12 +32,12 @@ _PLAIN = (type(None), bool, int, float, str, type, np.dtype, np.generic)
 class Start(NamedTuple):
     """A kernel is started."""
 
-    what: Any  # gpusoftmax.kernels.cpu.run.Start, or gpusoftmax.kernels.cuda.launch.Launch
+    what: Any  # gpusoftmax.kernels.cpu.program.Start, or gpusoftmax.kernels.cuda.launch.Launch
     arrays: tuple[tuple[int, int], ...]  # for each of its addresses the number of an array, and bytes behind element 0
 
 
 class Read(NamedTuple):
-    """The one element of an array is read, and was this: if it is another one, the call does something else."""
+    """An int64 that the call has made is read, and was this: if it is another one, the call does something else."""
 
     number: int
     value: Any

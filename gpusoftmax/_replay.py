@@ -64,7 +64,7 @@ def call(function: Callable[..., Any], arrays: tuple, *options: Any) -> Any:
         return function(*arrays, *options)
     driver = _cuda("driver")
     if known is _UNKNOWN or known.device is not driver.device(known.place.device):
-        return _record(key, function, arrays, options)
+        return record(key, function, arrays, options)
     if not _recipe.apart(pointers, known.recipe.overlaps):
         return function(*arrays, *options)
     return _replay(known, given, pointers, driver.launch)
@@ -113,7 +113,7 @@ def _replay(known: _OnGpu, arrays: list[Any], pointers: list[int], launch: Calla
     return tuple([None if number is None else arrays[number] for number in results])
 
 
-def _record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
+def record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     if not _recipe.is_plain(arrays, options):
         return function(*arrays, *options)
     result, recipe = _recipe.record(function, arrays, options, _launches)

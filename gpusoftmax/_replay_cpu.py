@@ -1,22 +1,42 @@
 """Calls on NumPy arrays that were made before, with arrays of the same layout (_recipe.py), on as many threads."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import importlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gpusoftmax import _memory, _recipe
 from gpusoftmax._arrays import numpy_dtype
-from gpusoftmax._recipe import Read, Recipe, Start
+from gpusoftmax._recipe import Recipe, Start
+from gpusoftmax.kernels.operands import SMALL
+
+if TYPE_CHECKING:
+    from gpusoftmax.kernels.cpu.program import Program
 
 LINE_BYTES = 64
 """Where in a cache line a large array starts decides how it is written."""
-_recipes: dict[tuple, Recipe | None] = {}
+_SMALL = 4096
+"""Bytes: no kernel writes so few past the caches, wherever they lie."""
+
+
+class OnCpu(NamedTuple):
+    """A recipe, ready to be followed. Arrays are numbered: those that are given, then those that are made."""
+
+    program: Program
+    overlaps: tuple[tuple[int, int, int, int], ...]  # of _recipe.Recipe
+    made: tuple[Callable[[], tuple[Any, int]], ...]  # each gives an array and its address
+    written: tuple[int, ...]
+    results: tuple[int | None, ...] | int
+    scalars: tuple[int, ...]
+
+
+_recipes: dict[tuple, OnCpu | None] = {}
 """None: takes the ordinary way."""
 
 
@@ -28,9 +48,8 @@ def _run() -> Any:
 def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     """Returns function(*arrays, *options), or what it would return. An array that was not given is None."""
     # True is equal to 1.0, but no temperature.
-    size = arrays[0].size
-    key = [function, options, *map(type, options), threads_for(size)]
-    is_large = may_be_streamed(size)
+    key = [function, options, *map(type, options)]
+    is_large = add_schedule(key, arrays[0].size)
     given, addresses = [], []
     for array in arrays:
         if array is None:
@@ -53,109 +72,104 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     except TypeError:  # an option that cannot be a key, which the function will complain about
         known = None
     if known is _recipes:
-        return _record(key, function, arrays, options)
+        return record(_recipes, key, function, arrays, options, _new_array)
     if known is None or not _recipe.apart(addresses, known.overlaps):
         return function(*arrays, *options)
-    for new, shape, dtype in known.made:
-        array = new(shape, dtype)
+    for new in known.made:
+        array, address = new()
         given.append(array)
-        addresses.append(_memory.address(array))
-    if not play(known.steps, given, addresses):
+        addresses.append(address)
+    if not play(known.program, addresses):
         return function(*arrays, *options)
     for number in known.scalars:
         given[number] = given[number][()]
     return results(known, given)
 
 
-def threads_for(size: int) -> int:
-    """How many threads share a call: a recipe is for so many."""
-    return _run().threads_for(size)
+def add_schedule(key: list, size: int) -> bool:
+    """Adds how many threads share a call on so many logits: a recipe is for these. Whether it may matter to the call if
+    a result starts at a cache line.
+    """
+    if size <= SMALL:
+        return False
+    run = _run()
+    key.append(run.threads_for(size))
+    return run.may_be_streamed(size)
 
 
-def may_be_streamed(size: int) -> bool:
-    """Whether it may matter to a call on so many logits if a result starts at a cache line."""
-    return _run().may_be_streamed(size)
+def play(program: Program, addresses: Sequence[int]) -> bool:
+    """Does what a recipe says, on arrays at these addresses. Whether that was right: what it has read may be another
+    value.
+    """
+    return _run().play(program, addresses)
 
 
-def play(steps: Sequence[Start | Read], arrays: Sequence[Any], addresses: Sequence[int]) -> bool:
-    """Does what a recipe says, on these arrays. Whether that was right: what it has read may be another value."""
-    start = _run().start
-    for step in steps:
-        if type(step) is Read:
-            if arrays[step.number].item() != step.value:
-                return False
-        else:
-            what, where = step
-            start(what, [addresses[number] + offset for number, offset in where])
-    return True
-
-
-def results(known: Recipe, arrays: Sequence[Any]) -> Any:
+def results(known: OnCpu, arrays: Sequence[Any]) -> Any:
     if type(known.results) is int:
         return arrays[known.results]
     return tuple([None if number is None else arrays[number] for number in known.results])
 
 
-def recorded(function: Callable[..., Any], arrays: tuple, options: tuple) -> tuple[Any, Recipe | None]:
-    """`_recipe.record` of a call whose kernels run on the CPU."""
-    result, recipe = _recipe.record(function, arrays, options, _starts)
-    return result, None if recipe is None else recipe._replace(steps=tuple(_in_turn(recipe)))
-
-
-def _in_turn(recipe: Recipe) -> Iterator[Start | Read]:
-    """The steps, with kernels that follow each other on one thread as one. What is read between them is looked at by
-    that one, which goes on only if it is as it was, and then here.
+def record(recipes: dict, key: tuple, function: Callable, arrays: tuple, options: tuple, new: Callable) -> Any:
+    """function(*arrays, *options), whose recipe is kept. new(shape, dtype, n_bytes): an array for the caller, and its
+    address.
     """
-    for alone, steps in itertools.groupby(recipe.steps, lambda step: _is_alone(step, recipe)):
-        steps = tuple(steps)
-        starts = [number for number, step in enumerate(steps) if type(step) is Start]
-        is_read_twice = any(type(one) is type(other) is Read for one, other in itertools.pairwise(steps))
-        if not alone or len(starts) < 2 or is_read_twice:
-            yield from steps
-            continue
-        calls, expected, where = [], [], []
-        for number in starts:
-            what, arrays = steps[number]
-            before = steps[number - 1] if number and type(steps[number - 1]) is Read else None
-            calls.append(what)
-            expected.append(None if before is None else before.value)
-            where += arrays if before is None else (*arrays, (before.number, 0))
-        joined = importlib.import_module("gpusoftmax.kernels.cpu.in_turn").joined
-        yield Start(joined(calls, expected), tuple(where))
-        yield from (step for step in steps if type(step) is Read)
+    if not _recipe.is_plain(arrays, options):
+        return function(*arrays, *options)
+    result, recipe = _recipe.record(function, arrays, options, _starts)
+    _recipe.remember(recipes, key, None if recipe is None else _on_cpu(recipe, new))
+    return result
 
 
-def _is_alone(step: Start | Read, recipe: Recipe) -> bool:
-    """Whether a step is a kernel on one thread, or the reading of an int64 that the call has made."""
-    if type(step) is Start:
-        return step.what.n_threads <= 1
-    made = step.number - recipe.n_given
-    return made >= 0 and recipe.made[made][1] == "int64"
+def _new_array(shape: tuple[int, ...], dtype: str, n_bytes: int) -> tuple[np.ndarray, int]:
+    return _memory.aligned_at(shape, numpy_dtype(dtype), n_bytes)
+
+
+def _new_scalar(dtype: np.dtype) -> tuple[np.ndarray, int]:
+    array = np.empty((), dtype)
+    return array, _memory.address(array)
 
 
 def _starts(note: Callable[[Any, Sequence[int]], None]) -> contextlib.AbstractContextManager:
     return _run().recording(lambda start: note(start, start.addresses))
 
 
-def _record(key: tuple, function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
-    if not _recipe.is_plain(arrays, options):
-        return function(*arrays, *options)
-    result, recipe = recorded(function, arrays, options)
-    _recipe.remember(_recipes, key, None if recipe is None else with_makers(recipe, _memory.aligned, numpy_dtype))
-    return result
-
-
-def with_makers(recipe: Recipe, new: Callable, dtype_of: Callable[[str], Any]) -> Recipe:
-    """The recipe with (function, shape, dtype) for what it makes: results are arrays of the caller's library, and what
-    nobody sees, if it is small, is memory as NumPy has it, in a fifth of the time.
+def _on_cpu(recipe: Recipe, new: Callable) -> OnCpu:
+    """What nobody sees, if it is small, lies in the program's own memory: an array takes longer to make than to fill.
+    Of what becomes a scalar nobody sees the array.
     """
+    program = importlib.import_module("gpusoftmax.kernels.cpu.program")
     seen = recipe.results if isinstance(recipe.results, tuple) else (recipe.results,)
-    made = []
+    places = {number: (number, 0) for number in range(recipe.n_given)}
+    made, own_bytes = [], 0
     for number, (shape, dtype) in enumerate(recipe.made, recipe.n_given):
-        is_seen = number in seen or math.prod(shape) * numpy_dtype(dtype).itemsize > _SMALL
-        made.append((new, shape, dtype_of(dtype)) if is_seen else (np.empty, shape, numpy_dtype(dtype)))
-    return recipe._replace(made=tuple(made))
+        n_bytes = math.prod(shape) * numpy_dtype(dtype).itemsize
+        if number not in seen and n_bytes <= _SMALL:
+            places[number] = program.OWN, own_bytes
+            own_bytes += -(-n_bytes // LINE_BYTES) * LINE_BYTES
+            continue
+        places[number] = recipe.n_given + len(made), 0
+        if number in recipe.scalars:
+            made.append(functools.partial(_new_scalar, numpy_dtype(dtype)))
+        else:
+            made.append(functools.partial(new, shape, dtype, n_bytes))
 
+    def placed(number: int, offset: int = 0) -> tuple[int, int]:
+        array, start = places[number]
+        return array, start + offset
 
-_SMALL = 4096
-"""Bytes: no kernel writes so few past the caches, wherever they lie."""
+    steps = []
+    for step in recipe.steps:
+        if isinstance(step, Start):
+            steps.append((step.what, [placed(*where) for where in step.arrays]))
+        else:
+            steps.append((program.Expect(step.value), [placed(step.number)]))
+    results = tuple(None if number is None else places[number][0] for number in seen)
+    return OnCpu(
+        program=program.assemble(steps, recipe.n_given + len(made), own_bytes),
+        overlaps=recipe.overlaps,
+        made=tuple(made),
+        written=recipe.written,
+        results=results if isinstance(recipe.results, tuple) else results[0],
+        scalars=tuple(places[number][0] for number in recipe.scalars),
+    )

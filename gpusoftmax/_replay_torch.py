@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gpusoftmax import _memory, _recipe, _replay_cpu
-from gpusoftmax._recipe import Recipe
+from gpusoftmax._replay_cpu import OnCpu
 
-_recipes: dict[tuple, Recipe | None] = {}
+_recipes: dict[tuple, OnCpu | None] = {}
 """None: takes the ordinary way."""
 
 
@@ -23,21 +23,16 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     except TypeError:  # an option that cannot be a key, which the function will complain about
         known = None
     if known is _recipes:
-        return _record(torch, key, function, arrays, options)
+        return _replay_cpu.record(_recipes, key, function, arrays, options, _new_tensor)
     if known is None or not _recipe.apart(addresses, known.overlaps):
         return function(*arrays, *options)
-    for new, shape, dtype in known.made:
-        array = new(shape, dtype)
-        if new is _empty:
-            address = array.data_ptr() if type(array) is torch.Tensor else 0
-            if not address:  # a mode in which tensors are fake or functional; or nothing is in it
-                return function(*arrays, *options)
-            _memory.in_huge_pages(address, array.nbytes)
-        else:
-            address = _memory.address(array)
-        given.append(array)
+    for new in known.made:
+        tensor, address = new()
+        if not address:  # a mode in which tensors are fake or functional; or nothing is in it
+            return function(*arrays, *options)
+        given.append(tensor)
         addresses.append(address)
-    if not _replay_cpu.play(known.steps, given, addresses):
+    if not _replay_cpu.play(known.program, addresses):
         return function(*arrays, *options)
     for number in known.written:
         torch.autograd.graph.increment_version(given[number])
@@ -54,9 +49,8 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return None
     recorded = torch.is_grad_enabled()
-    size = arrays[0].numel()
-    key = [function, options, *map(type, options), _replay_cpu.threads_for(size)]
-    is_large = _replay_cpu.may_be_streamed(size)
+    key = [function, options, *map(type, options)]
+    is_large = _replay_cpu.add_schedule(key, arrays[0].numel())
     given, addresses = [], []
     for array in arrays:
         if array is None:
@@ -80,15 +74,10 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
     return tuple(key), given, addresses
 
 
-def _record(torch: Any, key: tuple, function: Callable, arrays: tuple, options: tuple) -> Any:
-    if not _recipe.is_plain(arrays, options):
-        return function(*arrays, *options)
-    result, recipe = _replay_cpu.recorded(function, arrays, options)
-    if recipe is not None:
-        recipe = _replay_cpu.with_makers(recipe, _empty, lambda name: getattr(torch, name))
-    _recipe.remember(_recipes, key, recipe)
-    return result
-
-
-def _empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    return sys.modules["torch"].empty(shape, dtype=dtype, device="cpu")
+def _new_tensor(shape: tuple[int, ...], dtype: str, n_bytes: int) -> tuple[Any, int]:
+    """And its address, 0 if it has none."""
+    torch = sys.modules["torch"]
+    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+    address = tensor.data_ptr() if type(tensor) is torch.Tensor else 0
+    _memory.in_huge_pages(address, n_bytes)
+    return tensor, address

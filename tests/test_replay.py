@@ -50,7 +50,7 @@ def test_a_second_call_on_the_cpu_is_replayed_with_its_own_arrays(monkeypatch, n
     _replay_cpu._recipes.clear()
     kept = call.function(**calls[0][1])
     with monkeypatch.context() as patched:
-        patched.setattr(_replay_cpu, "_record", lambda *_: pytest.fail("not replayed"))
+        patched.setattr(_replay_cpu, "record", lambda *_: pytest.fail("not replayed"))
         patched.setattr(_arrays, "logits", lambda *_: pytest.fail("not replayed"))
         result = call.function(**calls[1][1])
     kinds = [[type(part) for part in one] if isinstance(one, tuple) else type(one) for one in (kept, result)]
@@ -67,7 +67,7 @@ def test_a_second_call_is_replayed_with_its_own_arrays(gpu, monkeypatch, name):
     kept = call.function(**on_gpu)
     before = [type(part) for part in kept] if isinstance(kept, tuple) else type(kept)
     n_launches, launched = len(gpu.stats), [stats.entry for stats in gpu.stats]
-    monkeypatch.setattr(_replay, "_record", lambda *_: pytest.fail("not replayed"))
+    monkeypatch.setattr(_replay, "record", lambda *_: pytest.fail("not replayed"))
     other, on_gpu = placed(gpu, name, seed=2)
     result = call.function(**on_gpu)
     assert ([type(part) for part in result] if isinstance(result, tuple) else type(result)) == before
@@ -97,7 +97,7 @@ def check_replayed(target, monkeypatch, function, calls, options):
         expected.append(target.get(function(**arrays, **options)))
     assert not any(same_bits(*pair) for pair in zip(expected, expected[1:], strict=False))
     with monkeypatch.context() as patched:
-        patched.setattr(target.module, "_record", lambda *_: pytest.fail("not replayed"))
+        patched.setattr(target.module, "record", lambda *_: pytest.fail("not replayed"))
         for arrays, result in zip(placed, expected, strict=True):
             assert same_bits(target.get(function(**arrays, **options)), result)
 
@@ -238,7 +238,7 @@ def test_a_number_for_all_rows_is_no_address(target, monkeypatch):
         assert (made[:, n_valid:] == 0).all()
 
     probs(1, 33), probs(1, 7)
-    monkeypatch.setattr(target.module, "_record", lambda *_: pytest.fail("not replayed"))
+    monkeypatch.setattr(target.module, "record", lambda *_: pytest.fail("not replayed"))
     monkeypatch.setattr(_transform, "applied", lambda *_, **__: pytest.fail("not replayed"))
     probs(2, 33), probs(3, 7), probs(4, 33)
 
@@ -322,13 +322,13 @@ def test_labels_are_checked_each_time(target):
         assert same_bits(target.get(out), x)
 
 
-def test_kernels_on_one_thread_are_started_together(monkeypatch):
+def test_all_kernels_of_a_call_are_started_together(monkeypatch):
     """The check of the labels, the sum of the weights, the loss, its mean."""
-    started, run = [], importlib.import_module("gpusoftmax.kernels.cpu.run")
+    started, parallel = [], importlib.import_module("gpusoftmax.kernels.cpu.parallel")
     logits, labels = inputs.make("spread", SHAPE, F32), np.arange(3)
     first = gpusoftmax.cross_entropy(logits, labels)
-    start = run.start
-    monkeypatch.setattr(run, "start", lambda what, addresses: started.append(what) or start(what, addresses))
+    play = parallel.play
+    monkeypatch.setattr(parallel, "play", lambda *arguments: started.append(1) or play(*arguments))
     assert gpusoftmax.cross_entropy(logits, labels) == first
     assert len(started) == 1
 
@@ -344,6 +344,28 @@ def test_a_bad_label_stops_what_would_be_written_in_place():
     with pytest.raises(IndexError, match="is 40, expected a class"):
         gpusoftmax.cross_entropy_with_grad(kept, np.array([0, 40, 1]), out=kept)
     assert np.array_equal(kept, logits)
+
+
+def test_kernels_on_several_threads_are_started_together(monkeypatch):
+    """The check of the labels and the mean are one thread's, the losses all threads'."""
+    parallel, shape, programs = importlib.import_module("gpusoftmax.kernels.cpu.parallel"), (300, 1000), []
+    monkeypatch.setattr(parallel, "thread_count", lambda: 4)
+    play = parallel.play
+    monkeypatch.setattr(parallel, "play", lambda program, *more: programs.append(program) or play(program, *more))
+    for seed in range(3):
+        logits, labels = inputs.make("spread", shape, F32, seed), np.random.default_rng(seed).integers(0, 1000, 300)
+        programs.clear()
+        loss, gradient = gpusoftmax.cross_entropy_with_grad(logits, labels)
+        tolerances.check_loss(loss, logits, labels)
+        assert not seed or len(programs) == 1 and programs[0].n_threads == 4
+        _replay_cpu._recipes.clear()
+        assert same_bits((loss, gradient), gpusoftmax.cross_entropy_with_grad(logits, labels))
+        kept = logits.copy()
+        gpusoftmax.cross_entropy_with_grad(kept, labels, out=kept)
+        assert same_bits(kept, gradient)
+        with pytest.raises(IndexError, match="expected a class"):
+            gpusoftmax.cross_entropy_with_grad(kept, labels - 1000, out=kept)
+        assert same_bits(kept, gradient)
 
 
 def test_weights_that_are_converted_first(target):

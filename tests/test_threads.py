@@ -78,11 +78,11 @@ def test_concurrent_first_calls(tmp_path):
 SPY = """
         from gpusoftmax.kernels.cpu import parallel
         jobs = []
-        started = parallel.start
-        def spy(entry, block, n_threads):
-            jobs.append(n_threads)
-            return started(entry, block, n_threads)
-        parallel.start = spy
+        played = parallel.play
+        def spy(program, addresses, own):
+            jobs.append(program.n_threads)
+            return played(program, addresses, own)
+        parallel.play = spy
 """
 
 
@@ -273,15 +273,15 @@ def test_scratch_memory_outlives_a_call_in_between():
     program = """
         import weakref
         from gpusoftmax.kernels.cpu import parallel, run
-        expected, start, found = gpusoftmax.softmax(x), parallel.start, []
+        expected, play, found = gpusoftmax.softmax(x), parallel.play, []
         def interrupted(*arguments):
             memory, _ = run._kept.memory
             given, size = weakref.ref(memory), memory.size
             del memory
             run._workspace(2 * size)
             found.append(given() is not None)
-            start(*arguments)
-        parallel.start = interrupted
+            return play(*arguments)
+        parallel.play = interrupted
         assert np.array_equal(gpusoftmax.softmax(x), expected)
         assert found == [True]
         print("done")

@@ -10,12 +10,13 @@ import atexit
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 import numba
-import numpy as np
 from numba.np.ufunc import parallel as numba_threads
 
 from gpusoftmax.kernels.cpu import pool
+from gpusoftmax.kernels.cpu.program import Program
 
 
 def thread_count() -> int:
@@ -32,6 +33,8 @@ class _Threads:
     def __init__(self):
         self.pool = pool.new_pool()
         self.address = self.pool.ctypes.data
+        # What Numba would call in the end, after a look at the types of the arguments.
+        self.play = pool.play.compile(pool.PLAY)
         self.has_looked_for_openmp = _has_forked
         self.started: list[threading.Thread] = []
         self.starting = threading.Lock()
@@ -80,13 +83,13 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_at_exit)
 
 
-def start(entry: int, block: np.ndarray, n_threads: int) -> None:
-    """Runs a call (call.py) of the kernel whose C function lies at `entry` on this thread and n_threads - 1 others."""
+def play(program: Program, addresses: Sequence[int], own: int) -> bool:
+    """Runs a program on this thread and as many others as it says, in program.own_bytes at `own`; see pool.play."""
     threads = _threads or _the_threads()
-    if n_threads > 1:
+    if program.n_threads > 1:
         if not threads.has_looked_for_openmp and "torch" in sys.modules:
             threads.has_looked_for_openmp = True
             pool.use_openmp(threads.pool)
-        if n_threads - 1 > len(threads.started):
-            threads.at_least(n_threads - 1)
-    pool.share(threads.address, entry, block, n_threads - 1)
+        if program.n_threads - 1 > len(threads.started):
+            threads.at_least(program.n_threads - 1)
+    return threads.play(threads.address, program.address, program.pack(*addresses), own)

@@ -11,6 +11,7 @@ The caller takes the seats that are left away when there is no more to do, and w
 that nobody looks at the call any more. A thread that gets no core takes no seat, so nobody waits for it.
 """
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -35,6 +36,7 @@ from gpusoftmax.kernels.cpu.memory import (
     address_of,
     pointer_to,
 )
+from gpusoftmax.kernels.cpu.program import N_PLACES, N_TURNS, OWN, PLACE, PLACES, SIZE, TURN
 
 BELL, SEATS, LEFT, ENTRY, BUSY, SLEEPING, _MUTEX, _CONDITION, _END = (k * 2 * LINE for k in range(9))
 CALL = ENTRY + 1
@@ -175,11 +177,9 @@ def _share_with_own(words, entry, call, n_helpers):
     wait_until_at_least(words, LEFT, taken)
 
 
-@kernel
-def share(pool, entry, block, n_helpers):
+@device
+def _share(words, pool, entry, call, n_helpers):
     """Runs a call on this thread and, unless they are at work on another one, on n_helpers more."""
-    words = pointer_to(pool, pool)
-    call = address_of(block)
     if n_helpers > 0 and atomic_replace(words, BUSY, 0, 1):
         atomic_store(words, ENTRY, entry)
         atomic_store(words, CALL, call)
@@ -191,4 +191,27 @@ def share(pool, entry, block, n_helpers):
         atomic_store(words, BUSY, 0)
     else:
         run_entry(entry, call)
-    return block[0]  # it must outlive the call
+
+
+@kernel
+def play(pool, program, addresses, own):
+    """Runs a program (program.py) in memory of its `own`; whether it came to its end."""
+    words, given = pointer_to(program, program), pointer_to(address_of(addresses), program)
+    private = pointer_to(own, own)
+    n_places = words[N_PLACES]
+    behind = PLACES + PLACE * n_places
+    for k in range(words[SIZE]):
+        private[k] = words[behind + k]
+    for k in range(PLACES, behind, PLACE):
+        number = words[k + 1]
+        private[words[k]] = (own if number == OWN else given[number]) + words[k + 2]
+    for turn in range(0, TURN * words[N_TURNS], TURN):
+        entry, address, number = private[turn], private[turn + 1], private[turn + 2]
+        if entry != 0:
+            _share(pointer_to(pool, pool), pool, entry, address, number)
+        elif pointer_to(address, address)[0] != number:
+            return False
+    return True
+
+
+PLAY = types.int64, types.int64, numba.typeof(b""), types.int64

@@ -3,17 +3,16 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from gpusoftmax.kernels.cpu import call, parallel
-from gpusoftmax.kernels.cpu.call import WORKSPACE
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, REGISTERS
 from gpusoftmax.kernels.cpu.job import MAX_PARTS, Job
 from gpusoftmax.kernels.cpu.memory import (
     CACHE_LINE,
 )
+from gpusoftmax.kernels.cpu.program import Program, Start, assemble
 from gpusoftmax.kernels.cpu.rows import Address, Strided
 from gpusoftmax.kernels.cpu.states import FIELDS
 from gpusoftmax.kernels.cpu.vector import (
@@ -53,18 +52,6 @@ LONG_ROW_BYTES = 64 << 10
 # Of a thread. Columns whose copies would take more are gathered one by one.
 WORKSPACE_BYTES = 64 << 20
 PAGE = 4096
-
-
-class Start(NamedTuple):
-    """A call of a kernel, laid out: all of it that follows from the layout of its arrays."""
-
-    entry: int  # address of the kernel's C function
-    block: np.ndarray  # call.py
-    positions: tuple[int, ...]  # the words that are addresses of arrays, which follow in this order
-    addresses: tuple[int, ...]
-    n_threads: int
-    workspace_bytes: int
-    workspaces: tuple[int, ...] = (WORKSPACE,)  # the words that are its address
 
 
 class _Recorder(threading.local):
@@ -111,34 +98,30 @@ def run(
         kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks, in_parts,
         numbers_of_row,
     )  # fmt: skip
-    _start_noted(laid_out)
+    _start(laid_out)
 
 
 def run_alone(kernel, *arguments) -> None:
     """Runs a kernel that walks over no rows, on this thread."""
     arguments = tuple(map(_for_kernel, arguments))
-    _start_noted(_laid_out(kernel, ALONG, _ON_THIS_THREAD, arguments, 0, 0))
+    _start(_laid_out(kernel, ALONG, _ON_THIS_THREAD, arguments, 0, 0))
 
 
 _ON_THIS_THREAD = Job(*(0,) * len(Job._fields))._replace(n_threads=1)
 
 
-def _start_noted(laid_out: Start) -> None:
+def _start(laid_out: Start) -> None:
     if _recorder.note is not None:
         _recorder.note(laid_out)
-    start(laid_out, laid_out.addresses)
+    n_arrays = len(laid_out.addresses)
+    play(assemble([(laid_out, [(number, 0) for number in range(n_arrays)])], n_arrays), laid_out.addresses)
 
 
-def start(laid_out: Start, addresses: Sequence[int]) -> None:
-    """Runs what was laid out, on arrays at these addresses."""
-    block = laid_out.block.copy()
-    for position, address in zip(laid_out.positions, addresses, strict=True):
-        block[position] = address
+def play(program: Program, addresses: Sequence[int]) -> bool:
+    """Runs a program on arrays at these addresses; whether it came to its end, see program.py."""
     # Held: a call that comes in between, by a signal's handler or a finaliser, may need more and replace it.
-    _held, workspace = _workspace(laid_out.workspace_bytes)
-    for position in laid_out.workspaces:
-        block[position] = workspace
-    parallel.start(laid_out.entry, block, laid_out.n_threads)
+    _held, own = _workspace(program.own_bytes)
+    return parallel.play(program, addresses, own)
 
 
 def plan(
@@ -319,7 +302,7 @@ _kept = _Kept()
 
 
 def _workspace(size: int) -> tuple[np.ndarray, int]:
-    """Scratch memory that this thread keeps for its next call, and the address of `size` bytes in it."""
+    """Memory that this thread keeps for its next call, and the address of `size` bytes in it."""
     memory = _kept.memory
     if memory[0].size < size + CACHE_LINE:
         array = np.empty(size + CACHE_LINE, np.uint8)
