@@ -48,7 +48,7 @@ def aligned_at(shape: tuple[int, ...], dtype: np.dtype, size: int) -> tuple[np.n
     return np.ndarray(shape, dtype, memory, offset), start + offset
 
 
-_LARGE = 1 << 22
+LARGE = 1 << 22
 """Bytes, from which NumPy asks for huge pages, too."""
 _PAGE = mmap.PAGESIZE
 
@@ -58,7 +58,7 @@ def in_huge_pages(pointer: int, size: int) -> None:
 
     Linux backs memory by the page when it is first written, 4 KiB at a time: 1024 x 32768 float32 took 110 ms more.
     """
-    if size >= _LARGE and _madvise is not None:
+    if size >= LARGE and _madvise is not None:
         start = -(-pointer // _PAGE) * _PAGE
         _madvise(start, pointer + size - start, mmap.MADV_HUGEPAGE)  # only advice: an error changes nothing
 

@@ -72,7 +72,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     except TypeError:  # an option that cannot be a key, which the function will complain about
         known = None
     if known is _recipes:
-        return record(_recipes, key, function, arrays, options, _new_array)
+        return record(_recipes, key, function, arrays, options, _maker)
     if known is None or not _recipe.apart(addresses, known.overlaps):
         return function(*arrays, *options)
     for new in known.made:
@@ -110,19 +110,17 @@ def results(known: OnCpu, arrays: Sequence[Any]) -> Any:
     return tuple([None if number is None else arrays[number] for number in known.results])
 
 
-def record(recipes: dict, key: tuple, function: Callable, arrays: tuple, options: tuple, new: Callable) -> Any:
-    """function(*arrays, *options), whose recipe is kept. new(shape, dtype, n_bytes): an array for the caller, and its
-    address.
-    """
+def record(recipes: dict, key: tuple, function: Callable, arrays: tuple, options: tuple, maker: Callable) -> Any:
+    """function(*arrays, *options), whose recipe is kept. maker(shape, dtype, n_bytes): of arrays for the caller."""
     if not _recipe.is_plain(arrays, options):
         return function(*arrays, *options)
     result, recipe = _recipe.record(function, arrays, options, _starts)
-    _recipe.remember(recipes, key, None if recipe is None else _on_cpu(recipe, new))
+    _recipe.remember(recipes, key, None if recipe is None else _on_cpu(recipe, maker))
     return result
 
 
-def _new_array(shape: tuple[int, ...], dtype: str, n_bytes: int) -> tuple[np.ndarray, int]:
-    return _memory.aligned_at(shape, numpy_dtype(dtype), n_bytes)
+def _maker(shape: tuple[int, ...], dtype: str, n_bytes: int) -> Callable[[], tuple[np.ndarray, int]]:
+    return functools.partial(_memory.aligned_at, shape, numpy_dtype(dtype), n_bytes)
 
 
 def _new_scalar(dtype: np.dtype) -> tuple[np.ndarray, int]:
@@ -134,7 +132,7 @@ def _starts(note: Callable[[Any, Sequence[int]], None]) -> contextlib.AbstractCo
     return _run().recording(lambda start: note(start, start.addresses))
 
 
-def _on_cpu(recipe: Recipe, new: Callable) -> OnCpu:
+def _on_cpu(recipe: Recipe, maker: Callable) -> OnCpu:
     """What nobody sees, if it is small, lies in the program's own memory: an array takes longer to make than to fill.
     Of what becomes a scalar nobody sees the array.
     """
@@ -152,7 +150,7 @@ def _on_cpu(recipe: Recipe, new: Callable) -> OnCpu:
         if number in recipe.scalars:
             made.append(functools.partial(_new_scalar, numpy_dtype(dtype)))
         else:
-            made.append(functools.partial(new, shape, dtype, n_bytes))
+            made.append(maker(shape, dtype, n_bytes))
 
     def placed(number: int, offset: int = 0) -> tuple[int, int]:
         array, start = places[number]

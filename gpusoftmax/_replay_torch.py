@@ -1,5 +1,6 @@
 """Calls on torch tensors on the CPU that were made before: as in _replay_cpu.py, at the addresses of the tensors."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
     except TypeError:  # an option that cannot be a key, which the function will complain about
         known = None
     if known is _recipes:
-        return _replay_cpu.record(_recipes, key, function, arrays, options, _new_tensor)
+        return _replay_cpu.record(_recipes, key, function, arrays, options, _maker)
     if known is None or not _recipe.apart(addresses, known.overlaps):
         return function(*arrays, *options)
     for new in known.made:
@@ -74,10 +75,17 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
     return tuple(key), given, addresses
 
 
-def _new_tensor(shape: tuple[int, ...], dtype: str, n_bytes: int) -> tuple[Any, int]:
-    """And its address, 0 if it has none."""
+def _maker(shape: tuple[int, ...], dtype: str, n_bytes: int) -> Callable[[], tuple[Any, int]]:
+    """Of tensors and their addresses, 0 for one that has none."""
     torch = sys.modules["torch"]
-    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
-    address = tensor.data_ptr() if type(tensor) is torch.Tensor else 0
-    _memory.in_huge_pages(address, n_bytes)
-    return tensor, address
+    empty = functools.partial(torch.empty, shape, dtype=getattr(torch, dtype), device=torch.device("cpu"))
+    is_large = n_bytes >= _memory.LARGE
+
+    def new() -> tuple[Any, int]:
+        tensor = empty()
+        address = tensor.data_ptr() if type(tensor) is torch.Tensor else 0
+        if is_large and address:
+            _memory.in_huge_pages(address, n_bytes)
+        return tensor, address
+
+    return new

@@ -78,9 +78,7 @@ def check_weight(weight: Tensor | None) -> None:
 
 def can_look(tensor: Tensor) -> bool:
     """Whether the tensor has values, and nobody waits when Python looks at them: no tracer, no transformation."""
-    if torch.compiler.is_compiling() or not tensor.is_cpu or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return False
-    return not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
+    return ops.is_eager((tensor,)) and tensor.is_cpu
 
 
 class _CrossEntropy(torch.autograd.Function):

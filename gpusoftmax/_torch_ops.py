@@ -5,6 +5,7 @@ autograd functions of _torch_rows.py and _torch_losses.py are around them, which
 (2026-11-26, a recorded softmax of 8 x 16 on the CPU: 42 us around the core's call, and 59). None waits for the device.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,17 +19,61 @@ _LIBRARY = torch.library.Library("gpusoftmax", "FRAGMENT")
 
 
 def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Makes a function an operator of its name, on the CPU and on GPUs. `fake` makes empty results."""
+    """Makes a function an operator of its name, on the CPU and on GPUs. `fake` makes empty results.
+
+    Where the dispatcher would do nothing but call it, it is called at once: the way through the dispatcher takes 7 us
+    for a loss. An operator that writes to its arguments takes it always, for the version counters.
+    """
 
     def defined(function: Callable) -> Callable:
-        name = function.__name__
+        name, unrecorded = function.__name__, _unrecorded(function)
         _LIBRARY.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, torch.no_grad()(function), key)
+            _LIBRARY.impl(name, unrecorded, key)
         torch.library.register_fake(f"gpusoftmax::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.gpusoftmax, name).default
+        operator = getattr(torch.ops.gpusoftmax, name).default
+
+        def call(*given: Any) -> Any:
+            return unrecorded(*given) if is_eager(given) else operator(*given)
+
+        return operator if operator._schema.is_mutable else call
 
     return defined
+
+
+def _unrecorded(function: Callable) -> Callable:
+    """Without a gradient of its own. Inside of an autograd function none is recorded anyway."""
+
+    @functools.wraps(function)
+    def called(*given: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*given)
+        with torch.no_grad():
+            return function(*given)
+
+    return called
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def is_eager(given: Sequence[Any]) -> bool:
+    """Whether nobody traces, transforms or replaces operations on these: the tensors are memory of a CPU or a GPU."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+    ):
+        return False
+    return all(map(_is_in_memory, [one for one in given if isinstance(one, Tensor)]))
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    if type(tensor) not in _ORDINARY or torch._C._functorch.is_legacy_batchedtensor(tensor):
+        return False
+    return tensor.is_cpu or tensor.is_cuda
 
 
 def row_dtype(dtype: torch.dtype) -> torch.dtype:

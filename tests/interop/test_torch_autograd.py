@@ -16,6 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gpusoftmax
@@ -961,6 +962,30 @@ def test_exported(strict):
     exported = torch.export.export(model, given, strict=strict).module()
     for got, expected in zip(exported(*given), model(*given), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Heard(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.add(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_operators_are_heard_by_who_listens():
+    """Where nobody does, functions are called at once; in a graph that would be a constant."""
+    x, other, target = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5), torch.tensor([1, 2, 3])
+    with Heard() as heard:
+        ours.softmax(x, -1).sum().backward()
+        ours.cross_entropy(x, target).backward()
+    names = "softmax", "softmax_backward", "cross_entropy", "cross_entropy_backward"
+    assert {getattr(OPS, name).default for name in names} <= heard.operators
+    traced = torch.jit.trace(lambda x: ours.log_softmax(x, -1), x.detach())
+    assert "gpusoftmax::log_softmax" in str(traced.graph)
+    assert torch.equal(traced(other), ours.log_softmax(other, -1))
 
 
 def test_traced_by_make_fx():
