@@ -141,6 +141,7 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
                 across(number(like, -math.inf)),
                 zero,
                 line,
+                line,
                 Line(pointer_to(copy + job.stage_bytes, like), lanes, 1),
                 line,
                 line,

@@ -21,7 +21,7 @@ from gpusoftmax.kernels.cpu.memory import (
     as_numbers,
     pointer_to,
 )
-from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
+from gpusoftmax.kernels.cpu.rows import count_of_chunks, element, line_ahead
 from gpusoftmax.kernels.cpu.transform import through_of, transformed_line
 from gpusoftmax.kernels.cpu.vector import (
     along,
@@ -54,12 +54,25 @@ def _logits_as_they_are(array, transform, row, rows, buffer, like):
 line_of_logits = where_given("transform", _transformed_logits, _logits_as_they_are)
 
 
+def _next_row(array, transform, line, row, rows):
+    return Line(element(array, min(row + 1, rows.n_rows - 1), rows), 1, 0)
+
+
+def _same_row(array, transform, line, row, rows):
+    return line_ahead(line, rows.n_cols)
+
+
+# See Here.ahead; what is transformed has been read, to the end of the row.
+line_ahead_of_logits = where_given("transform", _next_row, _same_row)
+
+
 @device
 def place_of(row, slot, job, rows, first, second, target, like):
     """Where a row is at work; its slot is the address of its scratch memory."""
     stage = slot + job.stage
     zero = number(like, 0.0)
     result = line_of(target, row, rows, stage, False)
+    logits = line_of_logits(first, first.transform, row, rows, stage + job.stage_bytes, like)
     home = pointer_to(slot + job.scratch, like) if job.scratch != 0 else as_numbers(result.pointer, like)
     return Here(
         row,
@@ -71,7 +84,8 @@ def place_of(row, slot, job, rows, first, second, target, like):
         along(zero),
         along(number(like, -math.inf)),
         zero,
-        line_of_logits(first, first.transform, row, rows, stage + job.stage_bytes, like),
+        logits,
+        line_ahead_of_logits(first, first.transform, logits, row, rows),
         line_of(second, row, rows, stage + 2 * job.stage_bytes, job.has_second != 0),
         result,
         Line(home, 1, 0),

@@ -230,20 +230,12 @@ sum_chunk = by_way(_sum_along, _sum_across, _sum_in_block)
 
 
 @device
-def cols_ahead(here):
-    """How far ahead of its exponentials a row is fetched. The maximum of the next chunk comes first, in a tenth of the
-    time: of a whole chunk the last columns have to be asked for earlier still.
-    """
-    return max(CHUNK_COLS, 2 * min(here.n_cols, CHUNK_COLS))
-
-
-@device
 def exponential(col, left, others, here, arguments):
     """exp of the columns relative to the chunk's anchor; where `largest` is given, a logit that equals it is not added,
     and the others are counted.
     """
     largest, shift, exponent, low, scale, scale_low, is_kept, is_written, is_coarse = arguments
-    prefetch_to_read(here.first, col + cols_ahead(here), here.zeros)
+    prefetch_to_read(here.ahead, col, here.zeros)
     if is_written and here.is_cached:
         # While there is much to compute, and not when all of it has to be written.
         prefetch_to_write(here.target, col + CHUNK_COLS, here.zeros)

@@ -54,7 +54,8 @@ class Here(NamedTuple):
     nothing: object  # and one of -inf: logits that are not there
     zero: object  # 0 as a number of the row: a number along a row, else a vector of rows
     first: object  # Line of the array that is read,
-    second: object  # of another one beside it,
+    ahead: object  # of what will be read at each of its columns later on, for whoever has time to fetch it,
+    second: object  # of another array beside it,
     target: object  # of the result,
     home: object  # and of where exponentials stay until they are written
     streamed: bool  # the result is written past the caches,
@@ -77,10 +78,11 @@ def line_in(line, k):
 @device
 def row_in(here, k):
     """Row number k of a block, as along rows. Its states are those of the block."""
-    first, second, target = line_in(here.first, k), line_in(here.second, k), line_in(here.target, k)
+    first, ahead, second = line_in(here.first, k), line_in(here.ahead, k), line_in(here.second, k)
+    target, home = line_in(here.target, k), line_in(here.home, k)
     return Here(
         here.row + k, 1, here.n_cols, here.states, None, None, here.zeros, here.nothing, number(here.zero, 0.0),
-        first, second, target, line_in(here.home, k), here.streamed, here.is_cached, here.through,
+        first, ahead, second, target, home, here.streamed, here.is_cached, here.through,
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ from gpusoftmax.kernels.cpu.memory import (
     store,
     store_cols,
 )
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first, number_or
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, line_ahead, nothing_first, number_or
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, fold_state, save, save_state, saved
 from gpusoftmax.kernels.cpu.vector import (
@@ -178,7 +178,8 @@ def of_target(here):
     states = advance(here.states, OWN * lanes_of(here.zero))
     return Here(
         here.row, here.n_rows, here.n_cols, states, here.partials, here.stage, here.zeros, here.nothing, here.zero,
-        here.second, here.first, here.target, here.home, here.streamed, here.is_cached, here.through,
+        here.second, line_ahead(here.second, here.n_cols), here.first, here.target, here.home, here.streamed,
+        here.is_cached, here.through,
     )  # fmt: skip
 
 

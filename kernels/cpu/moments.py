@@ -35,7 +35,7 @@ from gpusoftmax.kernels.cpu.arithmetic import (
     sub,
 )
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, cols_ahead, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, sum_chunk, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.here import Line, pulled_back_cols
 from gpusoftmax.kernels.cpu.memory import (
     advance,
@@ -98,7 +98,7 @@ def measure_moments(here, first, last, width, scale, scale_low):
 @device
 def exponential(col, left, others, here, arguments):
     kept, largest, scale, scale_low = arguments
-    prefetch_to_read(here.first, col + cols_ahead(here), here.zeros)
+    prefetch_to_read(here.ahead, col, here.zeros)
     e = exp_below(load_cols(here.first, col, left, here.nothing), largest, scale, scale_low)
     store_cols(kept, col, left, e)
     return e, others, None

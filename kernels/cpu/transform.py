@@ -26,6 +26,7 @@ from gpusoftmax.kernels.cpu.memory import (
     load_cols,
     load_label,
     pointer_to,
+    prefetch_to_read,
     store,
     store_cols,
     where_kept,
@@ -59,13 +60,16 @@ def transformed_line(array, transform, row, rows, buffer, like):
     copy = pointer_to(buffer, like)
     line = Line(copy, 1, 0)
     scale = scale_of_row(transform.scale, transform.temperature, row, rows, like)
-    starts = start_of(transform.bias, row, rows), start_of(transform.mask, row, rows)
+    starts = starts_of(transform, row, rows)
+    next_starts = starts_of(transform, min(row + 1, rows.n_rows - 1), rows)
     count = valid_columns(transform.n_valid, row, rows)
     if array.col_stride == 1 and is_dense(transform.bias) and is_dense(transform.mask):
         zeros = along(number(like, 0.0))
         cols = cols_of(zeros)
         full = count - count % cols
         for col in range(0, full, cols):
+            fetch(transform.bias, next_starts[0], col, zeros)
+            fetch(transform.mask, next_starts[1], col, zeros)
             store_cols(line, col, None, through(source, col, None, zeros, transform, scale, starts))
         if full < count:
             left = count - full
@@ -94,6 +98,11 @@ def scale_of_all(scale, like):
     if scale is None:
         return number(like, 1.0), number(like, 0.0)
     return number(like, scale[0]), number(like, scale[1])
+
+
+@device
+def starts_of(transform, row, rows):
+    return start_of(transform.bias, row, rows), start_of(transform.mask, row, rows)
 
 
 @device
@@ -161,6 +170,14 @@ def with_mask(x, mask, start, col, left):
     if mask is None:
         return x
     return where_kept(x, advance(pointer_to(mask.address, mask.tag), start), col, left)
+
+
+@device
+def fetch(array, start, col, zeros):
+    """Asks for what goes with a vector of logits; the logits themselves are fetched by Here.ahead."""
+    if array is not None:
+        pointer = advance(pointer_to(array.address, array.tag), start)
+        prefetch_to_read(Line(pointer, 1, 0), col >> 5 if has_bits(pointer) else col, zeros)
 
 
 # ---------------------------------------------------------------- of one column
