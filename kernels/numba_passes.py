@@ -7,7 +7,10 @@ functions with inline="always" and array expressions, of which they have none. C
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
+
+from numba.core.compiler_lock import global_compiler_lock
 
 _UNUSED = {
     "WithLifting",
@@ -31,12 +34,26 @@ def without_unused(passes: list[tuple[type, str]]) -> list[tuple[type, str]]:
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No search for garbage: a compilation makes millions of objects, most of which stay."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def compiling() -> Iterator[None]:
+    """No search for garbage: a compilation makes millions of objects, most of which stay.
+
+    One thread at a time: of two, one could take what the other has switched off for what it has to leave.
+    """
+    with global_compiler_lock:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
+# A child that is forked while another thread compiles has not got this thread: it would wait for Numba's lock for ever,
+# at the next kernel that it loads or compiles, and search for no garbage. So forks wait for compilations.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )

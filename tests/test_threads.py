@@ -200,6 +200,33 @@ def test_fork(layer, busy):
 
 
 @needs_fork
+def test_fork_while_a_thread_compiles(tmp_path):
+    """The child finds neither Numba's lock taken by a thread that it has not got, nor garbage collection off."""
+    program = """
+        import gc
+        compiler = threading.Thread(target=gpusoftmax.argmax, args=(x,))
+        compiler.start()
+        while gc.isenabled():
+            time.sleep(0.01)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            code = 1
+            try:
+                gpusoftmax.argmax(x.astype(np.float64))
+                code = 0 if gc.isenabled() else 3
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        assert status == 0, status
+        compiler.join()
+        assert gc.isenabled()
+        print("done")
+    """
+    assert run(program, GPUSOFTMAX_CACHE_DIR=str(tmp_path)) == "done\n"
+
+
+@needs_fork
 def test_worker_processes_by_fork():
     program = """
         import multiprocessing

@@ -15,7 +15,7 @@ from numba.extending import NativeValue, intrinsic, models, register_model, unbo
 
 from gpusoftmax.kernels.cpu.job import Job, n_counters
 from gpusoftmax.kernels.cpu.rows import Address, Strided
-from gpusoftmax.kernels.numba_passes import uncollected
+from gpusoftmax.kernels.numba_passes import compiling
 from gpusoftmax.kernels.operands import has_address
 
 COUNTERS_AT = 96
@@ -109,7 +109,7 @@ def _words(argument) -> list[int]:
 
 def c_function(kernel: Callable, argument: types.Type) -> int:
     """The address of the C function that a kernel is compiled to, for an argument of this type."""
-    with uncollected():
+    with compiling():
         kernel.compile((argument,))
     result = kernel.overloads[argument,]
     return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)

@@ -1,7 +1,6 @@
 """The only place that imports numba.cuda: it is in maintenance, and moving to its successor must cost one file."""
 
 import re
-import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -11,13 +10,11 @@ from numba.cuda.codegen import CUDACodeLibrary
 from numba.cuda.compiler import CUDACompiler
 from numba.cuda.extending import intrinsic
 
-from gpusoftmax.kernels.numba_passes import uncollected, without_unused
+from gpusoftmax.kernels.numba_passes import compiling, without_unused
 
 # Helpers become LLVM functions that are always inlined. Numba's own inlining, of its IR, gives the same machine code
 # and copies every callee at every call: softmax took 6 s to compile instead of 2.
 device = cuda.jit(device=True, forceinline=True)
-
-_compiling = threading.Lock()
 
 
 def compile_to_ptx(
@@ -38,7 +35,7 @@ def compile_to_ptx(
         below = (module for one in library._linking_libraries for module in one.modules)
         return list(dict.fromkeys((library._module, *below)))
 
-    with _compiling, uncollected():
+    with compiling():
         ask_the_driver = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=compute_capability)
         CUDACompiler.define_pipelines, CUDACodeLibrary.modules = passes, property(modules)
