@@ -17,7 +17,8 @@ def spatial_softmax(
     ----------
     features : array, shape (..., height, width)
         Typically (batch, channels, height, width). dtypes and kinds as in `softmax`. Any strides; where no single one
-        walks the pixels of a map, that costs one copy.
+        walks the pixels of a map, as in a part of an image, that costs one copy, and takes neither a mask nor a
+        temperature for each map.
     temperature : float, or array with the shape of `features` without its last two axes
         Divides the features; finite and above 0. An array has one for each map, and maps where it is not are NaN.
     mask : array of bool, shape (height, width) or that of `features`, where sizes of 1 stand for all, optional
@@ -39,7 +40,8 @@ def spatial_softmax(
     TypeError
         As `softmax`.
     ValueError
-        As `softmax`; also for maps without pixels, and for ones of more than 2^22 pixels to a line.
+        As `softmax`, whose axes are here the last two; also for maps without pixels, and for ones of more than 2^22
+        pixels to a line.
 
     Notes
     -----
