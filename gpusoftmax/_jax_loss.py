@@ -88,7 +88,7 @@ def _gradient(loss, saved, dloss):
         return *jax.vjp(lambda logits: of_transformed(logits, given, loss), logits)[1](dloss), None
     if loss.reduction == "none":
         if given.has_labels:
-            dloss = jnp.where(given.target == loss.ignore_index, 0, dloss)
+            dloss = jnp.where(_is_ignored(given.target, loss.ignore_index), 0, dloss)
         dloss = jnp.expand_dims(dloss, loss.axis)
     elif _on_cpu(dloss) and dloss == 1:  # as a rule, and a look waits for nobody
         return dlogits, None
@@ -141,9 +141,23 @@ def _shares(logits, given, loss, axis, dtype):
     n_cols, batch = logits.shape[axis], [size for one, size in enumerate(logits.shape) if one != axis]
     if isinstance(given.target, tuple):
         labels, shares = given.target
-        of_labels = jax.nn.one_hot(labels, n_cols, axis=axis, dtype=dtype)  # those of a row lie along the last axis
-        shares = jnp.where(labels == loss.ignore_index, 0, shares.astype(dtype))
-        return (of_labels * jnp.expand_dims(shares, axis)).sum(-1), (labels != loss.ignore_index).any(-1)
+        of_labels = _one_hot(labels, n_cols, axis, dtype)  # those of a row lie along the last axis
+        is_ignored = _is_ignored(labels, loss.ignore_index)
+        shares = jnp.where(is_ignored, 0, shares.astype(dtype))
+        return (of_labels * jnp.expand_dims(shares, axis)).sum(-1), ~is_ignored.all(-1)
     if given.has_labels:
-        return jax.nn.one_hot(given.target, n_cols, axis=axis, dtype=dtype), given.target != loss.ignore_index
+        return _one_hot(given.target, n_cols, axis, dtype), ~_is_ignored(given.target, loss.ignore_index)
     return given.target.astype(dtype), jnp.ones(batch, bool)
+
+
+def _is_ignored(labels, ignore_index):
+    """Which labels are ignore_index: JAX would compare bytes with what it wraps around to, or fail."""
+    limits = jnp.iinfo(labels.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        return jnp.zeros(labels.shape, bool)
+    return labels == ignore_index
+
+
+def _one_hot(labels, n_cols, axis, dtype):
+    """Of labels that may be in fewer bits than the classes need: JAX would count these in as few."""
+    return jax.nn.one_hot(labels.astype(jnp.int32), n_cols, axis=axis, dtype=dtype)

@@ -108,9 +108,9 @@ def divisor_of(dim: int, n_cols: int, given: Target, ignore_index: int, dtype: t
     if shares is None and target.is_floating_point():
         counts = target.new_ones([size for axis, size in enumerate(target.shape) if axis != dim], dtype=dtype)
     elif shares is not None:
-        counts = (target != ignore_index).any(-1).to(dtype)
+        counts = (~losses.is_ignored(target, ignore_index)).any(-1).to(dtype)
     else:
-        counts = (target != ignore_index).to(dtype)
+        counts = (~losses.is_ignored(target, ignore_index)).to(dtype)
         if weight is not None:
             counts = counts * weight.to(dtype)[target.long().clamp(0, n_cols - 1)]
     return (counts if row_weight is None else counts * row_weight.to(dtype)).sum()
@@ -205,7 +205,7 @@ def _rows_that_count(call: Call, x: Tensor) -> Tensor | None:
     counts = None if row_weight is None else row_weight != 0
     if shares is None and target.is_floating_point():
         return counts
-    labelled = target != Options(*call.options).ignore_index
+    labelled = ~losses.is_ignored(target, Options(*call.options).ignore_index)
     labelled = labelled if shares is None else labelled.any(-1)
     return labelled if counts is None else labelled & counts
 
@@ -230,7 +230,7 @@ def _masses(call: Call, z: Tensor) -> _Masses:
         q = target.to(dtype)
     else:
         several = target.long() if shares is not None else target.long().unsqueeze(-1)
-        is_ignored = several == options.ignore_index
+        is_ignored = losses.is_ignored(several, options.ignore_index)
         is_class = (several >= 0) & (several < n_cols)
         counts, is_bad = ~is_ignored.all(-1), (~is_ignored & ~is_class).any(-1)
         of_labels = z.new_ones(()) if shares is None else shares.to(dtype)
@@ -298,7 +298,7 @@ def _dtarget(
     counts = None if row_weight is None else (row_weight != 0).unsqueeze(along)
     labels = None if shares is None else target.long()
     if labels is not None:
-        is_label = labels != options.ignore_index
+        is_label = ~losses.is_ignored(labels, options.ignore_index)
         counts = is_label if counts is None else counts & is_label
     log_probs, lse = (_scores_that_are_recorded if is_recorded else _scores)(call, x, through, made, counts)
     if through.empty_row == "zero":

@@ -20,7 +20,7 @@ from gpusoftmax import _torch_full_loss as full
 from gpusoftmax import _torch_ops
 from gpusoftmax import _torch_rows as rows
 from gpusoftmax._loss import CrossEntropy
-from gpusoftmax._torch_losses import can_look
+from gpusoftmax._torch_losses import can_look, is_ignored
 from gpusoftmax._torch_transform import Through
 
 
@@ -207,7 +207,7 @@ def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> 
 
 def _of_all_logits(layer: Layer, given: Given, options: Options) -> Tensor | CrossEntropy:
     """The loss, and what else is told, by operations that torch can differentiate."""
-    idle = given.target == options.ignore_index
+    idle = is_ignored(given.target, options.ignore_index)
     if given.row_weight is not None:
         idle = idle | (given.row_weight == 0)
     # Such rows take no part whatever they hold; in the product a NaN would.

@@ -204,7 +204,12 @@ def _times(dlogits: Tensor, dloss: Tensor, target: Tensor | None, ignore_index: 
 
 def _per_row(dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The gradients with respect to the losses, to be multiplied with rows; ignored rows stay 0 whatever theirs is."""
-    return torch.where(target == ignore_index, 0, dloss).unsqueeze(ops.class_dim(logits))
+    return torch.where(is_ignored(target, ignore_index), 0, dloss).unsqueeze(ops.class_dim(logits))
+
+
+def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which labels are ignore_index, in 64 bits as for kernels: torch compares bytes with what it wraps around to."""
+    return labels.long() == ignore_index
 
 
 def graph_of_dlogits(logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor, loss: Loss) -> Tensor:
@@ -212,7 +217,7 @@ def graph_of_dlogits(logits: Tensor, target: Tensor, weight: Tensor | None, dlos
     dim, dtype = ops.class_dim(logits), dloss.dtype
     n_cols = logits.shape[dim]
     target = target.long()
-    counts = target != loss.ignore_index
+    counts = ~is_ignored(target, loss.ignore_index)
     logits = torch.where(counts.unsqueeze(dim), logits, 0)  # whatever a row holds that does not count
     is_class = (target >= 0) & (target < n_cols)
     column = target.clamp(0, n_cols - 1)
@@ -237,7 +242,7 @@ def reduced(of_rows: Tensor, target: Tensor, weight: Tensor | None, loss: Loss, 
     """The losses of rows as `loss` has them."""
     if loss.reduction != "mean":
         return of_rows.sum() if loss.reduction == "sum" else of_rows
-    counts = target != loss.ignore_index
+    counts = ~is_ignored(target, loss.ignore_index)
     if weight is None:
         return of_rows.sum() / counts.sum()
     return of_rows.sum() / (weight.to(of_rows.dtype)[target.long().clamp(0, n_cols - 1)] * counts).sum()
@@ -311,7 +316,7 @@ def _token_logprobs_tangent(ctx: Any, saved: list, tangent: Tensor, *_: None) ->
     targets = (target if several else target.unsqueeze(-1)).long()
     columns = targets.clamp(0, logits.shape[dim] - 1).movedim(-1, dim)
     of_targets = moved.gather(dim, columns).movedim(dim, -1) - of_lse.unsqueeze(-1)
-    of_targets = torch.where(targets != tokens.ignore_index, of_targets, 0)
+    of_targets = torch.where(is_ignored(targets, tokens.ignore_index), 0, of_targets)
     made = [of_targets if several else of_targets.squeeze(-1)]
     if tokens.lse:
         made.append(of_lse)
@@ -329,7 +334,7 @@ _TokenLogprobsInForwardMode = rows.in_forward_mode(
 
 def rows_of_tokens(target: Tensor, tokens: Tokens, logits: Tensor) -> Tensor:
     """Which rows have a target that counts."""
-    counts = target != tokens.ignore_index
+    counts = ~is_ignored(target, tokens.ignore_index)
     return counts.any(-1) if target.ndim == logits.ndim else counts
 
 
@@ -361,7 +366,7 @@ def graph_of_tokens(
         target = target.long()
         several = target.ndim == logits.ndim
         targets, of_targets = (one if several else one.unsqueeze(-1) for one in (target, dlogprob))
-        counts = targets != tokens.ignore_index
+        counts = ~is_ignored(targets, tokens.ignore_index)
         is_class = (targets >= 0) & (targets < logits.shape[dim])
         of_targets = torch.where(counts, of_targets, 0)
         of_targets = torch.where(counts & ~is_class, torch.nan, of_targets)

@@ -252,7 +252,7 @@ def _cross_entropy_value(call: Call, x: Tensor, through: Through) -> tuple[Tenso
 
 
 def _labelled_rows(call: Call, x: Tensor) -> Tensor:
-    return call.target != Loss(*call.options).ignore_index
+    return ~losses.is_ignored(call.target, Loss(*call.options).ignore_index)
 
 
 def _cross_entropy_with_grad(call: Call, x: Tensor, through: Through, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -284,7 +284,7 @@ def _cross_entropy_dx(
     if is_one:
         return kept[0]
     if loss.reduction == "none":
-        dloss = torch.where(call.target == loss.ignore_index, 0, dloss).unsqueeze(call.dim[0])
+        dloss = torch.where(losses.is_ignored(call.target, loss.ignore_index), 0, dloss).unsqueeze(call.dim[0])
     return kept[0].mul_(dloss)
 
 

@@ -261,6 +261,27 @@ def test_ignored_rows_have_no_gradient():
     assert np.isfinite(gradient[0]).all() and not gradient[1].any()
 
 
+@pytest.mark.parametrize(("n_cols", "label"), [(256, 156), (300, 3)], ids=["-100 wrapped around", "256 more"])
+def test_bytes_as_labels(n_cols, label):
+    x, made = random(2, n_cols), []
+    for target in (jnp.array([label, 7], dtype) for dtype in (jnp.uint8, jnp.int32)):
+        first = jax.grad(lambda x, target=target: ours.cross_entropy(x, target, reduction="none").sum() * 1.5)
+        made.append((first(x), jax.grad(lambda x, first=first: (first(x) ** 2).sum())(x)))
+    for one, other in zip(*made, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("ignore_index", [-(2**63), 2**40])
+def test_an_index_that_no_label_can_be(ignore_index):
+    with jax.enable_x64(False):
+        x, target, options = jnp.float32([[0, 1], [2, 0]]), jnp.array([0, 1]), {"reduction": "none"}
+        one, other = (
+            jax.grad(lambda x, index=index: ours.cross_entropy(x, target, ignore_index=index, **options).sum())(x)
+            for index in (ignore_index, -100)
+        )
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     "transformed",
     [

@@ -559,6 +559,35 @@ def test_ignored_rows():
             assert gradient[[0, 2]].isfinite().all() and (gradient[1] == 0).all()
 
 
+BYTES = {
+    "cross_entropy": ours.cross_entropy,
+    "of rows": lambda x, target: ours.cross_entropy(x, target, reduction="none"),
+    "in place": lambda x, target: ours.cross_entropy(x * 1, target, reduction="none", inplace=True),
+    "softcap": lambda x, target: ours.cross_entropy(x, target, softcap=3.0, empty_row="zero"),
+    "softcap, of rows": lambda x, target: ours.cross_entropy(x, target, softcap=3.0, reduction="none"),
+    "z_loss": lambda x, target: ours.cross_entropy(x, target, z_loss=0.1),
+    "a pair": lambda x, target: ours.cross_entropy(x, (target.unsqueeze(-1), torch.ones(3, 1, dtype=x.dtype))),
+    "the layer": lambda x, target: ours.linear_cross_entropy(x, torch.eye(256, dtype=x.dtype), target),
+    "token_logprobs": lambda x, target: ours.token_logprobs(x, target).logprob,
+    "token_logprobs, softcap": lambda x, target: ours.token_logprobs(x, target, softcap=3.0).logprob,
+    "torch.func": lambda x, target: torch.vmap(lambda x, target: ours.cross_entropy(x, target, softcap=3.0))(x, target),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_as_labels(name):
+    """156 is what -100 wraps around to in a byte."""
+    made = []
+    for dtype in (torch.uint8, torch.int64):
+        x, target = random(3, 256), torch.tensor([156, 3, 255], dtype=dtype)
+        value = BYTES[name](x, target)
+        made.append([value.detach(), *torch.autograd.grad(value.sum() * 1.5, x)])
+        if name != "in place":
+            (first,) = torch.autograd.grad(BYTES[name](x, target).sum() * 1.5, x, create_graph=True)
+            made[-1] += [first.detach(), *torch.autograd.grad(first.square().sum(), x)]
+    assert all(map(same_bits, *made))
+
+
 def test_all_rows_ignored():
     x, target = random(3, 4), torch.full((3,), -100)
     loss = ours.cross_entropy(x, target)
