@@ -108,12 +108,12 @@ def cross_entropy(
     """
     target, shares = _loss.split_target(target)
     normalizer, divide_by = _loss.split_normalizer(normalizer)
-    arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid, empty_row)
     wanted = bool(return_z_loss), bool(return_lse), bool(return_correct)
     options = axis, ignore_index, reduction, label_smoothing, validate
-    placed = logits, target, weight, None, None, shares, row_weight, normalizer, *arrays
     more = z_loss, divide_by, *wanted
     try:
+        arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid, empty_row)
+        placed = logits, target, weight, None, None, shares, row_weight, normalizer, *arrays
         loss, _, *told = _replay.call(_loss.loss_and_gradient, placed, *options, 1.0, False, *more, *transform)
         return CrossEntropy(loss, *told) if any(wanted) else loss
     except _arrays.RequiresGrad as refusal:

@@ -50,8 +50,8 @@ def logsumexp(
     >>> float(logsumexp(np.array([1000.0, 1000.0])) - 1000.0)
     0.69314718055989...
     """
-    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
     try:
+        arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
         return _replay.call(_logsumexp, (x, out, *arrays), axis, keepdims, dtype, *options)
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument

@@ -105,24 +105,18 @@ def sample(
     array([ 2, -1])
     """
     more = return_logprob or return_entropy
-    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+    # Indices have no gradient.
+    arrays, options = _transform.split(_detached(temperature), _detached(bias), softcap, mask, n_valid)
     if more:
         _checks.temperature(options[0])  # of all rows: at 0 there are samples, but no probabilities
-    given = axis, temperature, top_k, top_p, min_p, rng, arrays[1:], options[1:]
-    try:
-        index = _drawn(logits, *given)
-    except _arrays.RequiresGrad as refusal:
-        if refusal.argument not in ("logits", "temperature", "bias"):
-            raise
-        # Indices have no gradient.
-        arrays = tuple(map(_detached, arrays))
-        given = axis, _detached(temperature), top_k, top_p, min_p, rng, arrays[1:], options[1:]
-        index = _drawn(_detached(logits), *given)
+    limits = _detached(temperature), top_k, top_p, min_p
+    index = _drawn(_detached(logits), axis, *limits, rng, arrays[1:], options[1:])
     if not more:
         return index
     # -1 is no column: its log-probability is NaN, unless it is checked.
     flags = False, return_entropy, False, False, False
     try:
+        arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
         found = _replay.call(_tokens.token_logprobs, (logits, index, *arrays), axis, _NO_INDEX, *flags, *options)
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument

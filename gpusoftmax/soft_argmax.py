@@ -61,8 +61,8 @@ def soft_argmax(
     >>> soft_argmax(np.array([[0.0, 0.0, -np.inf, 0.0, 0.0], [-np.inf, -np.inf, -np.inf, 1.0, -np.inf]]))
     array([2., 3.])
     """
-    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
     try:
+        arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
         return _replay.call(_soft_argmax, (x, out, *arrays), axis, keepdims, dtype, *options)
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument

@@ -55,8 +55,8 @@ def spatial_softmax(
     >>> spatial_softmax(np.array([[0.0, 50.0, 0.0], [0.0, 0.0, 0.0]])).round(6)
     array([ 0., -1.])
     """
-    arrays, options = _transform.split(temperature, None, None, mask, None)
     try:
+        arrays, options = _transform.split(temperature, None, None, mask, None)
         return _replay.call(_spatial_softmax, (features, out, *arrays), dtype, *options)
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument

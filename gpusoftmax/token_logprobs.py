@@ -96,9 +96,9 @@ def token_logprobs(
     (-1.3862943611198906, 1.3862943611198906)
     """
     wanted = return_lse, return_entropy, return_rank, return_argmax
-    arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid)
     options = axis, ignore_index, *wanted, validate
     try:
+        arrays, transform = _transform.split(temperature, bias, softcap, mask, n_valid)
         return TokenLogprobs(*_replay.call(_tokens.token_logprobs, (logits, target, *arrays), *options, *transform))
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument

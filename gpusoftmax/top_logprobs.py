@@ -77,9 +77,9 @@ def top_logprobs(
     >>> np.exp(top.logprob).round(3), top.token
     (array([[0.5  , 0.25 , 0.125]]), array([[0, 2, 1]]))
     """
-    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
-    call = _top_logprobs, (logits, target, *arrays), k, axis, ignore_index, validate
     try:
+        arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
+        call = _top_logprobs, (logits, target, *arrays), k, axis, ignore_index, validate
         return TopLogprobs(*_replay.call(*call, *options))
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument

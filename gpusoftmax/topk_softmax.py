@@ -80,8 +80,8 @@ def topk_softmax(
     >>> topk_softmax(logits, 2, renormalize=False).probs.round(3)
     array([[0.5 , 0.25]])
     """
-    arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
     try:
+        arrays, options = _transform.split(temperature, bias, softcap, mask, n_valid)
         return TopkSoftmax(*_replay.call(_topk_softmax, (logits, *arrays), k, axis, renormalize, *options))
     except _arrays.RequiresGrad as refusal:
         argument = refusal.argument

@@ -410,6 +410,39 @@ def test_all_of_the_core_goes_there():
     assert drawn.logprob.requires_grad
 
 
+OF_THE_CORE = {
+    "softmax": gpusoftmax.softmax,
+    "log_softmax": gpusoftmax.log_softmax,
+    "logsumexp": gpusoftmax.logsumexp,
+    "cross_entropy": lambda x, **o: gpusoftmax.cross_entropy(x, TARGET, **o),
+    "token_logprobs": lambda x, **o: gpusoftmax.token_logprobs(x, TARGET, **o).logprob,
+    "top_logprobs": lambda x, **o: gpusoftmax.top_logprobs(x, 3, **o).logprob,
+    "topk_softmax": lambda x, **o: gpusoftmax.topk_softmax(x, 3, **o).probs,
+    "soft_argmax": gpusoftmax.soft_argmax,
+    "spatial_softmax": gpusoftmax.spatial_softmax,
+    "sample": lambda x, **o: gpusoftmax.sample(x, rng=0, return_logprob=True, **o).logprob,
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_CORE)
+def test_one_temperature_of_the_core_that_is_learnt(name):
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x = random(3, 7).detach()
+    agree(OF_THE_CORE[name](x, temperature=temperature), OF_THE_CORE[name](x, temperature=0.7))
+    assert gradcheck(lambda t: OF_THE_CORE[name](x, temperature=t), temperature)
+
+
+@pytest.mark.parametrize("wants", ["bias", "temperature"])
+def test_samples_of_logits_without_a_gradient(wants):
+    """Their log-probabilities have that of a bias and of temperatures; the samples themselves have none."""
+    x, options = random(3, 7).detach(), {"rng": 0, "return_logprob": True}
+    given = {"bias": random(7), "temperature": torch.linspace(0.5, 2, 3, dtype=torch.float64)}[wants].detach()
+    drawn = gpusoftmax.sample(x, **{wants: given.requires_grad_()}, **options)
+    assert not drawn[0].requires_grad and torch.equal(drawn[0], gpusoftmax.sample(x, **{wants: given.detach()}, rng=0))
+    scores = gpusoftmax.token_logprobs(x, drawn[0], **{wants: given}).logprob
+    agree(*(torch.autograd.grad(one.sum(), given)[0] for one in (drawn.logprob, scores)))
+
+
 def test_a_temperature_is_not_forgotten():
     """cross_entropy of tensors that require grad once computed at 1."""
     x = random(3, 7)
