@@ -72,7 +72,8 @@ def some_columns(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> No
 def temperature(value) -> float:
     if type(value) is float and 0.0 < value < math.inf:
         return value
-    if isinstance(value, bool) or getattr(value, "ndim", 0) or isinstance(value, list | tuple | str | bytes):
+    is_array = type(value) is not int and getattr(value, "ndim", 0)
+    if is_array or isinstance(value, bool | list | tuple | str | bytes):
         raise TypeError(f"temperature is {_short(value)}, expected one number")
     number = scalar(value, "temperature")
     if not (0 < number < math.inf):
@@ -173,10 +174,11 @@ def temperature_or_zero(value, dtype: str) -> float:
 def scalar(value, name: str) -> float:
     if type(value) is float:
         return value
-    # float() of a complex number of NumPy drops a part of it, and torch has an error of its own.
-    is_complex = getattr(getattr(value, "dtype", None), "kind", None) == "c"
-    if is_complex or isinstance(value, bool | str | bytes):
-        raise TypeError(f"{name} is {_short(value)}, expected a number")
+    if type(value) is not int:  # nothing else can be asked of one that torch.compile has put in its place
+        # float() of a complex number of NumPy drops a part of it, and torch has an error of its own.
+        is_complex = getattr(getattr(value, "dtype", None), "kind", None) == "c"
+        if is_complex or isinstance(value, bool | str | bytes):
+            raise TypeError(f"{name} is {_short(value)}, expected a number")
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):

@@ -237,8 +237,8 @@ PAIRS = {
 }
 
 
-def some_by_default(*names):
-    return [name if name in names else pytest.param(name, marks=pytest.mark.matrix) for name in PAIRS]
+def some_by_default(*names, of=PAIRS):
+    return [name if name in names else pytest.param(name, marks=pytest.mark.matrix) for name in of]
 
 
 def squares(result):
@@ -933,6 +933,28 @@ def test_compiled_for_all_shapes():
         torch.testing.assert_close(result, F.cross_entropy(x * 2, target) + torch.logsumexp(x, -1).sum())
         result.backward()
         assert x.grad.isfinite().all()
+
+
+WITH_A_NUMBER = {
+    "temperature": lambda x, number: ours.softmax(x, -1, temperature=number)[:, 0].sum(),
+    "softcap": lambda x, number: ours.logsumexp(x, -1, softcap=number).sum(),
+    "z_loss": lambda x, number: ours.cross_entropy(x, TARGET, z_loss=number),
+    "normalizer": lambda x, number: ours.cross_entropy(x, TARGET, normalizer=number),
+    "of kl_div": lambda x, number: ours.kl_div(x, x.detach() * 0.5, normalizer=number),
+    "of the layer": lambda x, number: ours.linear_cross_entropy(x[0], x[1], torch.arange(5), normalizer=number),
+}
+
+
+@pytest.mark.parametrize("name", some_by_default("temperature", "normalizer", of=WITH_A_NUMBER))
+def test_compiled_for_all_integers(name):
+    """As numbers of rows or tokens are, which torch.compile has stand for any from the second on."""
+    torch._dynamo.reset()
+    x = X.double().requires_grad_()
+    function = torch.compile(WITH_A_NUMBER[name], fullgraph=True, backend="aot_eager")
+    for number in (2, 3, 5):
+        made = [one(x, number) for one in (function, WITH_A_NUMBER[name])]
+        torch.testing.assert_close(*made)
+        torch.testing.assert_close(*(torch.autograd.grad(one, x)[0] for one in made))
 
 
 def test_compiled_samples():
