@@ -273,14 +273,17 @@ def _composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     nats = lse.unsqueeze(dim) - torch.where(cannot_be, lse.detach().unsqueeze(dim), z)
     # Infinite, or NaN in a row of which nothing is left.
     beyond = torch.where((cannot_be & (masses.at_classes != 0)).any(dim), lse.detach() + torch.inf, 0)
-    z_loss = options.z_loss * masses.of_target * lse.square()
+    # Without one it is 0, whatever the row holds.
+    z_loss = options.z_loss * masses.of_target * lse.square() if options.z_loss else torch.zeros_like(lse)
     loss = torch.where(masses.is_bad, torch.nan, (nats * masses.at_classes).sum(dim) + z_loss + beyond)
     told = [loss, torch.where(masses.counts, lse, 0), *([z_loss] if options.return_z_loss else [])]
     if empty is not None:
         # As kernels tell it: nothing of the loss, and -inf for the lse.
         told = [torch.where(empty.squeeze(dim), -torch.inf if k == 1 else 0, one) for k, one in enumerate(told)]
     if options.return_correct:
-        told.append((masses.counts & (z.argmax(dim) == call.target)).sum())
+        # In 64 bits: torch compares no uint16 and wider with others.
+        is_correct = masses.counts & told[1].isfinite() & (z.argmax(dim) == call.target.long())
+        told.append(is_correct.sum())
     return tuple(told)
 
 

@@ -145,6 +145,22 @@ def test_forward_mode_and_functions_of_torch():
     torch.testing.assert_close(value, function(logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint16], ids=str)
+@pytest.mark.parametrize("empty_row", ["nan", "zero"])
+def test_what_is_told_under_functions_of_torch(empty_row, dtype):
+    """As kernels tell it: no row is correct whose loss is NaN, or of which nothing is left; no z_loss is 0."""
+    nan, inf = torch.nan, torch.inf
+    rows = torch.tensor([[nan, 0, 1], [inf, 0, 1], [-inf, -inf, -inf], [-inf, 0, 0], [3, 1, 2]], dtype=F64)
+    for row, label in itertools.product(rows, torch.tensor([0, 1]).to(dtype)):
+
+        def told(x, label=label):
+            options = {"return_z_loss": True, "return_lse": True, "return_correct": True}
+            return tuple(cross_entropy(x, label, mask=torch.ones(3) > 0, empty_row=empty_row, **options))
+
+        for one, other in zip(torch.vmap(told)(row[None]), told(row), strict=True):
+            torch.testing.assert_close(one[0], other, equal_nan=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_whole(kind):
     logits, target = make(kind)
