@@ -303,9 +303,14 @@ def _rows_of_tokens(call: Call, x: Tensor) -> Tensor | None:
 
 
 def _token_logprobs_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
+    tokens = Tokens(*call.options)
     z, left, _ = transformed(x, call.dim, through)
-    made = losses.token_logprobs(z, call.target, Tokens(*call.options)._replace(temperature=left))
-    return tuple(one for one in made if one is not None)
+    logprob, _, *others = losses.token_logprobs(z, call.target, tokens._replace(temperature=left, lse=False))
+    lse = None
+    if tokens.lse:  # by itself: of a row of which nothing is left it has the gradient 0
+        of_rows = Call(_LOGSUMEXP, call.dim, (False,))
+        (lse,) = _logsumexp_composed(of_rows, x, through._replace(empty_row="zero"))
+    return tuple(one for one in (logprob, lse, *others) if one is not None)
 
 
 def _gradients_of_tokens(tokens: Tokens, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -339,7 +344,13 @@ def _token_logprobs_dz(
     call: Call, z: Tensor, left: float, upstream: tuple[Tensor | None, ...], made: list[Tensor]
 ) -> Tensor:
     tokens = Tokens(*call.options)._replace(temperature=left)
-    return losses.graph_of_tokens(z, call.target, *_gradients_of_tokens(tokens, upstream), tokens)
+    dlogprob, dlse, dentropy = _gradients_of_tokens(tokens, upstream)
+    dz = losses.graph_of_tokens(z, call.target, dlogprob, None, dentropy, tokens)
+    if dlse is None:
+        return dz
+    empty = (z == -torch.inf).all(dim=call.dim, keepdim=True)
+    of_lse = torch.where(empty, 0, _logsumexp_dz(call, z.masked_fill(empty, 0), left, (dlse,), made))
+    return of_lse if dz is None else dz + of_lse
 
 
 _SOFTMAX = Op(_softmax_value, _softmax_composed, _softmax_dx, _softmax_dz, keeps=True)

@@ -290,6 +290,23 @@ def test_rows_of_which_nothing_is_left(name):
     assert name == "logsumexp" or (value.isnan() if value.ndim == 0 else value[1].isnan().all())
 
 
+@pytest.mark.parametrize("way", ["mask", "bias"])
+def test_the_lse_beside_tokens_of_rows_of_which_nothing_is_left(way):
+    """Its gradient there is 0 in every mode, as that of logsumexp."""
+    x, kept = random(3, 7), torch.tensor([[True], [False], [True]]).expand(3, 7)
+    given = {"mask": kept} if way == "mask" else {"bias": torch.where(kept, 0.0, -INF).double()}
+
+    def function(x):
+        lse = ours.token_logprobs(x, torch.tensor([1, -100, 2]), return_lse=True, **given).lse
+        return torch.where(kept[:, 0], lse, 0).pow(2).sum()
+
+    (once,) = torch.autograd.grad(function(x), x)
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), x)
+    agree((first, torch.func.grad(function)(x.detach())), (once, once))
+    assert not once[1].any() and not second[1].any() and second[0].all()
+
+
 def test_rows_of_minus_infinity_without_a_mask():
     x = random(3, 7).detach()
     x[1] = -INF
