@@ -40,7 +40,8 @@ class Format(NamedTuple):
     sqrt_half_bits: int
     ln2: float  # ln 2 in this format: n * ln2 cancels the leading bits of what it is taken from exactly
     ln2_rest: float
-    tanh_terms: tuple[float, ...]  # q in tanh(u) = u + u^3 q(u^2) for |u| <= 0.55, interpolated at Chebyshev's points
+    tanh_limit: float
+    tanh_terms: tuple[float, ...]  # q in tanh(u) = u + u^3 q(u^2) for |u| < tanh_limit
     excess_terms: tuple[float, ...]  # q in d + expm1(-d) = d^2 q(d) for |d| <= 1, interpolated likewise
 
     @property
@@ -85,13 +86,15 @@ SINGLE = Format(
     sqrt_half_bits=0x3F3504F3,
     ln2=0.693147182464599609375,
     ln2_rest=-1.904654299957768e-09,
-    # Relative error 3.6e-9.
+    # Minimax, relative error 5.5e-8.
+    tanh_limit=1.0,
     tanh_terms=(
-        -0.333333320079769797,
-        0.133331137290208719,
-        -0.0539094288274605454,
-        0.0213093886644434736,
-        -0.00661022783111473421,
+        -0.3333298677849443,
+        0.13326408862240174,
+        -0.053498707057731354,
+        0.02035975823560698,
+        -0.00625933828703225,
+        0.0010582642893443297,
     ),
     # Relative error 1.8e-8.
     excess_terms=(
@@ -130,7 +133,8 @@ DOUBLE = Format(
     sqrt_half_bits=0x3FE6A09E667F3BCD,
     ln2=0.693147180559945286226764,
     ln2_rest=2.319046813846299558e-17,
-    # Relative error 6.5e-20.
+    # Interpolated at Chebyshev's points, relative error 6.5e-20.
+    tanh_limit=0.55,
     tanh_terms=(
         -0.333333333333333333,
         0.133333333333333121,
@@ -346,28 +350,32 @@ def inverse_temperature(a: Arithmetic, temperature):
     return a.select(is_good, high, a.number(math.nan)), finite_or_zero(a, low, high)
 
 
-def tanh(a: Arithmetic, x):
-    """The hyperbolic tangent within 2 ulp.
+def is_near_cap(a: Arithmetic, x, cap):
+    """Whether x is so small beside the cap that `near_softcap` is its softcap."""
+    return a.less(a.magnitude(x), a.mul(cap, a.number(a.format.tanh_limit)))
 
-    Near 0 by a polynomial; else (1 - e) / (1 + e) with e = exp(-2 |x|), where 1 - e no longer cancels.
+
+def near_softcap(a: Arithmetic, x, cap, inverse):
+    """cap tanh(x / cap): x and what is small beside it, so that x / cap need not be exact."""
+    u = a.mul(x, inverse)
+    square = a.mul(u, u)
+    return a.fma(a.mul(x, square), a.polynomial(square, a.format.tanh_terms), x)
+
+
+def softcap(a: Arithmetic, x, cap, inverse):
+    """cap tanh(x / cap) within 3.5 ulp: the identity near 0, and never beyond the cap; inverse: 1 / cap.
+
+    Far from 0 it is cap (1 - e) / (1 + e) with e = exp(-2 |x| / cap), where 1 - e does not cancel.
     """
-    size = a.magnitude(x)
-    square = a.mul(x, x)
-    near = a.fma(a.mul(x, square), a.polynomial(square, a.format.tanh_terms), x)
-    e = exp(a, a.mul(size, a.number(-2)), a.number(0))
-    far = a.div(a.sub(a.number(1), e), a.add(a.number(1), e))
+    e = exp(a, a.mul(a.magnitude(a.div(x, cap)), a.number(-2)), a.number(0))
+    far = a.mul(a.div(a.sub(a.number(1), e), a.add(a.number(1), e)), cap)
     far = a.select(a.less(x, a.number(0)), a.negative(far), far)
-    return a.select(a.less(size, a.number(0.55)), near, far)
+    return a.select(is_near_cap(a, x, cap), near_softcap(a, x, cap, inverse), far)
 
 
-def softcap(a: Arithmetic, x, cap):
-    """cap tanh(x / cap): the identity near 0, and never beyond the cap."""
-    return a.mul(tanh(a, a.div(x, cap)), cap)
-
-
-def pulled_through_softcap(a: Arithmetic, gradient, capped, cap):
-    """The gradient with respect to x, from that with respect to softcap(x) = capped."""
-    t = a.div(capped, cap)
+def pulled_through_softcap(a: Arithmetic, gradient, capped, inverse):
+    """The gradient with respect to x, from that with respect to softcap(x) = capped; inverse: 1 / cap."""
+    t = a.mul(capped, inverse)
     return a.mul(gradient, a.fma(a.negative(t), t, a.number(1)))
 
 

@@ -111,7 +111,7 @@ def pulled_back_by(gradient, x, transform, inverse):
 def pulled_through_cap(gradient, x, cap):
     if cap is None:
         return gradient
-    return pulled_through_softcap(gradient, x, number(x, cap))
+    return pulled_through_softcap(gradient, x, number(x, 1.0 / cap))
 
 
 @device

@@ -64,9 +64,9 @@ def _compares(wanted):
             of = formulas.Arithmetic(builder, context.get_value_type(x))
             same = of.equal(args[0], of.splat(args[1]) if isinstance(x, Vector) and y is not x else args[1])
             if isinstance(x, Vector):
-                mask = builder.bitcast(same, ir.IntType(x.lanes))
                 if wanted == "all":
-                    return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, 2**x.lanes - 1))
+                    return _are_all(builder, same, x.lanes)
+                mask = builder.bitcast(same, ir.IntType(x.lanes))
                 return builder.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
             return same
 
@@ -77,6 +77,24 @@ def _compares(wanted):
 
 all_equal = _compares("all")
 any_equal = _compares("any")
+
+
+@intrinsic
+def all_near_cap(typingctx, x, cap):
+    """formulas.is_near_cap of a number, or of all lanes of a vector; the cap is a number."""
+
+    def codegen(context, builder, signature, args):
+        of = formulas.Arithmetic(builder, context.get_value_type(x))
+        if not isinstance(x, Vector):
+            return formulas.is_near_cap(of, *args)
+        return _are_all(builder, formulas.is_near_cap(of, args[0], of.splat(args[1])), x.lanes)
+
+    return types.boolean(x, cap), codegen
+
+
+def _are_all(builder, lanes, count):
+    mask = builder.bitcast(lanes, ir.IntType(count))
+    return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, 2**count - 1))
 
 
 @intrinsic

@@ -14,11 +14,13 @@ import numpy as np
 from gpusoftmax.kernels.cpu.arithmetic import (
     add,
     inverse_temperature,
+    near_softcap,
     scaled,
     softcap,
 )
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import Line, Through
+from gpusoftmax.kernels.cpu.lanes import all_near_cap
 from gpusoftmax.kernels.cpu.memory import (
     advance,
     has_bits,
@@ -155,7 +157,10 @@ def by_scale(x, given, scale):
 def capped(x, cap):
     if cap is None:
         return x
-    return softcap(x, number(x, cap))
+    cap, inverse = number(x, cap), number(x, 1.0 / cap)
+    if all_near_cap(x, cap):  # few logits are farther, and for them there are two divisions and an exponential
+        return near_softcap(x, cap, inverse)
+    return softcap(x, cap, inverse)
 
 
 @device

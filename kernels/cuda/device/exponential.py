@@ -50,17 +50,6 @@ TERMS = (
 )
 
 
-# tanh(u) = u + u^3 q(u^2) for |u| < 1, minimax: relative error 0.93 u.
-TANH_TERMS = (
-    -0.3333298677849443,
-    0.13326408862240174,
-    -0.053498707057731354,
-    0.02035975823560698,
-    -0.00625933828703225,
-    0.0010582642893443297,
-)
-
-
 def _ex2(a, x):
     """2^x within 2 ulp; subnormal results are flushed to 0."""
     approximate = ir.InlineAsm(ir.FunctionType(a.type, [a.type]), "ex2.approx.ftz.f32 $0, $1;", "=f,f")
@@ -246,12 +235,10 @@ def _size_for_cap(a, x):
 
 
 def _near_softcap(a, x, cap, inverse):
-    """cap tanh(x / cap) for |x / cap| < 1: x and what is small beside it, so that x / cap need not be exact."""
+    """Of float32 numbers that are smaller than the cap; of any in float64."""
     if a.format is formulas.DOUBLE:
-        return formulas.softcap(a, x, cap)
-    u = a.mul(x, inverse)
-    square = a.mul(u, u)
-    return a.fma(a.mul(x, square), a.polynomial(square, TANH_TERMS), x)
+        return formulas.softcap(a, x, cap, inverse)
+    return formulas.near_softcap(a, x, cap, inverse)
 
 
 def _softcap(a, x, cap, inverse):
@@ -266,12 +253,6 @@ def _softcap(a, x, cap, inverse):
     far = a.fma(a.mul(a.mul(e, a.number(-2)), _reciprocal(a, a.add(a.number(1), e))), cap, cap)
     far = a.select(a.less(x, a.number(0)), a.negative(far), far)
     return a.select(a.less(_size(a, x), cap), near, far)
-
-
-def _pulled_through_softcap(a, gradient, capped, inverse):
-    """`formulas.pulled_through_softcap`, without its division."""
-    t = a.mul(capped, inverse)
-    return a.mul(gradient, a.fma(a.negative(t), t, a.number(1)))
 
 
 def _unless_equal(a, e, x, max):
@@ -309,6 +290,6 @@ inverse_cap = formula(_inverse_cap)
 size_for_cap = formula(_size_for_cap)
 near_softcap = formula(_near_softcap)
 softcap = formula(_softcap)
-pulled_through_softcap = formula(_pulled_through_softcap)
+pulled_through_softcap = formula(formulas.pulled_through_softcap)
 unless_equal = formula(_unless_equal)
 corrected_inverse = formula(_corrected)
