@@ -34,7 +34,7 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
         operator = getattr(torch.ops.gpusoftmax, name).default
 
         def call(*given: Any) -> Any:
-            return unrecorded(*given) if is_eager(given) else operator(*given)
+            return unrecorded(*given) if is_eager(given) and not _is_watched() else operator(*given)
 
         return operator if operator._schema.is_mutable else call
 
@@ -64,6 +64,7 @@ def is_eager(given: Sequence[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
         or torch.jit.is_tracing()
     ):
         return False
@@ -73,7 +74,14 @@ def is_eager(given: Sequence[Any]) -> bool:
 def _is_in_memory(tensor: Tensor) -> bool:
     if type(tensor) not in _ORDINARY or torch._C._functorch.is_legacy_batchedtensor(tensor):
         return False
+    if tensor._is_zerotensor() or torch._is_functional_tensor(tensor):
+        return False
     return tensor.is_cpu or tensor.is_cuda
+
+
+def _is_watched() -> bool:
+    """Whether somebody is told of every operator: a mode that may put another function in its place, or a profiler."""
+    return torch._C._len_torch_function_stack() > 0 or torch.autograd._profiler_enabled()
 
 
 def row_dtype(dtype: torch.dtype) -> torch.dtype:

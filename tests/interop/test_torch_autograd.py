@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1025,6 +1026,18 @@ class Heard(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+class Replaced(TorchFunctionMode):
+    """Zeros are put in the place of an operator's result."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return torch.zeros_like(result) if function is self.operator else result
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 def test_operators_are_heard_by_who_listens():
     """Where nobody does, functions are called at once; in a graph that would be a constant."""
@@ -1037,6 +1050,38 @@ def test_operators_are_heard_by_who_listens():
     traced = torch.jit.trace(lambda x: ours.log_softmax(x, -1), x.detach())
     assert "gpusoftmax::log_softmax" in str(traced.graph)
     assert torch.equal(traced(other), ours.log_softmax(other, -1))
+    with Replaced(OPS.softmax.default):
+        assert torch.equal(ours.softmax(other, -1), torch.zeros_like(other))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours.softmax(x, -1).sum().backward()
+    assert {"gpusoftmax::softmax", "gpusoftmax::softmax_backward"} <= {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_traced_before_the_dispatcher(mode):
+    """As torch.export does it: the modes of that have a stack of their own."""
+    x, other, target = random(3, 5), random(3, 5), torch.tensor([0, 4, 2])
+
+    def function(x):
+        return ours.softmax(x, -1), ours.cross_entropy(x, target)
+
+    traced = make_fx(function, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    targets = [node.target for node in traced.graph.nodes]
+    assert OPS.softmax.default in targets and OPS.cross_entropy.default in targets
+    for got, expected in zip(traced(other), function(other), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_tensors_without_memory():
+    """torch has zeros that take none, and what is to become functions of others; the dispatcher makes them ordinary."""
+    x, target = random(3, 5, dtype=torch.float32), torch.tensor([0, 4, 2])
+    zeros = torch._efficientzerotensor(3, 5)
+    assert torch.equal(ours.softmax(zeros, -1), ours.softmax(torch.zeros(3, 5), -1))
+    assert ours.cross_entropy(zeros, target) == ours.cross_entropy(torch.zeros(3, 5), target)
+    ours.softmax(x, -1).backward(zeros)
+    assert torch.equal(x.grad, torch.zeros(3, 5))
+    functional = ours.softmax(torch._to_functional_tensor(x.detach()), -1)
+    assert torch.equal(torch._from_functional_tensor(functional), ours.softmax(x, -1))
 
 
 def test_traced_by_make_fx():
