@@ -199,6 +199,29 @@ def test_fork(layer, busy):
     assert run(program, NUMBA_THREADING_LAYER=layer) == "done\n"
 
 
+@pytest.mark.parametrize("place", ["pool.new_pool", "_entry", "threading.Thread"])
+def test_a_handler_calls_while_the_threads_are_made(place):
+    program = f"""
+        from gpusoftmax.kernels.cpu import parallel
+        owner, _, name = "parallel.{place}".rpartition(".")
+        owner, found = eval(owner), []
+        function = getattr(owner, name)
+        def interrupted(*arguments, **options):
+            made = function(*arguments, **options)
+            signal.raise_signal(signal.SIGINT)
+            return made
+        def handler(*_):
+            setattr(owner, name, function)
+            found.append((call(), parallel._threads))
+        signal.signal(signal.SIGINT, handler)
+        setattr(owner, name, interrupted)
+        expected = call()
+        assert found == [(expected, parallel._threads)]
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
 @needs_fork
 def test_fork_while_a_thread_compiles(tmp_path):
     """The child finds neither Numba's lock taken by a thread that it has not got, nor garbage collection off."""

@@ -37,7 +37,7 @@ class _Threads:
         self.play = pool.play.compile(pool.PLAY)
         self.has_looked_for_openmp = _has_forked
         self.started: list[threading.Thread] = []
-        self.starting = threading.Lock()
+        self.starting = threading.RLock()
 
     def at_least(self, count: int) -> None:
         with self.starting:
@@ -52,7 +52,7 @@ class _Threads:
 
 
 _threads: _Threads | None = None
-_making = threading.Lock()
+_making = threading.RLock()  # as `starting`: a signal's handler or a finaliser may call while this thread holds it
 _has_forked = False
 
 
@@ -61,14 +61,15 @@ def _the_threads() -> _Threads:
     global _threads
     with _making:
         if _threads is None:
-            _threads = _Threads()
+            made = _Threads()
+            _threads = _threads or made  # of a call in between
         return _threads
 
 
 def _after_fork() -> None:
     """The child has the memory of the pool but none of its threads, and perhaps a lock that one of them held."""
     global _threads, _making, _has_forked
-    _threads, _making, _has_forked = None, threading.Lock(), True
+    _threads, _making, _has_forked = None, threading.RLock(), True
 
 
 def _at_exit() -> None:
