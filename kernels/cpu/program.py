@@ -13,6 +13,8 @@ Turns and calls are copied into the memory that a run has to itself, where array
 memory of the kernels, come behind them: OWN is the start of it.
 """
 
+import functools
+import itertools
 import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -75,20 +77,24 @@ def assemble(
     places = [(word, number, offset + arrays * (number == OWN)) for word, number, offset in places]
     for word, first, _ in calls:
         places += (word, OWN, 8 * first), (first + WORKSPACE, OWN, scratch)
-    behind = np.zeros(size, np.int64)
-    behind[: len(turns)] = turns
+    behind = PLACES + PLACE * len(places)
+    words = np.zeros(behind + size, np.int64)
+    words[: behind + len(turns)] = [len(steps), len(places), size, *itertools.chain.from_iterable(places), *turns]
     for _, first, call in calls:
-        behind[first : first + call.block.size] = call.block
-    head = len(steps), len(places), size, *(word for place in places for word in place)
-    words = np.concatenate([np.array(head, np.int64), behind])
+        words[behind + first : behind + first + call.block.size] = call.block
     starts = [call for _, _, call in calls]
     return Program(
         words=words,
         address=words.ctypes.data,
-        pack=struct.Struct(f"{n_given}q").pack,
+        pack=_words(n_given).pack,
         n_threads=max((call.n_threads for call in starts), default=0),
         own_bytes=scratch + max((call.workspace_bytes for call in starts), default=0),
     )
+
+
+@functools.cache
+def _words(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
 
 
 def _whole_lines(words: int) -> int:
