@@ -199,7 +199,7 @@ def test_fork(layer, busy):
     assert run(program, NUMBA_THREADING_LAYER=layer) == "done\n"
 
 
-@pytest.mark.parametrize("place", ["pool.new_pool", "_entry", "threading.Thread"])
+@pytest.mark.parametrize("place", ["pool.new_pool", "pool.play.compile", "threading.Thread"])
 def test_a_handler_calls_while_the_threads_are_made(place):
     program = f"""
         from gpusoftmax.kernels.cpu import parallel
