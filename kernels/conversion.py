@@ -13,11 +13,11 @@ FLOAT = ir.FloatType()
 DOUBLE = ir.DoubleType()
 
 
-def _shaped(element: ir.Type, like: ir.Type) -> ir.Type:
+def shaped(element: ir.Type, like: ir.Type) -> ir.Type:
     return ir.VectorType(element, like.count) if isinstance(like, ir.VectorType) else element
 
 
-def _constant(type: ir.Type, value):
+def constant(type: ir.Type, value):
     if isinstance(type, ir.VectorType):
         return ir.Constant(type, [ir.Constant(type.element, value)] * type.count)
     return ir.Constant(type, value)
@@ -30,10 +30,10 @@ def _is_double(type: ir.Type) -> bool:
 def widen(builder: ir.IRBuilder, value, dtype: str, compute: ir.Type):
     """A stored value (bits for the half types) as a number of type `compute`: exact."""
     if dtype == "bfloat16":
-        wide = builder.zext(value, _shaped(ir.IntType(32), value.type))
-        value = builder.bitcast(builder.shl(wide, _constant(wide.type, 16)), _shaped(FLOAT, value.type))
+        wide = builder.zext(value, shaped(ir.IntType(32), value.type))
+        value = builder.bitcast(builder.shl(wide, constant(wide.type, 16)), shaped(FLOAT, value.type))
     elif dtype == "float16":
-        value = builder.fpext(builder.bitcast(value, _shaped(HALF, value.type)), _shaped(FLOAT, value.type))
+        value = builder.fpext(builder.bitcast(value, shaped(HALF, value.type)), shaped(FLOAT, value.type))
     if _is_double(compute) and not _is_double(value.type):
         value = builder.fpext(value, compute)
     return value
@@ -44,29 +44,28 @@ def widen_unordered(builder: ir.IRBuilder, value, dtype: str, compute: ir.Type):
     if dtype != "bfloat16" or _is_double(compute):
         return widen(builder, value, dtype, compute)
     words = builder.bitcast(value, ir.VectorType(ir.IntType(32), value.type.count // 2))
-    lower = builder.shl(words, _constant(words.type, 16))
-    upper = builder.and_(words, _constant(words.type, 0xFFFF0000))
+    lower = builder.shl(words, constant(words.type, 16))
+    upper = builder.and_(words, constant(words.type, 0xFFFF0000))
     both = ir.Constant(ir.VectorType(ir.IntType(32), value.type.count), list(range(value.type.count)))
-    return builder.bitcast(builder.shuffle_vector(lower, upper, both), _shaped(FLOAT, value.type))
+    return builder.bitcast(builder.shuffle_vector(lower, upper, both), shaped(FLOAT, value.type))
 
 
 def narrow(builder: ir.IRBuilder, value, dtype: str):
     """A number in storage format, rounded once to nearest even."""
     if dtype == "float64":
-        return builder.fpext(value, _shaped(DOUBLE, value.type)) if not _is_double(value.type) else value
+        return builder.fpext(value, shaped(DOUBLE, value.type)) if not _is_double(value.type) else value
     if dtype == "float32":
-        return builder.fptrunc(value, _shaped(FLOAT, value.type)) if _is_double(value.type) else value
-    if _is_double(value.type):
-        value = _to_odd_float(builder, value)
-    bits_type = _shaped(ir.IntType(16), value.type)
+        return builder.fptrunc(value, shaped(FLOAT, value.type)) if _is_double(value.type) else value
+    value = to_float(builder, value)
+    bits_type = shaped(ir.IntType(16), value.type)
     if dtype == "float16":
-        return builder.bitcast(builder.fptrunc(value, _shaped(HALF, value.type)), bits_type)
-    bits = builder.bitcast(value, _shaped(ir.IntType(32), value.type))
-    sixteen, one = _constant(bits.type, 16), _constant(bits.type, 1)
+        return builder.bitcast(builder.fptrunc(value, shaped(HALF, value.type)), bits_type)
+    bits = builder.bitcast(value, shaped(ir.IntType(32), value.type))
+    sixteen, one = constant(bits.type, 16), constant(bits.type, 1)
     even = builder.and_(builder.lshr(bits, sixteen), one)
-    rounded = builder.add(bits, builder.add(even, _constant(bits.type, 0x7FFF)))
+    rounded = builder.add(bits, builder.add(even, constant(bits.type, 0x7FFF)))
     # Rounding could carry a NaN's payload into infinity.
-    quiet = builder.or_(bits, _constant(bits.type, 0x00400000))
+    quiet = builder.or_(bits, constant(bits.type, 0x00400000))
     bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
     if not isinstance(bits.type, ir.VectorType):
         return builder.trunc(builder.lshr(bits, sixteen), bits_type)
@@ -76,23 +75,25 @@ def narrow(builder: ir.IRBuilder, value, dtype: str):
     return builder.shuffle_vector(halves, halves, upper)
 
 
-def _to_odd_float(builder: ir.IRBuilder, value):
+def to_float(builder: ir.IRBuilder, value):
     """double -> float, rounded to odd: a second rounding to a half type then acts as if it were the only one."""
-    float_type = _shaped(FLOAT, value.type)
+    if not _is_double(value.type):
+        return value
+    float_type = shaped(FLOAT, value.type)
     nearest = builder.fptrunc(value, float_type)
     back = builder.fpext(nearest, value.type)
-    bits = builder.bitcast(nearest, _shaped(ir.IntType(32), value.type))
-    long = _shaped(ir.IntType(64), value.type)
-    positive = _constant(long, (1 << 63) - 1)
+    bits = builder.bitcast(nearest, shaped(ir.IntType(32), value.type))
+    long = shaped(ir.IntType(64), value.type)
+    positive = constant(long, (1 << 63) - 1)
     # Magnitudes compare as integers: one step back where rounding went away from zero.
     too_far = builder.icmp_unsigned(
         ">",
         builder.and_(builder.bitcast(back, long), positive),
         builder.and_(builder.bitcast(value, long), positive),
     )
-    truncated = builder.select(too_far, builder.sub(bits, _constant(bits.type, 1)), bits)
+    truncated = builder.select(too_far, builder.sub(bits, constant(bits.type, 1)), bits)
     inexact = builder.fcmp_ordered("!=", back, value)
-    odd = builder.or_(truncated, _constant(bits.type, 1))
+    odd = builder.or_(truncated, constant(bits.type, 1))
     return builder.bitcast(builder.select(inexact, odd, bits), float_type)
 
 

@@ -31,7 +31,7 @@ print("done")
 CPUS = {
     "AVX2": (32, "haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2", ("float32",)),
     "AVX2, bfloat16": (32, "haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2", ("bfloat16",)),
-    "SSE": (16, "nehalem", "+sse4.2,-avx,-avx2,-fma", ("float32",)),
+    "SSE": (16, "nehalem", "+sse4.2,-avx,-avx2,-fma", ("float32", "float16")),
 }
 
 

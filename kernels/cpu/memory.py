@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gpusoftmax.kernels import conversion, formulas
+from gpusoftmax.kernels.cpu import halves
 from gpusoftmax.kernels.cpu.vector import REGISTER_BYTES, Vector, first_lanes
 
 _INT32 = ir.IntType(32)
@@ -101,7 +102,7 @@ def load(typingctx, pointer, index, like):
             return context.get_dummy_value()
         address = _at(builder, args[0], args[1], _stored_type(context, pointer, like))
         value = builder.load(address, align=pointer.dtype.bitwidth // 8)
-        return conversion.widen(builder, value, dtype, context.get_value_type(like))
+        return halves.widen(builder, value, dtype, context.get_value_type(like))
 
     return like(pointer, types.intp, like), codegen
 
@@ -117,7 +118,7 @@ def store(typingctx, pointer, index, value):
         if isinstance(value, types.NoneType):
             return context.get_dummy_value()
         address = _at(builder, args[0], args[1], _stored_type(context, pointer, value))
-        builder.store(conversion.narrow(builder, args[2], dtype), address, align=pointer.dtype.bitwidth // 8)
+        builder.store(halves.narrow(builder, args[2], dtype), address, align=pointer.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, value), codegen
@@ -138,13 +139,13 @@ def _load_masked(context, builder, address, mask, padding, storage):
     align = ir.Constant(_INT32, storage.dtype.bitwidth // 8)
     address = builder.bitcast(address, type.as_pointer())
     value = _masked(builder, "load", type, address, align, mask, ir.Constant(type, None))
-    return builder.select(mask, conversion.widen(builder, value, STORED_DTYPE[storage.dtype], padding.type), padding)
+    return builder.select(mask, halves.widen(builder, value, STORED_DTYPE[storage.dtype], padding.type), padding)
 
 
 def _store_masked(context, builder, address, mask, value, storage):
     type = ir.VectorType(context.get_value_type(storage.dtype), mask.type.count)
     align = ir.Constant(_INT32, storage.dtype.bitwidth // 8)
-    stored = conversion.narrow(builder, value, STORED_DTYPE[storage.dtype])
+    stored = halves.narrow(builder, value, STORED_DTYPE[storage.dtype])
     _masked(builder, "store", type, stored, builder.bitcast(address, type.as_pointer()), align, mask)
 
 
@@ -163,7 +164,7 @@ def load_cols(typingctx, line, col, left, padding):
             return _load_masked(context, builder, address, mask, args[3], pointer)
         stored = _stored_type(context, pointer, padding)
         value = builder.load(builder.bitcast(address, stored.as_pointer()), align=pointer.dtype.bitwidth // 8)
-        return conversion.widen(builder, value, STORED_DTYPE[pointer.dtype], args[3].type)
+        return halves.widen(builder, value, STORED_DTYPE[pointer.dtype], args[3].type)
 
     return padding(line, types.intp, left, padding), codegen
 
@@ -172,7 +173,7 @@ def load_cols(typingctx, line, col, left, padding):
 def load_unordered(typingctx, line, col, like):
     """The vector at column `col` of a Line, along a row with its lanes in any order."""
     pointer = line.types[0]
-    widen = conversion.widen if like.is_across else conversion.widen_unordered
+    widen = halves.widen if like.is_across else halves.widen_unordered
 
     def codegen(context, builder, signature, args):
         first, step = (builder.extract_value(args[0], k) for k in range(2))
@@ -196,7 +197,7 @@ def store_cols(typingctx, line, col, left, vector):
             if not vector.is_across and not isinstance(left, types.NoneType):
                 _store_masked(context, builder, address, first_lanes(builder, args[2], vector.lanes), args[3], pointer)
             else:
-                stored = conversion.narrow(builder, args[3], STORED_DTYPE[pointer.dtype])
+                stored = halves.narrow(builder, args[3], STORED_DTYPE[pointer.dtype])
                 address = builder.bitcast(address, stored.type.as_pointer())
                 builder.store(stored, address, align=pointer.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -223,7 +224,7 @@ def stream_cols(typingctx, line, col, vector):
     """store_cols of a whole vector past the caches; it must start at a cache line."""
 
     def codegen(context, builder, signature, args):
-        stored = conversion.narrow(builder, args[2], STORED_DTYPE[line.types[0].dtype])
+        stored = halves.narrow(builder, args[2], STORED_DTYPE[line.types[0].dtype])
         address = builder.gep(builder.extract_value(args[0], 0), [args[1]])
         store = builder.store(stored, builder.bitcast(address, stored.type.as_pointer()), align=CACHE_LINE)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
