@@ -6,9 +6,11 @@ once and never held. The backward multiplies the gradients by what comes from ab
 precision: use a loss scale inside, or "none", where float16 would underflow.
 
 Where the gradient is to be differentiated again, it is taken from torch's own product and our cross_entropy, for which
-all logits are held. In forward mode and under torch.func so is the loss.
+all logits are held. So is the loss in forward mode and under torch.func, and where the target holds probabilities or
+the classes have further axes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
+from gpusoftmax import _checks, _torch_ops
 from gpusoftmax import _torch_full_loss as full
-from gpusoftmax import _torch_ops
 from gpusoftmax import _torch_rows as rows
 from gpusoftmax._loss import CrossEntropy
 from gpusoftmax._torch_losses import can_look, is_ignored
 from gpusoftmax._torch_transform import Through
+from gpusoftmax._torch_warnings import warn_once
 
 
 class Layer(NamedTuple):
@@ -64,8 +67,12 @@ class Options(NamedTuple):
 
 def linear_cross_entropy(layer: Layer, given: Given, options: Options) -> Tensor | CrossEntropy:
     """The loss has gradients, what else is told has none."""
-    full.check_no_gradients(given._asdict())
-    if rows.is_transforming():
+    without_gradients = given._asdict()
+    if given.target.is_floating_point():
+        del without_gradients["target"]
+    full.check_no_gradients(without_gradients)
+    if reason := _why_all_logits(layer, given):
+        _warn_of_all_logits(reason)
         return _of_all_logits(layer, given, options)
     if rows.recorded(*(tensor for tensor in layer if tensor is not None)):
         loss, *told = _LinearCrossEntropy.apply(*layer, *given, options)
@@ -75,6 +82,20 @@ def linear_cross_entropy(layer: Layer, given: Given, options: Options) -> Tensor
         return loss
     told = iter(told)
     return CrossEntropy(loss, *[next(told) if wanted else None for wanted in options.told])
+
+
+def _why_all_logits(layer: Layer, given: Given) -> str | None:
+    if rows.is_transforming():
+        return "in forward mode and under torch.func"
+    if given.target.is_floating_point():
+        return "where target holds probabilities"
+    if layer.linear_weight.ndim > 2:
+        return "where linear_weight has more axes than those of classes and features"
+    return None
+
+
+def _warn_of_all_logits(reason: str) -> None:
+    warn_once(f"linear_cross_entropy holds all logits, not a chunk of rows, {reason}")
 
 
 _NO_GRADIENTS = (False, False, False)
@@ -194,6 +215,7 @@ def _gradients(
 def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as results of operations that torch can differentiate."""
     silent = ctx.options._replace(return_z_loss=False, return_lse=False, return_correct=False, validate=False)
+    _warn_of_all_logits("where its gradient is differentiated again, or asked for in a batch")
     is_kept = torch.is_grad_enabled()  # not for a batch of gradients that nobody differentiates
     with torch.enable_grad():
         # Views, of which none comes from another one: where the input does from the weights, as embeddings that share
@@ -207,16 +229,35 @@ def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> 
 
 def _of_all_logits(layer: Layer, given: Given, options: Options) -> Tensor | CrossEntropy:
     """The loss, and what else is told, by operations that torch can differentiate."""
-    idle = is_ignored(given.target, options.ignore_index)
-    if given.row_weight is not None:
-        idle = idle | (given.row_weight == 0)
-    # Such rows take no part whatever they hold; in the product a NaN would.
-    features = torch.where(idle.unsqueeze(-1), 0, layer.input)
-    logits = torch.nn.functional.linear(features, layer.linear_weight, layer.linear_bias)
-    row_weight = None if given.row_weight is None else given.row_weight.reshape(-1)
+    features, weight, bias = layer
+    target, row_weight = given.target, given.row_weight
+    batch, (n_classes, *axes, _) = features.shape[:-1], weight.shape
+    n_of_axes = math.prod(axes)
+
+    def by_rows(classes: Tensor) -> Tensor:
+        """(*batch, n_classes, *axes) as (n_rows, n_classes)."""
+        return classes.reshape(-1, n_classes, n_of_axes).movedim(1, 2).reshape(-1, n_classes)
+
+    shape = (*batch, *axes)
+    is_soft = target.is_floating_point()
+    expected = (*batch, n_classes, *axes) if is_soft else shape
+    _checks.same_shape(weight, (n_classes, *axes, *features.shape[-1:]), "linear_weight", "to match input")
+    _checks.same_shape(target, expected, "target", "to match input and linear_weight")
+    if bias is not None:
+        _checks.same_shape(bias, (n_classes, *axes), "linear_bias", "to match linear_weight")
+    idle = None if is_soft else is_ignored(target, options.ignore_index)
+    if row_weight is not None:
+        _checks.same_shape(row_weight, shape, "row_weight", "to match input and linear_weight")
+        idle = row_weight == 0 if idle is None else idle | (row_weight == 0)
+        row_weight = row_weight.reshape(-1)
+    if idle is not None:  # such rows take no part whatever they hold; in the product a NaN would
+        features = torch.where(idle.reshape(*batch, n_of_axes).all(-1, keepdim=True), 0, features)
+    logits = torch.nn.functional.linear(
+        features, weight.reshape(-1, weight.shape[-1]), None if bias is None else bias.reshape(-1)
+    )
     told = full.full_cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
-        full.Target(given.target.reshape(-1), None, given.weight, row_weight),
+        by_rows(logits),
+        full.Target(by_rows(target) if is_soft else target.reshape(-1), None, given.weight, row_weight),
         full.Options(
             options.ignore_index,
             options.label_smoothing,
@@ -230,7 +271,6 @@ def _of_all_logits(layer: Layer, given: Given, options: Options) -> Tensor | Cro
         options.divide_by if given.normalizer is None else given.normalizer,
         options.told,
     )
-    shape = given.target.shape
     if not any(options.told):
         return told.reshape(shape) if options.reduction == "none" else told
     return CrossEntropy(*[one if one is None or not one.ndim else one.reshape(shape) for one in told])

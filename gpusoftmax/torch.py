@@ -8,7 +8,8 @@ so can be captured in a CUDA graph, and take tensors of any strides without a co
 
 softmax, log_softmax, logsumexp, cross_entropy and token_logprobs take what gpusoftmax.softmax may do to the logits
 first: temperature, bias, softcap, mask, n_valid. Their derivatives go through it, to bias and temperatures too. The
-layers take one temperature and a softcap.
+layers take one temperature and a softcap. Where more memory is taken than was asked for, or than usually is, a warning
+says so once, and why.
 
 Sums are computed in float32 whatever the dtype of the logits, float64 in float64. Inside torch.autocast softmax and
 log_softmax of half types return float32, as torch's do on a GPU; losses, log-sum-exp and log-probabilities are float32
@@ -16,6 +17,7 @@ always, and gradients have the dtype of the logits. The layers take bfloat16 the
 torch's take float16.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -298,7 +300,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -313,19 +315,23 @@ def linear_cross_entropy(
 ) -> Tensor | CrossEntropy:
     """torch.nn.functional.linear_cross_entropy: cross_entropy of the logits input @ linear_weight.T + linear_bias.
 
-    The logits are made a chunk of rows at a time, and become their gradient in place: they are never held as a whole,
-    unless the gradient is to be differentiated again.
+    The logits are made a chunk of rows at a time, and become their gradient in place. They are held as a whole,
+    with a warning, where the gradient is to be differentiated again, where the target holds probabilities, or where
+    the classes have further axes. Of torch's arguments `options` is not taken: `chunk_size` says how chunks are made.
 
     Parameters
     ----------
     input : tensor, shape (..., n_features)
         float16, bfloat16, float32 or float64, with any strides.
-    linear_weight : tensor, shape (n_classes, n_features), the dtype of `input`
-    target : tensor of integers, the shape of `input` without its last axis
-        Class of each row, from 0 to n_classes - 1, or `ignore_index`.
-    linear_bias : tensor, shape (n_classes,), the dtype of `input`, optional
-    weight, ignore_index, reduction, label_smoothing
+    linear_weight : tensor, shape (n_classes, n_features) or (n_classes, d1, ..., n_features), the dtype of `input`
+    target : tensor of integers, the shape of `input` without its last axis, then (d1, ...)
+        Class of each row, from 0 to n_classes - 1, or `ignore_index`. Or probabilities of classes: a floating tensor,
+        with an axis of n_classes before (d1, ...).
+    linear_bias : tensor, the shape of `linear_weight` without its last axis, the dtype of `input`, optional
+    weight, reduction, label_smoothing
         As in `cross_entropy`.
+    ignore_index : int, optional
+        As in `cross_entropy`; None stands for -100, as in torch's function.
     z_loss, row_weight, normalizer, temperature, softcap
         As in gpusoftmax.linear_cross_entropy. None of them gets a gradient.
     return_z_loss, return_lse, return_correct : bool
@@ -336,7 +342,7 @@ def linear_cross_entropy(
     Returns
     -------
     tensor, float32 (float64 for float64 input)
-        A single number for "mean" and "sum", the shape of `target` for "none".
+        A single number for "mean" and "sum", the shape of a `target` of integers for "none".
     gpusoftmax.CrossEntropy
         If more is asked for, a named tuple: loss, z_loss, lse and n_correct, as gpusoftmax.cross_entropy has them.
 
@@ -357,6 +363,7 @@ def linear_cross_entropy(
     input, linear_weight, linear_bias = _in_autocast(input, linear_weight, linear_bias)
     wanted = bool(return_z_loss), bool(return_lse), bool(return_correct)
     given = linear_bias, weight, row_weight, normalizer
+    ignore_index = -100 if ignore_index is None else ignore_index
     options = ignore_index, reduction, label_smoothing, z_loss, temperature, softcap, wanted
     return _torch_core.linear_cross_entropy(input, linear_weight, target, *given, *options, None, chunk_size)
 
@@ -364,7 +371,8 @@ def linear_cross_entropy(
 class LinearCrossEntropyLoss(torch.nn.Module):
     """The last layer of a classifier and its loss: torch.nn.LinearCrossEntropyLoss, computed by `linear_cross_entropy`.
 
-    The layer is `linear`, a torch.nn.Linear: parameters and state have torch's names. What the loss has more is given
+    The layer is `linear`, a torch.nn.Linear: parameters and state have torch's names. `out_features` are the axes that
+    follow that of the classes, (d1, ...). What the loss has more is given
     as to `linear_cross_entropy`: `row_weight` and `normalizer`, which follow the batch, where it is called.
 
     Examples
@@ -382,12 +390,13 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         in_features: int,
         num_classes: int,
         *,
+        out_features: Sequence[int] = (),
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         temperature: float = 1.0,
@@ -398,7 +407,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         chunk_size: int | None = None,
     ):
         super().__init__()
-        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        n_outputs = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, n_outputs, bias=bias, device=device, dtype=dtype)
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.register_buffer("weight", weight)
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing, self.chunk_size = label_smoothing, chunk_size
@@ -413,11 +424,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | CrossEntropy:
+        outputs, bias = (self.num_classes, *self.out_features), self.linear.bias
         return linear_cross_entropy(
             input,
-            self.linear.weight,
+            self.linear.weight.reshape(*outputs, self.linear.in_features),
             target,
-            linear_bias=self.linear.bias,
+            linear_bias=None if bias is None else bias.reshape(outputs),
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,

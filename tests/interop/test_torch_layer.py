@@ -1,12 +1,14 @@
 """gpusoftmax.torch.linear_cross_entropy: torch's values and gradients, of any order, in the memory of a chunk."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 from torch.nn import functional
 
 import gpusoftmax
+from gpusoftmax import _torch_warnings
 from gpusoftmax.torch import LinearCrossEntropyLoss, linear_cross_entropy
 
 N_ROWS, N_FEATURES, N_CLASSES = 7, 5, 11
@@ -199,6 +201,71 @@ def test_module_has_the_state_of_torch():
     torch.testing.assert_close(loss, functional.cross_entropy(logits, target, options["weight"], label_smoothing=0.1))
     loss.backward()
     assert ours.linear.weight.grad.shape == (N_CLASSES, N_FEATURES) and ours.linear.bias.grad is not None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("is_soft", [False, True])
+@pytest.mark.parametrize("axes", [(), (2, 3)], ids=str)
+def test_targets_and_axes_that_have_no_chunks_are_those_of_torch(axes, is_soft, reduction):
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*sizes):
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, w, bias = normal(N_ROWS, N_FEATURES), normal(N_CLASSES, *axes, N_FEATURES), normal(N_CLASSES, *axes)
+    target = torch.randint(0, N_CLASSES, (N_ROWS, *axes), generator=generator)
+    target.view(-1)[1] = -100
+    given = x, w, bias
+    if is_soft:
+        target = normal(N_ROWS, N_CLASSES, *axes)
+        given = *given, target
+    weight = torch.linspace(0.5, 1.5, N_CLASSES, dtype=torch.float64)
+    options = {"linear_bias": bias, "weight": weight, "reduction": reduction, "ignore_index": None}
+    ours = linear_cross_entropy(x, w, target, **options)
+    theirs = functional.linear_cross_entropy(x, w, target, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients(ours, *given), gradients(theirs, *given), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_module_with_further_axes():
+    options = {"out_features": (3,), "bias": True, "dtype": torch.float64}
+    ours = LinearCrossEntropyLoss(N_FEATURES, N_CLASSES, **options)
+    theirs = torch.nn.LinearCrossEntropyLoss(N_FEATURES, N_CLASSES, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x, target = tensors()[0], torch.arange(3 * N_ROWS).reshape(N_ROWS, 3) % N_CLASSES
+    torch.testing.assert_close(ours(x, target), theirs(x, target), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("linear_weight", (N_CLASSES, 2, 4)), ("target", (N_ROWS, 3)), ("linear_bias", (2, N_CLASSES))]
+)
+def test_shapes_that_do_not_match_where_all_logits_are_held(name, shape):
+    shapes = {"linear_weight": (N_CLASSES, 2, N_FEATURES), "linear_bias": (N_CLASSES, 2), "target": (N_ROWS, 2)}
+    given = {one: torch.zeros(size, dtype=torch.float64) for one, size in {**shapes, name: shape}.items()}
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        linear_cross_entropy(tensors()[0], **{**given, "target": given["target"].long()})
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda x, w, t: torch.func.grad(lambda one: linear_cross_entropy(one, w, t))(x.detach()), "torch.func"),
+        (lambda x, w, t: linear_cross_entropy(x, w, torch.ones(N_ROWS, N_CLASSES).double()), "probabilities"),
+        (lambda x, w, t: linear_cross_entropy(x, w[:, None], t[:, None]), "more axes"),
+        (lambda x, w, t: torch.autograd.grad(linear_cross_entropy(x, w, t), x, create_graph=True), "again"),
+    ],
+    ids=["func", "probabilities", "axes", "twice"],
+)
+def test_a_warning_where_all_logits_are_held(call, reason):
+    x, w, _, target = tensors()
+    _torch_warnings._warn.cache_clear()
+    with pytest.warns(UserWarning, match=f"holds all logits.*{reason}"):
+        call(x, w, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(x, w, target)  # it has been said
+        linear_cross_entropy(x, w, target).backward()
 
 
 def test_a_bad_label():
