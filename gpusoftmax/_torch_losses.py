@@ -24,6 +24,7 @@ from torch import Tensor
 from gpusoftmax import _torch_ops as ops
 from gpusoftmax import _torch_rows as rows
 from gpusoftmax import _torch_transform_ops as transformed_ops
+from gpusoftmax._torch_warnings import warn_once
 
 
 class Loss(NamedTuple):
@@ -55,7 +56,10 @@ def cross_entropy_in_place(logits: Tensor, target: Tensor, weight: Tensor | None
 
 def can_be_in_place(logits: Tensor, *others: Tensor | None) -> bool:
     """Whether there is a gradient to overwrite the logits, and nobody but them wants it."""
-    if not rows.recorded(logits) or rows.is_transforming() or torch.compiler.is_compiling():
+    if not rows.recorded(logits) or torch.compiler.is_compiling():
+        return False
+    if rows.is_transforming():
+        warn_once("cross_entropy(..., inplace=True) leaves the logits alone in forward mode and under torch.func")
         return False
     memory = logits if logits._base is None else logits._base
     if memory.is_leaf and memory.requires_grad:

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpusoftmax import _checks, _torch_core, _torch_losses, _torch_ops
+from gpusoftmax import _checks, _torch_core, _torch_losses, _torch_ops, _torch_rows
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._loss import split_target
 from gpusoftmax._torch_full_loss import Options, Target, full_cross_entropy
 from gpusoftmax._torch_transform import through
+from gpusoftmax._torch_warnings import warn_once
 from gpusoftmax.cross_entropy import CrossEntropy
 from gpusoftmax.token_logprobs import TokenLogprobs
 
@@ -231,8 +232,9 @@ def cross_entropy(
     inplace : bool
         Let the gradient overwrite `input`, where one is recorded: saves an array of its size. The result can then be
         differentiated once, and torch reports whoever else needs the logits. float16 gradients are rounded before they
-        meet the scale of a GradScaler. Compiled code, which plans its memory itself, ignores it; so do the options that
-        torch's function does not have.
+        meet the scale of a GradScaler. Compiled code, which plans its memory itself, ignores it; so do, with a warning,
+        forward mode, torch.func, and what no kernel does so: z_loss, row_weight, normalizer, return_z_loss, return_lse,
+        return_correct, and probabilities.
 
     Returns
     -------
@@ -272,6 +274,11 @@ def cross_entropy(
     if plain and not target.is_floating_point():
         loss = _torch_losses.Loss(ignore_index, reduction, label_smoothing)
         return transformed.cross_entropy(x, target, weight, loss, given, inplace)
+    if inplace and _torch_rows.recorded(x):
+        warn_once(
+            "cross_entropy(..., inplace=True) takes memory of its own for the gradient with z_loss, row_weight, "
+            "normalizer, return_z_loss, return_lse, return_correct and where target holds probabilities"
+        )
     options = Options(ignore_index, label_smoothing, _checks.z_loss(z_loss), return_z_loss, return_correct, None)
     target_of_rows = Target(target, shares, weight, row_weight)
     return full_cross_entropy(x, target_of_rows, options, given, reduction, normalizer, wanted)

@@ -5,6 +5,7 @@ import gc
 import io
 import itertools
 import pickle
+import warnings
 import weakref
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpusoftmax
 import gpusoftmax.torch as ours
+from gpusoftmax import _torch_warnings
 from gpusoftmax.kernels.cpu import run
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -708,6 +710,25 @@ def test_what_is_in_place_can_be_used_once():
     with pytest.raises(IndexError):
         ours.cross_entropy(bad, torch.tensor([0, 4, 1]), inplace=True)
     assert torch.equal(bad, leaf * 2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, t: ours.cross_entropy(x * 1, t, z_loss=0.1, inplace=True),
+        lambda x, t: torch.func.grad(lambda one: ours.cross_entropy(one * 1, t, inplace=True))(x.detach()),
+    ],
+    ids=["options", "torch.func"],
+)
+def test_a_warning_where_the_gradient_is_not_in_place(call):
+    x, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 1])
+    _torch_warnings._warn.cache_clear()
+    with pytest.warns(UserWarning, match="inplace=True"):
+        call(x, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(x, target)  # it has been said
+        ours.cross_entropy(x * 1, target, inplace=True)
 
 
 # ---------------------------------------------------------------- modules, autocast, other tools
