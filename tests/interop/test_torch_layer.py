@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional
+from torch.testing._internal.common_methods_invocations import op_db
 
 import gpusoftmax
 from gpusoftmax import _torch_warnings
@@ -226,6 +227,26 @@ def test_targets_and_axes_that_have_no_chunks_are_those_of_torch(axes, is_soft, 
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for one, other in zip(gradients(ours, *given), gradients(theirs, *given), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+INFOS = [info for info in op_db if info.name == "nn.functional.linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.full_name)
+def test_torch_agrees_on_its_samples(info):
+    """In float64: in float32 the two products of matrices differ by rounding, and the samples' terms are large."""
+    count = 0
+    for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True):
+        expected = info.op(sample.input, *sample.args, **sample.kwargs)
+        options = {name: one for name, one in sample.kwargs.items() if name != "options"}  # how torch makes its chunks
+        result = linear_cross_entropy(sample.input, *sample.args, **options)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+        of_all = sample.input, *sample.args, *options.values()
+        given = [one for one in of_all if isinstance(one, torch.Tensor) and one.requires_grad]
+        for one, other in zip(gradients(result, *given), gradients(expected, *given), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        count += 1
+    assert count > 50
 
 
 def test_module_with_further_axes():
