@@ -447,7 +447,7 @@ def test_seeds_and_steps_that_follow_each_other_are_independent():
 
 @pytest.mark.fuzz
 def test_fifty_distributions_are_fair():
-    check_fairness(range(50), (3, 60, 1000, 32_768, 2**20), lambda n_cols: min(200_000, 2**34 // n_cols))
+    check_fairness(range(50), (3, 60, 1000, 32_768, 2**20), lambda n_cols: min(10**6, 2**37 // n_cols))
 
 
 @pytest.mark.fuzz
