@@ -296,5 +296,11 @@ def test_what_the_core_refuses():
     x, q = random(2, 4).detach(), random(2, 4, seed=1)
     with pytest.raises(TypeError, match="^target is a tensor that requires grad"):
         gpusoftmax.cross_entropy_with_grad(x, q)
-    with pytest.raises(TypeError, match="^target requires grad, and gets no gradient"):
-        gpusoftmax.linear_cross_entropy(x, torch.ones(3, 4, dtype=F64), q)
+
+
+@pytest.mark.filterwarnings("ignore:.*linear_cross_entropy holds all logits")
+def test_the_layer_of_the_core():
+    x, weight, q = random(2, 4).detach(), random(3, 4).detach(), random(2, 3, seed=1)
+    loss, expected = gpusoftmax.linear_cross_entropy(x, weight, q), F.cross_entropy(F.linear(x, weight), q)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, q), torch.autograd.grad(expected, q))
