@@ -141,6 +141,7 @@ def sum_products(here, first, last, numbers):
 
 @device
 def product(col, left, others, here, arguments):
+    # One chunk ahead and not as Here.ahead: no maximum comes in between (two chunks: 1.03 to 1.06 of the time).
     prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
     prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
     p = load_cols(here.first, col, left, here.zeros)
