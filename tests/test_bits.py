@@ -383,6 +383,26 @@ def test_results_written_past_the_caches(monkeypatch, name, n_cols, dtype):
     assert laid_out[0].block[Job._fields.index("streamed")] == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("n_rows", [192, 224])  # whole blocks of rows, and a part of one at the end
+def test_columns_written_past_the_caches(monkeypatch, dtype, n_rows):
+    """Into the middle of an array, whose other elements stay as they are."""
+    x = np.ascontiguousarray(np.moveaxis(make(2 * n_rows, 37, dtype)[0].reshape(2, n_rows, 37), 1, 2))
+    lines = np.zeros((2, 37, 64 + n_rows + 64), x.dtype)
+    expected, canaries = lines[..., 64:-64], (lines[..., :64], lines[..., -64:])
+    expected[...] = gpusoftmax.softmax(x, axis=1)
+    result = np.zeros(lines.nbytes + 64, np.uint8)
+    result = result[-result.ctypes.data % 64 :][: lines.nbytes].view(x.dtype).reshape(lines.shape)
+    monkeypatch.setattr(run_module, "STREAM_BYTES", 0)
+    laid_out, plan = [], run_module.plan
+    monkeypatch.setattr(run_module, "plan", lambda *a: laid_out.append(plan(*a)) or laid_out[-1])
+    _replay_cpu._recipes.clear()
+    gpusoftmax.softmax(x, axis=1, out=result[..., 64:-64])
+    _replay_cpu._recipes.clear()
+    assert laid_out[0].block[Job._fields.index("streamed")] == 1
+    assert result.tobytes() == lines.tobytes() and not any(part.any() for part in canaries)
+
+
 def on_gpu(name, arrays, arch="sm_90", **options):
     with emulated_gpu(arch, track=False, **options) as gpu:
         return bits(run(Emulated(gpu), name, *arrays))

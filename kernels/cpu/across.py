@@ -3,7 +3,7 @@
 import math
 
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.here import Here, Line, Through
+from gpusoftmax.kernels.cpu.here import Ahead, Here, Line, Through
 from gpusoftmax.kernels.cpu.job import TICKETS, atomic_add, draw_item
 from gpusoftmax.kernels.cpu.memory import (
     advance,
@@ -11,16 +11,14 @@ from gpusoftmax.kernels.cpu.memory import (
     load_part,
     load_transposed,
     pointer_to,
-    prefetch_to_read,
-    prefetch_to_write,
     store,
     store_part,
     store_transposed,
+    stream_cols,
 )
 from gpusoftmax.kernels.cpu.rows import count_of_chunks, element
 from gpusoftmax.kernels.cpu.vector import (
     across,
-    along,
     lanes_of,
     number,
     square_of,
@@ -58,14 +56,17 @@ def copy_in(array, row, n_rows, rows, buffer, like):
 
 
 @device
-def copy_out(array, row, n_rows, rows, buffer, like):
-    """What copy_in does, the other way round."""
+def copy_out(array, row, n_rows, rows, buffer, streamed, like):
+    """What copy_in does, the other way round; streamed: past the caches, which only full columns can be."""
     lanes = lanes_of(across(like))
     zeros = across(number(like, 0.0))
     target = element(array, row, rows)
     copy = pointer_to(buffer, like)
     neighbours = row // rows.n_inner == (row + n_rows - 1) // rows.n_inner
-    if neighbours and array.inner_stride == 1 and n_rows == lanes:
+    if streamed and neighbours and n_rows == lanes:
+        for col in range(rows.n_cols):
+            stream_cols(Line(target, 1, 0), col * array.col_stride, load(copy, col * lanes, zeros))
+    elif neighbours and array.inner_stride == 1 and n_rows == lanes:
         for col in range(rows.n_cols):
             store(target, col * array.col_stride, load(copy, col * lanes, zeros))
     elif neighbours and array.inner_stride == 1:
@@ -88,16 +89,15 @@ def copy_out(array, row, n_rows, rows, buffer, like):
 
 
 @device
-def fetch_next(array, row, n_rows, rows, for_result, like):
-    """Asks for the rows behind these, as many, if they follow in memory: they come while these are computed."""
-    if array.col_stride != 1 or array.inner_stride != rows.n_cols:
-        return
-    line, zeros = Line(element(array, row + n_rows, rows), 1, 0), along(number(like, 0.0))
-    for col in range(0, n_rows * rows.n_cols, lanes_of(zeros)):
-        if for_result:
-            prefetch_to_write(line, col, zeros)
-        else:
-            prefetch_to_read(line, col, zeros)
+def lines_behind(array, row, n_rows, rows):
+    """The n_rows rows behind these, a column's share of them for each column, see Here.ahead; if they are neighbours
+    in memory.
+    """
+    if array.inner_stride == 1:
+        return Line(advance(element(array, row, rows), n_rows), array.col_stride, 0)
+    if array.col_stride == 1 and array.inner_stride == rows.n_cols:
+        return Line(element(array, row + n_rows, rows), n_rows, 0)
+    return Line(element(array, row, rows), 0, 0)
 
 
 @device
@@ -125,10 +125,6 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
             copy_in(first, row, n_rows, rows, copy, like)
             if job.has_second:
                 copy_in(second, row, n_rows, rows, copy + job.stage_bytes, like)
-                fetch_next(second, row, n_rows, rows, False, like)
-            fetch_next(first, row, n_rows, rows, False, like)
-            if job.has_target:
-                fetch_next(target, row, n_rows, rows, True, like)
             line = Line(pointer_to(copy, like), lanes, 1)
             here = Here(
                 row,
@@ -141,17 +137,21 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
                 across(number(like, -math.inf)),
                 zero,
                 line,
-                line,
                 Line(pointer_to(copy + job.stage_bytes, like), lanes, 1),
                 line,
                 line,
+                Ahead(
+                    lines_behind(first, row, n_rows, rows),
+                    lines_behind(second, row, n_rows, rows),
+                    lines_behind(target, row, n_rows, rows),
+                ),
                 False,
-                False,
+                job.streamed == 0 and job.has_target != 0,
                 Through(None, number(like, 0.0)),
             )
             prepare(here, 0, n_chunks, numbers)
             measure(here, 0, n_chunks, numbers)
             write(here, 0, n_chunks, fold(here, numbers), numbers)
             if job.has_target:
-                copy_out(target, row, n_rows, rows, copy, like)
+                copy_out(target, row, n_rows, rows, copy, job.streamed != 0, like)
         item, share = draw_item(counters, n_items, job.n_threads, ticket, share)

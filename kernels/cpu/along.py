@@ -3,7 +3,7 @@
 import math
 
 from gpusoftmax.kernels.cpu.cache import device
-from gpusoftmax.kernels.cpu.here import Here, Line, where_given
+from gpusoftmax.kernels.cpu.here import Ahead, Here, Line, where_given
 from gpusoftmax.kernels.cpu.job import (
     LINE,
     MEASURED,
@@ -21,7 +21,7 @@ from gpusoftmax.kernels.cpu.memory import (
     as_numbers,
     pointer_to,
 )
-from gpusoftmax.kernels.cpu.rows import count_of_chunks, element, line_ahead
+from gpusoftmax.kernels.cpu.rows import ahead_of, count_of_chunks, element
 from gpusoftmax.kernels.cpu.transform import through_of, transformed_line
 from gpusoftmax.kernels.cpu.vector import (
     along,
@@ -54,16 +54,16 @@ def _logits_as_they_are(array, transform, row, rows, buffer, like):
 line_of_logits = where_given("transform", _transformed_logits, _logits_as_they_are)
 
 
-def _next_row(array, transform, line, row, rows):
-    return Line(element(array, min(row + 1, rows.n_rows - 1), rows), 1, 0)
+def _next_row(ahead, array, transform, row, rows):
+    return Ahead(Line(element(array, min(row + 1, rows.n_rows - 1), rows), 1, 0), ahead.second, ahead.target)
 
 
-def _same_row(array, transform, line, row, rows):
-    return line_ahead(line, rows.n_cols)
+def _same_row(ahead, array, transform, row, rows):
+    return ahead
 
 
-# See Here.ahead; what is transformed has been read, to the end of the row.
-line_ahead_of_logits = where_given("transform", _next_row, _same_row)
+# What is transformed has been read, to the end of the row.
+ahead_of_logits = where_given("transform", _next_row, _same_row)
 
 
 @device
@@ -73,6 +73,7 @@ def place_of(row, slot, job, rows, first, second, target, like):
     zero = number(like, 0.0)
     result = line_of(target, row, rows, stage, False)
     logits = line_of_logits(first, first.transform, row, rows, stage + job.stage_bytes, like)
+    other = line_of(second, row, rows, stage + 2 * job.stage_bytes, job.has_second != 0)
     home = pointer_to(slot + job.scratch, like) if job.scratch != 0 else as_numbers(result.pointer, like)
     return Here(
         row,
@@ -85,10 +86,10 @@ def place_of(row, slot, job, rows, first, second, target, like):
         along(number(like, -math.inf)),
         zero,
         logits,
-        line_ahead_of_logits(first, first.transform, logits, row, rows),
-        line_of(second, row, rows, stage + 2 * job.stage_bytes, job.has_second != 0),
+        other,
         result,
         Line(home, 1, 0),
+        ahead_of_logits(ahead_of(logits, other, result, rows.n_cols), first, first.transform, row, rows),
         job.streamed != 0,
         job.streamed == 0 and job.has_target != 0,
         through_of(first.transform, row, rows, like),

@@ -18,6 +18,7 @@ from gpusoftmax.kernels.cpu.memory import (
     load,
     load_cols,
     pointer_to,
+    prefetch_to_read,
     store,
 )
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, nothing_first, row_offset
@@ -26,6 +27,7 @@ from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, save, saved
 from gpusoftmax.kernels.cpu.vector import (
     cols_of,
     column_numbers,
+    is_across,
     lanes_of,
     number,
     widest,
@@ -65,6 +67,8 @@ def first_maximum(here, first, count, like):
     at, step = place, number(like, cols)
     full = count - count % cols
     for col in range(first, first + full, cols):
+        if is_across(here.zeros):  # along rows it costs time
+            prefetch_to_read(here.ahead.first, col, here.zeros)
         best, place = leading(best, place, load_cols(here.first, col, None, nothing), at)
         at = add(at, step)
     if full < count:

@@ -14,7 +14,7 @@ from gpusoftmax.kernels.cpu.memory import (
     as_numbers,
     pointer_to,
 )
-from gpusoftmax.kernels.cpu.rows import count_of_chunks, element, line_ahead
+from gpusoftmax.kernels.cpu.rows import ahead_of, count_of_chunks, element
 from gpusoftmax.kernels.cpu.vector import (
     across,
     along_in,
@@ -30,6 +30,7 @@ def block_at(way, row, n_rows, slot, job, rows, first, second, target, like):
     if job.scratch != 0:  # exponentials do not stay where the result goes
         home = Line(pointer_to(slot + job.scratch, like), 1, job.scratch_cols)
     logits = Line(element(first, row, rows), 1, first.inner_stride)
+    other = Line(element(second, row, rows), 1, second.inner_stride)
     return Here(
         row,
         n_rows,
@@ -41,10 +42,10 @@ def block_at(way, row, n_rows, slot, job, rows, first, second, target, like):
         along_in(way, number(like, -math.inf)),
         across(number(like, 0.0)),
         logits,
-        line_ahead(logits, rows.n_cols),
-        Line(element(second, row, rows), 1, second.inner_stride),
+        other,
         result,
         home,
+        ahead_of(logits, other, result, rows.n_cols),
         job.streamed != 0,
         job.streamed == 0 and job.has_target != 0,
         Through(None, number(like, 0.0)),

@@ -56,6 +56,7 @@ from gpusoftmax.kernels.cpu.memory import (
 )
 from gpusoftmax.kernels.cpu.vector import (
     cols_of,
+    is_across,
     lanes_of,
     number,
     square_of,
@@ -235,10 +236,10 @@ def exponential(col, left, others, here, arguments):
     and the others are counted.
     """
     largest, shift, exponent, low, scale, scale_low, is_kept, is_written, is_coarse = arguments
-    prefetch_to_read(here.ahead, col, here.zeros)
+    prefetch_to_read(here.ahead.first, col, here.zeros)
     if is_written and here.is_cached:
         # While there is much to compute, and not when all of it has to be written.
-        prefetch_to_write(here.target, col + CHUNK_COLS, here.zeros)
+        prefetch_to_write(here.ahead.target, col, here.zeros)
     x = load_cols(here.first, col, left, here.nothing)
     if is_coarse:
         e = coarse_exp_from(x, shift, exponent, low, scale, scale_low)
@@ -319,6 +320,17 @@ def ratio(shift, exponent, other_shift, other_exponent, scale, scale_low):
     return ratio_of_anchors(shift, exponent, other_shift, other_exponent, scale, scale_low)
 
 
+@device
+def fetch_both(here, col):
+    """Asks for what will be read at a column of both arrays, for an op that begins with a sum over them."""
+    if is_across(here.zeros):
+        prefetch_to_read(here.ahead.first, col, here.zeros)
+        prefetch_to_read(here.ahead.second, col, here.zeros)
+    else:  # no maximum comes in between: one chunk ahead (two chunks, softmax_backward: 1.03 to 1.06 of the time)
+        prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
+        prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -336,7 +348,8 @@ def write_cols(value, arguments, here, first, count):
             stream_cols(here.target, col, value(col, None, here, arguments))
     else:
         for col in range(first, first + full, cols):
-            prefetch_to_write(here.target, col + CHUNK_COLS, here.zeros)
+            if here.is_cached:
+                prefetch_to_write(here.ahead.target, col, here.zeros)
             store_cols(here.target, col, None, value(col, None, here, arguments))
     if full < count:
         left = count - full

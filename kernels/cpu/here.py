@@ -34,6 +34,14 @@ class Line(NamedTuple):
     row_step: int
 
 
+class Ahead(NamedTuple):
+    """What to fetch at each column, for whoever has time to: Lines of what will be read or written later on."""
+
+    first: object
+    second: object
+    target: object
+
+
 class Through(NamedTuple):
     """What is left to know of the transform of a row once its logits have gone through it."""
 
@@ -54,10 +62,10 @@ class Here(NamedTuple):
     nothing: object  # and one of -inf: logits that are not there
     zero: object  # 0 as a number of the row: a number along a row, else a vector of rows
     first: object  # Line of the array that is read,
-    ahead: object  # of what will be read at each of its columns later on, for whoever has time to fetch it,
     second: object  # of another array beside it,
     target: object  # of the result,
     home: object  # and of where exponentials stay until they are written
+    ahead: Ahead
     streamed: bool  # the result is written past the caches,
     is_cached: bool  # or there is one, and it is not
     through: Through  # logits are transformed along rows alone
@@ -76,13 +84,20 @@ def line_in(line, k):
 
 
 @device
+def line_from(line, col):
+    """The line from a column on."""
+    return Line(advance(line.pointer, col), line.step, line.row_step)
+
+
+@device
 def row_in(here, k):
     """Row number k of a block, as along rows. Its states are those of the block."""
-    first, ahead, second = line_in(here.first, k), line_in(here.ahead, k), line_in(here.second, k)
+    first, second = line_in(here.first, k), line_in(here.second, k)
     target, home = line_in(here.target, k), line_in(here.home, k)
+    ahead = Ahead(line_in(here.ahead.first, k), line_in(here.ahead.second, k), line_in(here.ahead.target, k))
     return Here(
         here.row + k, 1, here.n_cols, here.states, None, None, here.zeros, here.nothing, number(here.zero, 0.0),
-        first, ahead, second, target, home, here.streamed, here.is_cached, here.through,
+        first, second, target, home, ahead, here.streamed, here.is_cached, here.through,
     )  # fmt: skip
 
 

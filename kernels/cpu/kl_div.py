@@ -41,18 +41,17 @@ from gpusoftmax.kernels.cpu.arithmetic import (
 )
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max, sum_chunk, sum_of_exponentials, write_chunk
-from gpusoftmax.kernels.cpu.here import Here, index_in
+from gpusoftmax.kernels.cpu.chunks import chunk_max, fetch_both, sum_chunk, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.here import Ahead, Here, index_in
 from gpusoftmax.kernels.cpu.memory import (
     advance,
     load,
     load_cols,
     pointer_to,
-    prefetch_to_read,
     store,
     store_cols,
 )
-from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, line_ahead, nothing_first, number_or
+from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks, element, nothing_first, number_or
 from gpusoftmax.kernels.cpu.run import run
 from gpusoftmax.kernels.cpu.states import FIELDS, MAX, OWN, fold_state, save, save_state, saved
 from gpusoftmax.kernels.cpu.vector import (
@@ -176,10 +175,10 @@ def is_left_out(here, task):
 def of_target(here):
     """The rows beside those that are read first, with the states of their own chunks."""
     states = advance(here.states, OWN * lanes_of(here.zero))
+    ahead = Ahead(here.ahead.second, here.ahead.first, here.ahead.target)
     return Here(
         here.row, here.n_rows, here.n_cols, states, here.partials, here.stage, here.zeros, here.nothing, here.zero,
-        here.second, line_ahead(here.second, here.n_cols), here.first, here.target, here.home, here.streamed,
-        here.is_cached, here.through,
+        here.second, here.first, here.target, here.home, ahead, here.streamed, here.is_cached, here.through,
     )  # fmt: skip
 
 
@@ -251,16 +250,14 @@ def at_columns(col, left, here, arguments):
 @device
 def term(col, left, others, here, arguments):
     """What the columns add to the divergence."""
-    prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
-    prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
+    fetch_both(here, col)
     return divergence(*at_columns(col, left, here, arguments)), others, None
 
 
 @device
 def term_and_change(col, left, others, here, arguments):
     """Beside it, q - p takes the place of what was read, perhaps."""
-    prefetch_to_read(here.first, col + CHUNK_COLS, here.zeros)
-    prefetch_to_read(here.second, col + CHUNK_COLS, here.zeros)
+    fetch_both(here, col)
     p, q, d = at_columns(col, left, here, arguments)
     store_cols(here.home, col, left, sub(q, p))
     return divergence(p, q, d), others, None

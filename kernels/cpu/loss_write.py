@@ -26,6 +26,7 @@ from gpusoftmax.kernels.cpu.loss_target import (
 from gpusoftmax.kernels.cpu.memory import (
     load,
     load_cols,
+    prefetch_to_read,
     store,
 )
 from gpusoftmax.kernels.cpu.rows import chunk_range, count_of_chunks
@@ -136,6 +137,7 @@ def gradient_of(col, left, here, arguments):
 def gradient_from_lse(col, left, here, arguments):
     """Likewise."""
     factor, on_mass, shift, exponent, loss = arguments
+    prefetch_to_read(here.ahead.first, col, here.zeros)
     x = load_cols(here.first, col, left, here.nothing)
     value = mul(exp_from(x, shift, exponent, floor(exponent), loss.scale, None), factor)
     return pulled_back_cols(less_mass(value, col, left, here, on_mass, loss, loss.is_dense), col, left, here)

@@ -259,16 +259,15 @@ def store_part(typingctx, pointer, index, vector, count):
 def _prefetch(for_writing: bool):
     @intrinsic
     def prefetch(typingctx, line, col, like):
-        """Fetches the cache lines of the vector at column `col`, which need not exist; only along rows, if there is a
-        line.
-        """
+        """Fetches the cache lines of the vector at column `col`, which need not exist, if there is a line."""
 
         def codegen(context, builder, signature, args):
-            if not isinstance(line, types.NoneType) and not like.is_across:
-                byte = ir.IntType(8).as_pointer()
-                first = builder.bitcast(builder.gep(builder.extract_value(args[0], 0), [args[1]]), byte)
+            if not isinstance(line, types.NoneType):
+                pointer, step = builder.extract_value(args[0], 0), builder.extract_value(args[0], 1)
+                index = builder.mul(args[1], step) if like.is_across else args[1]
+                first = builder.bitcast(builder.gep(pointer, [index]), ir.IntType(8).as_pointer())
                 flags = [ir.Constant(_INT32, value) for value in (int(for_writing), 3, 1)]
-                function_type = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+                function_type = ir.FunctionType(ir.VoidType(), [first.type, _INT32, _INT32, _INT32])
                 module, name = builder.module, "llvm.prefetch.p0"
                 function = module.globals.get(name) or ir.Function(module, function_type, name)
                 for offset in range(0, like.lanes * line.types[0].dtype.bitwidth // 8, CACHE_LINE):

@@ -98,7 +98,7 @@ def measure_moments(here, first, last, width, scale, scale_low):
 @device
 def exponential(col, left, others, here, arguments):
     kept, largest, scale, scale_low = arguments
-    prefetch_to_read(here.ahead, col, here.zeros)
+    prefetch_to_read(here.ahead.first, col, here.zeros)
     e = exp_below(load_cols(here.first, col, left, here.nothing), largest, scale, scale_low)
     store_cols(kept, col, left, e)
     return e, others, None

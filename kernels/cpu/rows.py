@@ -6,7 +6,7 @@ import numpy as np
 
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS, chunk_max
-from gpusoftmax.kernels.cpu.here import Line
+from gpusoftmax.kernels.cpu.here import Ahead, line_from
 from gpusoftmax.kernels.cpu.memory import (
     advance,
     load,
@@ -64,11 +64,12 @@ def chunk_range(here, chunk):
 
 
 @device
-def line_ahead(line, n_cols):
-    """What follows the columns of a row, see Here.ahead. The maximum of the next chunk comes before its exponentials,
-    in a tenth of their time: of a whole chunk the last columns have to be fetched earlier still.
+def ahead_of(first, second, target, n_cols):
+    """What follows the columns of rows that lie along. The maximum of the next chunk comes before its exponentials, in
+    a tenth of their time: of a whole chunk the last columns have to be fetched earlier still.
     """
-    return Line(advance(line.pointer, max(CHUNK_COLS, 2 * min(n_cols, CHUNK_COLS))), line.step, line.row_step)
+    distance = max(CHUNK_COLS, 2 * min(n_cols, CHUNK_COLS))
+    return Ahead(line_from(first, distance), line_from(second, distance), line_from(target, CHUNK_COLS))
 
 
 @device

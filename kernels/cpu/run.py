@@ -151,8 +151,8 @@ def plan(
     lanes = ACROSS_BYTES // like.itemsize
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
-    # A result along rows may be written past the caches; exponentials may need another place than the result's.
-    streamed = way is not ACROSS and target is not None and _is_streamed(rows, target, like, keeps_exponentials)
+    # A result may be written past the caches; exponentials along rows may need another place than the result's.
+    streamed = target is not None and _is_streamed(rows, way, target, like, keeps_exponentials)
     keeps = keeps_exponentials and way is not ACROSS
     keeps = keeps and (whole_rows or streamed or target.dtype != like.dtype.name)
     if way is IN_BLOCKS and rows.n_cols * like.itemsize % VECTOR_BYTES:
@@ -280,13 +280,16 @@ def _padded(size: int) -> int:
     return -(-size // CACHE_LINE) * CACHE_LINE
 
 
-def _is_streamed(rows: Rows, target: Operand, like: np.floating, keeps_exponentials: bool) -> bool:
+def _is_streamed(rows: Rows, way: Way, target: Operand, like: np.floating, keeps_exponentials: bool) -> bool:
     """Whether a result is so large that it is written past the caches."""
     itemsize = np.dtype(STORAGE[target.dtype]).itemsize
     row_bytes = rows.n_cols * itemsize
     stays_near = rows.n_cols * like.itemsize <= FIRST_LEVEL_BYTES or not keeps_exponentials
     early = stays_near and target.dtype == like.dtype.name
-    large = rows.n_rows * row_bytes >= (STREAM_BYTES if early else LATE_STREAM_BYTES)
+    large = rows.n_rows * row_bytes >= (STREAM_BYTES if early or way is ACROSS else LATE_STREAM_BYTES)
+    if way is ACROSS:
+        strides = target.pointer, target.col_stride * itemsize, target.outer_stride * itemsize
+        return large and target.inner_stride == 1 and not any(stride % CACHE_LINE for stride in strides)
     strides = target.pointer, target.inner_stride * itemsize, target.outer_stride * itemsize, row_bytes
     whole_lines = all(stride % CACHE_LINE == 0 for stride in strides)
     # Elements that lie astride, as torch has them in files that were mapped, never come to the start of a line.
