@@ -251,8 +251,8 @@ def _from_numpy(x, name: str) -> Array:
     writable = isinstance(x, np.ndarray) and array.flags.writeable
     if not array.itemsize:  # nothing could be said of its strides
         _checks.floating(array.dtype.name, name)
-    if not array.dtype.isnative or not array.flags.aligned or any(s % array.itemsize for s in array.strides):
-        # The kernels read whole, native elements; such an array is copied, and so it cannot be written through.
+    if not array.dtype.isnative or any(s % array.itemsize for s in array.strides):
+        # The kernels count in whole, native elements; such an array is copied, and so it cannot be written through.
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         writable = False
     strides = _element_strides(array.strides, array.itemsize)
@@ -440,7 +440,10 @@ def output(out, like: Array, shape: tuple[int, ...], dtype: str, requested: str 
     array = wrap(out, "out")
     ordinary = isinstance(out, np.ndarray) and (array.size == 0 or np.shares_memory(array.owner, out))
     if array.kind == "numpy" and not ordinary:
-        raise TypeError("out is misaligned, byte-swapped or no array at all, expected an ordinary writable NumPy array")
+        raise TypeError(
+            "out is byte-swapped, has strides that are no multiples of its itemsize, or is no array at all, expected "
+            "an ordinary writable NumPy array"
+        )
     if array.kind == "torch" and array.owner is not out:
         raise TypeError("out is a lazily negated view, expected an ordinary tensor: pass out.resolve_neg()")
     _checks.same_home(like, array, "the input", "out")

@@ -60,8 +60,7 @@ def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
             addresses.append(address)
             # And which other one it is, in a call that works in place.
             key += array.dtype, array.shape, array.strides, addresses.index(address)
-            flags = array.flags  # elements that are not aligned are copied first
-            key += flags.writeable, flags.aligned
+            key.append(array.flags.writeable)
             if is_large:
                 key.append(address % LINE_BYTES)
         else:

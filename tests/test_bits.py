@@ -383,6 +383,40 @@ def test_results_written_past_the_caches(monkeypatch, name, n_cols, dtype):
     assert laid_out[0].block[Job._fields.index("streamed")] == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n_cols", [100, 2090])  # in blocks, and along in two chunks
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("op", ["cross_entropy_with_grad", "cross_entropy_backward"])
+def test_labels_in_rows_written_past_the_caches(monkeypatch, dtype, n_cols, offset, op):
+    """A label's column is written twice, wherever it stands: the first and the last of a vector, a chunk, a row."""
+    monkeypatch.setattr(_rowwise, "small", lambda *_: None)
+    labels = np.unique([*range(70), *range(2040, 2060), *range(n_cols - 40, n_cols)])
+    labels = labels[labels < n_cols]
+    logits, memory = make(len(labels), n_cols, dtype)[0], np.zeros((len(labels) * n_cols + 64, 2), np.uint64)
+    out = memory.view(logits.dtype).ravel()[-memory.ctypes.data % 64 // logits.itemsize + offset :]
+    out = out[: logits.size].reshape(logits.shape)
+    lse, dloss = gpusoftmax.logsumexp(logits), np.full(len(labels), 0.7, np.float32)
+
+    def run_op():
+        if op == "cross_entropy_backward":
+            gpusoftmax.cross_entropy_backward(logits, labels, lse, dloss, out=out)
+        else:
+            gpusoftmax.cross_entropy_with_grad(logits, labels, reduction="none", out=out)
+        return out.tobytes()
+
+    expected = run_op()
+    for name in ("STREAM_BYTES", "LATE_STREAM_BYTES", "LONG_ROW_BYTES"):
+        monkeypatch.setattr(run_module, name, 0)
+    laid_out, plan = [], run_module.plan
+    monkeypatch.setattr(run_module, "plan", lambda *a: laid_out.append(plan(*a)) or laid_out[-1])
+    _replay_cpu._recipes.clear()
+    out.fill(0)
+    result = run_op()
+    _replay_cpu._recipes.clear()
+    assert any(one.block[Job._fields.index("streamed")] for one in laid_out)
+    assert result == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("n_rows", [192, 224])  # whole blocks of rows, and a part of one at the end
 def test_columns_written_past_the_caches(monkeypatch, dtype, n_rows):

@@ -335,7 +335,7 @@ def fetch_both(here, col):
 
 
 @device
-def write_cols(value, arguments, here, first, count):
+def write_cols(value, arguments, here, first, count, again):
     cols = cols_of(here.zeros)
     if here.streamed:
         head = min(count, cols_before_line(here.target, first))
@@ -344,8 +344,17 @@ def write_cols(value, arguments, here, first, count):
         first, count = first + head, count - head
     full = count - count % cols
     if here.streamed:
-        for col in range(first, first + full, cols):
-            stream_cols(here.target, col, value(col, None, here, arguments))
+        start, end = first, first + full
+        stop = cols_before(again, here, arguments, start, end)
+        if stop < end:
+            prefetch_to_write(here.target, stop, here.zeros)
+        while True:
+            for col in range(start, stop, cols):
+                stream_cols(here.target, col, value(col, None, here, arguments))
+            if stop == end:
+                break
+            store_cols(here.target, stop, None, value(stop, None, here, arguments))
+            start, stop = stop + cols, end
     else:
         for col in range(first, first + full, cols):
             if here.is_cached:
@@ -356,15 +365,26 @@ def write_cols(value, arguments, here, first, count):
         store_cols(here.target, first + full, left, value(first + full, left, here, arguments))
 
 
-def _write_rows(value, arguments, here, first, count):
-    write_cols(value, arguments, here, first, count)
+@device
+def cols_before(again, here, arguments, start, end):
+    """Where the vector of the column that is written again begins, of those from start to end; else end."""
+    if again is None:
+        return end
+    col = again(here, arguments)
+    return col - (col - start) % cols_of(here.zeros) if start <= col and col < end else end
 
 
-def _write_block(value, arguments, here, first, count):
+def _write_rows(value, arguments, here, first, count, again=None):
+    write_cols(value, arguments, here, first, count, again)
+
+
+def _write_block(value, arguments, here, first, count, again=None):
     save_lanes(here.stage, arguments)
     for k in range(here.n_rows):
-        write_cols(value, saved_lane(here.stage, k, arguments), row_in(here, k), first, count)
+        write_cols(value, saved_lane(here.stage, k, arguments), row_in(here, k), first, count, again)
 
 
 # target[col] = value(col, left, here, arguments), a vector, for the columns of a chunk.
+# again(here, arguments) -> a column that will be written again at once: it would come back from memory for that if it
+# were written past the caches.
 write_chunk = by_way(_write_rows, _write_rows, _write_block)

@@ -77,6 +77,7 @@ def cross_entropy(
         *_of_target(soft),
         *_of_extras(extras, number_of),
         keeps_exponentials=with_grad,
+        streams=not isinstance(soft, Shares),
         numbers_of_row=soft.count if isinstance(soft, Shares) else 0,
     )
 
@@ -117,6 +118,7 @@ def cross_entropy_backward(
         number_of(label_smoothing / rows.n_cols),
         *_of_target(soft),
         *_of_extras(extras, number_of),
+        streams=not isinstance(soft, Shares),
         numbers_of_row=soft.count if isinstance(soft, Shares) else 0,
     )
 

@@ -51,7 +51,7 @@ def write(here, first, last, summary, loss):
         save_for_labels(here, chunk, factor, summary)
         save_exponentials(kept_exponential, here, chunk, col, count, loss)
         if is_used(here, loss):
-            write_chunk(gradient_of, (factor, summary.on_mass, loss), here, col, count)
+            write_chunk(gradient_of, (factor, summary.on_mass, loss), here, col, count, label_in)
         write_labels(here, chunk, col, count, loss)
 
 
@@ -65,13 +65,18 @@ def write_backward(here, first, last, summary, loss):
         save_exponentials(exponential_at, here, chunk, col, count, loss)
         if is_used(here, loss):
             numbers = summary.on_probs, summary.on_mass, summary.shift, summary.exponent, loss
-            write_chunk(gradient_from_lse, numbers, here, col, count)
+            write_chunk(gradient_from_lse, numbers, here, col, count, label_in)
         write_labels(here, chunk, col, count, loss)
 
 
 @device
 def is_used(here, loss):
     return lanes_of(here.zero) > 1 or status_of(only_label(here.row, loss), here.row, loss) == COUNTED
+
+
+@device
+def label_in(here, arguments):
+    return only_label(here.row, arguments[-1])
 
 
 @device

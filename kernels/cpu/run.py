@@ -83,6 +83,7 @@ def run(
     whole_rows: bool = False,
     in_blocks: bool = True,
     in_parts: bool = True,
+    streams: bool = True,
     numbers_of_row: int = 0,
 ) -> None:
     """Runs an op's kernel over all rows, on the threads that Numba is set to use; see `walk.walk`.
@@ -90,13 +91,14 @@ def run(
     keeps_exponentials: they need a place, rows.Here.home, from when a row is measured until it is written.
     only_along: the kernel knows vectors along rows and no others. whole_rows: these alone, and a row is one thread's,
     who may go over it again: its exponentials are not kept where the result goes. in_blocks: whether the steps can
-    take a block of rows. in_parts: whether the parts of a row may be different threads'. numbers_of_row: how many more
-    numbers of a row are kept beside its states.
+    take a block of rows. in_parts: whether the parts of a row may be different threads'. streams: whether the result
+    may be written past the caches: not if much of it is written again. numbers_of_row: how many more numbers of a row
+    are kept beside its states.
     """
     only_along = only_along or whole_rows
     laid_out = plan(
         kernel, rows, first, second, target, numbers, keeps_exponentials, only_along, whole_rows, in_blocks, in_parts,
-        numbers_of_row,
+        streams, numbers_of_row,
     )  # fmt: skip
     _start(laid_out)
 
@@ -136,6 +138,7 @@ def plan(
     whole_rows: bool,
     in_blocks: bool,
     in_parts: bool,
+    streams: bool,
     numbers_of_row: int,
 ) -> Start:
     # Neighbours are rows that follow each other along the inner batch axis: they should be many.
@@ -152,7 +155,7 @@ def plan(
     n_chunks = max(1, -(-rows.n_cols // CHUNK_COLS))
     n_threads = threads_for(rows.n_rows * rows.n_cols)
     # A result may be written past the caches; exponentials along rows may need another place than the result's.
-    streamed = target is not None and _is_streamed(rows, way, target, like, keeps_exponentials)
+    streamed = streams and target is not None and _is_streamed(rows, way, target, like, keeps_exponentials)
     keeps = keeps_exponentials and way is not ACROSS
     keeps = keeps and (whole_rows or streamed or target.dtype != like.dtype.name)
     if way is IN_BLOCKS and rows.n_cols * like.itemsize % VECTOR_BYTES:
