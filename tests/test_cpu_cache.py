@@ -404,9 +404,18 @@ def test_functions_as_arguments_are_not_kept(toy):
     assert entries(toy) == []
 
 
-def test_no_kernel_is_compiled_without_jit(toy):
-    program = "import toy; print(toy.combine(3.0, 4.0))"
-    assert run(program, toy, NUMBA_DISABLE_JIT="1").splitlines() == ["17.0"]
+@pytest.mark.parametrize("call", ["softmax(x)", "logsumexp(x)", "cross_entropy(x, [0])"])
+def test_without_a_compiler_calls_say_so(toy, call):
+    """They are of no use to a program that switches the compiler off for the sake of its own functions."""
+    program = f"""
+import numpy, gpusoftmax
+x = numpy.zeros((1, 5), numpy.float32)
+try:
+    gpusoftmax.{call}
+except RuntimeError as error:
+    print(error)
+"""
+    assert "NUMBA_DISABLE_JIT" in run(program, toy, NUMBA_DISABLE_JIT="1")
     assert entries(toy) == []
 
 

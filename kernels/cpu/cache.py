@@ -77,8 +77,9 @@ def kernel(function, releases_lock=True):
             "another function, and the values it closes over could not be told apart in the cache"
         )
     dispatcher = numba.njit(error_model="numpy", nogil=releases_lock, pipeline_class=KernelCompiler)(function)
-    if isinstance(dispatcher, Dispatcher):  # NUMBA_DISABLE_JIT=1 gives the function itself
-        dispatcher._cache = _KernelCache(function)
+    if not isinstance(dispatcher, Dispatcher):  # but the function itself, which works on vectors and addresses
+        raise RuntimeError("kernels for the CPU take Numba's compiler, which NUMBA_DISABLE_JIT switches off: unset it")
+    dispatcher._cache = _KernelCache(function)
     return dispatcher
 
 
