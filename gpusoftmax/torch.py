@@ -30,7 +30,6 @@ from gpusoftmax._loss import split_target
 from gpusoftmax._torch_full_loss import Options, Target, full_cross_entropy
 from gpusoftmax._torch_transform import through
 from gpusoftmax._torch_warnings import warn_once
-from gpusoftmax.cross_entropy import CrossEntropy
 from gpusoftmax.token_logprobs import TokenLogprobs
 
 __all__ = [
@@ -202,7 +201,7 @@ def cross_entropy(
     return_lse: bool = False,
     return_correct: bool = False,
     inplace: bool = False,
-) -> Tensor | CrossEntropy:
+) -> Any:
     """torch.nn.functional.cross_entropy, in nats, with one read of the logits for the loss and one for the gradient.
 
     Parameters
@@ -319,7 +318,7 @@ def linear_cross_entropy(
     return_lse: bool = False,
     return_correct: bool = False,
     chunk_size: int | None = None,
-) -> Tensor | CrossEntropy:
+) -> Any:
     """torch.nn.functional.linear_cross_entropy: cross_entropy of the logits input @ linear_weight.T + linear_bias.
 
     The logits are made a chunk of rows at a time, and become their gradient in place. They are held as a whole,
@@ -430,7 +429,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         *,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Tensor | CrossEntropy:
+    ) -> Any:
         outputs, bias = (self.num_classes, *self.out_features), self.linear.bias
         return linear_cross_entropy(
             input,
