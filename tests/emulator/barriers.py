@@ -43,6 +43,7 @@ class Barriers:
             top = np.zeros(self.block_count, i64)
             np.maximum.at(top, self.block_of_lane[released], self.phase[released])
             self.phase[released] = top[self.block_of_lane[released]] + 1
+            self.have_met(released)
         self.arrivals[done, number] = 0
         self.pc[released] += 1
         self.state[released] = RUNNING
@@ -52,12 +53,27 @@ class Barriers:
         cluster, done = self.cluster_of_lane, self.cluster_done
         missing = np.bincount(cluster[live & (self.arrived == done[cluster])], minlength=len(done))
         some = np.bincount(cluster[self.arrived > done[cluster]], minlength=len(done))
-        done += (missing == 0) & (some > 0)
+        complete = (missing == 0) & (some > 0)
+        if complete.any():
+            self._check_aligned(live & complete[cluster])
+        done += complete
         released = (self.state == AT_CLUSTER) & (done[cluster] >= self.arrived)
         if released.any():
+            self.have_met(released)
             self.passed[released] = self.arrived[released]
             self.state[released] = RUNNING
             self.pc[released] += 1
+
+    def _check_aligned(self, came):
+        """The threads of a warp must have come to one aligned barrier, not to copies of it in branches."""
+        index = np.flatnonzero(came)
+        counters, warp = self.arrived_at[index], self.warp[index]
+        if (counters == counters[:1]).all():
+            return
+        for p in np.unique(counters):
+            ins = self.program.code[p]
+            if ins.has("aligned") and len(np.intersect1d(warp[counters == p], warp[counters != p])):
+                raise BarrierError(f"threads of one warp at different aligned barriers: {self.who(index[0])}, {ins}")
 
     def warp_sync(self, lanes, p, mask):
         """Lanes reach a .sync instruction -> (the lanes whose warp is complete, whether they were all of them).

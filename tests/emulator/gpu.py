@@ -53,11 +53,11 @@ def emulated_gpu(
     """A context in which the library runs on emulated devices; gives an EmulatedGPU.
 
     arch              of every device, such as "sm_90"
-    seed              a random schedule of warps and blocks, and order of atomics: results must not depend on it
+    seed              a random schedule of lanes, warps and blocks, and order of atomics: results must not depend on it
     approx            "exact": approximate instructions are correctly rounded; "adversarial": each is off by an error
                       within its bound that approx_seed picks
     approx_seed       see approx
-    check_race        look for races on shared memory
+    check_race        look for races on shared memory: between warps and, with a seed, between lanes of one
     track             note every access to global memory, for stats and reads()
     multiprocessors   of every device
     max_lanes         threads that are run together, which is a matter of speed alone

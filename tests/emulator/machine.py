@@ -70,6 +70,7 @@ class Machine(Operands, Accesses, Races, Barriers):
         self.local.reset(len(numbers) * self.warps_per_block * 32, layout.local_state)
         self.arrivals = np.zeros((self.block_count, 16), i64)  # bar.arrive
         self.arrived, self.passed = np.zeros(self.lane_count, i64), np.zeros(self.lane_count, i64)  # cluster barriers
+        self.arrived_at = np.zeros(self.lane_count, i64)  # where
         self.cluster_done = np.zeros(self.block_count // self.cluster, i64)
         self.remote = {}
         self.copy_group, self.pending_copies = np.zeros(self.lane_count, i64), []
@@ -77,6 +78,7 @@ class Machine(Operands, Accesses, Races, Barriers):
         if self.check_race:
             self.clear_records()
             self.phase.fill(0)
+            self.met.fill(0)
 
     # ---- sets of lanes
     def count(self, lanes):
@@ -152,7 +154,9 @@ class Machine(Operands, Accesses, Races, Barriers):
         return self.compact(index), p, next_pc, len(index), warps
 
     def _choose_eligible(self, running):
-        """With a random schedule some warps run ahead for a while; without, nobody may starve the others for ever."""
+        """With a random schedule some warps, or some of their lanes, run ahead for a while; without, nobody may starve
+        the others for ever.
+        """
         if self.eligible is not None and self.steps < self.until and (running & self.eligible).any():
             return
         self.eligible, self.until = None, FAR
@@ -164,6 +168,9 @@ class Machine(Operands, Accesses, Races, Barriers):
             chosen = random.random(len(warps)) < random.choice([0.05, 0.3, 0.7, 1.0])
             chosen[random.integers(len(warps))] = True
             self.eligible = np.isin(self.warp, warps[chosen])
+            some = self.eligible & (random.random(self.lane_count) < random.choice([0.1, 0.5, 1.0]))
+            if (running & some).any():
+                self.eligible = some
             self.until = self.steps + int(2 ** random.uniform(0, 9))
         elif self.steps > self.fair:
             self.fair = self.steps + PATIENCE

@@ -105,6 +105,36 @@ def test_a_missing_barrier_is_a_race(schedule):
         run(REVERSE.replace("SYNC", ""), count=256, top=SHARED_WORDS, gpu_options=schedule)
 
 
+NEIGHBOUR = f"""mov.u32 %r1, s; mad.lo.u32 %r2, %r0, 4, %r1; st.shared.u32 [%r2], %r0;
+  SYNC
+  xor.b32 %r4, %r0, 1; mad.lo.u32 %r5, %r4, 4, %r1; ld.shared.u32 %r3, [%r5]; {STORE_R3}"""
+
+
+def test_a_missing_barrier_of_a_warp_is_a_race():
+    """A random schedule looks for it, as warps may run their lanes apart: a shuffle or a vote orders no memory."""
+    shuffle, sync = "shfl.sync.bfly.b32 %r6, %r0, 1, 31, 0xffffffff;", "bar.warp.sync 0xffffffff;"
+    again = NEIGHBOUR.replace("SYNC", sync) + "st.shared.u32 [%r2], %r0;"  # what the neighbour may not have read yet
+    for seed in range(3):
+        for body in (NEIGHBOUR.replace("SYNC", sync), again.replace("st.global", sync + "st.global")):
+            got = run(body, top=SHARED_WORDS, gpu_options={"seed": seed})
+            assert (got == np.arange(64) ^ 1).all()
+        for body in (NEIGHBOUR.replace("SYNC", ""), NEIGHBOUR.replace("SYNC", shuffle), again):
+            with pytest.raises((errors.SharedRace, errors.UninitialisedRead)):
+                run(body, top=SHARED_WORDS, gpu_options={"seed": seed})
+    with pytest.raises(errors.SharedRace, match="written by lane . and read by lane . of one warp with no barrier"):
+        run(NEIGHBOUR.replace("SYNC", shuffle), top=SHARED_WORDS, gpu_options={"seed": 0})
+
+
+def test_lanes_of_a_warp_may_run_apart():
+    """With a random schedule: what a lane finds in memory then depends on it."""
+    body = f"""mad.wide.u32 %rd2, %r0, 4, %rd0; st.global.u32 [%rd2], %r0;
+  xor.b32 %r4, %r0, 1; mad.wide.u32 %rd2, %r4, 4, %rd0; ld.global.u32 %r3, [%rd2]; {STORE_R3}"""
+    x = np.full(64, 1000, u32)
+    found = [run(body, x, gpu_options={"seed": seed}) for seed in (None, *range(20))]
+    assert (found[0] == np.arange(64) ^ 1).all()
+    assert any((one == 1000).any() for one in found)
+
+
 def test_the_race_is_described():
     with pytest.raises(errors.SharedRace, match="written by warp 7 and read by warp 0 with no barrier between"):
         run(REVERSE.replace("SYNC", ""), count=256, top=SHARED_WORDS)
@@ -307,8 +337,9 @@ def test_asynchronous_copies():
     for wait in ("bar.sync 0;", "cp.async.wait_group 1; bar.sync 0;"):
         with pytest.raises(errors.UninitialisedRead, match="not waited for"):
             asynchronous(wait)
-    with pytest.raises(errors.SharedRace):
-        asynchronous("cp.async.wait_all;")
+    for too_late in ("cp.async.wait_all;", "bar.sync 0; cp.async.wait_all;"):
+        with pytest.raises(errors.SharedRace):
+            asynchronous(too_late)
 
 
 def test_hints_do_nothing():
@@ -362,6 +393,9 @@ def test_distributed_shared_memory(schedule):
         cluster(CLUSTER_BARRIER, "", **schedule)
     with pytest.raises(errors.BarrierError, match="twice without a wait"):
         run(f"barrier.cluster.arrive; {CLUSTER_BARRIER}", gpu_options=schedule)
+    with pytest.raises(errors.BarrierError, match="different aligned"):
+        branch = "setp.ge.u32 %p2, %r0, 40; @%p2 bra X; barrier.cluster.arrive.aligned; bra Y;"
+        run(f"{branch} X: barrier.cluster.arrive.aligned; Y: barrier.cluster.wait.aligned;", gpu_options=schedule)
     with pytest.raises(errors.BarrierError, match="without an arrive"):
         run("barrier.cluster.wait;", gpu_options=schedule)
 

@@ -14,7 +14,7 @@ def block_barrier(m, ins):
     if ins.has("cluster"):
         return _cluster_barrier(m, ins)
     if ins.has("warp"):
-        return warp_operation(m, m.source(ins.args[0], U32), lambda lanes: None)
+        return warp_operation(m, m.source(ins.args[0], U32), m.have_met)
     args = list(ins.args)
     reduction = ins.first("popc", "and", "or") if ins.has("red") else None
     if reduction:
@@ -56,6 +56,7 @@ def _everybody(m, lanes, barrier):
             m.clear_records()
         else:
             m.phase[lanes] = m.phase[lanes].max() + 1
+            m.have_met(lanes)
     m.launch.stats.early_exit_barriers += int(((m.live > 0) & (m.live < m.threads)).sum())
     return True
 
@@ -80,7 +81,7 @@ def _cluster_barrier(m, ins):
             if (m.arrived[lanes] != m.passed[lanes]).any():
                 raise BarrierError(f"barrier.cluster.arrive twice without a wait, {ins}")
             m.arrived[lanes] += 1
-            m.pc[lanes] = p + 1
+            m.arrived_at[lanes], m.pc[lanes] = p, p + 1
             m.check_cluster_barrier()
 
         return arrive

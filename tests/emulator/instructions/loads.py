@@ -240,6 +240,8 @@ def _finish_copies(m, inside, limit):
         done = inside[lanes] & (group < limit[lanes])
         m.shared.data[cells[done]] = data[done]
         m.shared.state[cells[done]] = READY
+        if m.check_race and done.any():
+            m.remember_copies(lanes[done], cells[done])
         if not done.all():
             rest.append((lanes[~done], group[~done], cells[~done], data[~done]))
     m.pending_copies = rest
