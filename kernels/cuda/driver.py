@@ -1,6 +1,7 @@
 """The only file that talks to the CUDA driver: three functions, so that an emulator can stand in for them."""
 
 import functools
+import threading
 from dataclasses import dataclass
 
 from gpusoftmax.kernels.cuda import requirements
@@ -96,21 +97,28 @@ def _functions():
     return cuCtxGetCurrent, launch
 
 
+_permitting = threading.Lock()
+"""Held until the driver knows: another thread's launch may count on it."""
+
+
 def _configured(kernel: _LoadedKernel, plan: Plan):
     """The launch as cuda.core wants it; raises what the kernel may use to what the plan asks for, if that is more."""
     from cuda.bindings import driver
     from cuda.core import LaunchConfig
 
-    attributes, wanted = driver.CUfunction_attribute, {}
-    if plan.shared_bytes > kernel.shared_bytes:  # raised, never lowered: another thread's launch may be on its way
-        kernel.shared_bytes = plan.shared_bytes
-        wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = plan.shared_bytes
-    if plan.cluster > _PORTABLE_CLUSTER:
-        wanted[attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
-    for attribute, value in wanted.items():
+    attributes = driver.CUfunction_attribute
+
+    def permit(attribute, value: int) -> None:
         (error,) = driver.cuKernelSetAttribute(attribute, value, kernel.kernel.handle, kernel.ordinal)
         if error:
             raise RuntimeError(f"the driver refuses {attribute.name} = {value}: {error.name}")
+
+    with _permitting:
+        if plan.shared_bytes > kernel.shared_bytes:  # raised, never lowered: another thread's launch may be on its way
+            permit(attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, plan.shared_bytes)
+            kernel.shared_bytes = plan.shared_bytes
+        if plan.cluster > _PORTABLE_CLUSTER:
+            permit(attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
     cluster = plan.cluster if plan.cluster > 1 else None
     return LaunchConfig(
         grid=plan.blocks // plan.cluster, cluster=cluster, block=plan.threads, shmem_size=plan.shared_bytes

@@ -110,15 +110,47 @@ def test_plans_that_take_turns_are_launched_as_they_are(run):
 
 
 def test_what_the_driver_refuses_is_an_error(run):
+    """Each time."""
     run("""
         kernel = driver.load(image, driver.device(0), 0)
-        try:
-            driver.launch(kernel, Plan(shared_bytes=230000), 0, (1,))
-        except RuntimeError as error:
-            assert "MAX_DYNAMIC_SHARED_SIZE_BYTES = 230000" in str(error)
-        else:
-            raise AssertionError
+        for _ in range(2):
+            try:
+                driver.launch(kernel, Plan(shared_bytes=230000), 0, (1,))
+            except RuntimeError as error:
+                assert "MAX_DYNAMIC_SHARED_SIZE_BYTES = 230000" in str(error)
+            else:
+                raise AssertionError
     """)
+
+
+def test_a_launch_waits_for_what_another_thread_has_permitted(run):
+    """One that needs less counts on it, and came before the driver knew."""
+    log = run("""
+        import threading
+
+        kernel = driver.load(image, driver.device(0), 0)
+        permit, asked = bindings.cuKernelSetAttribute, threading.Event()
+
+        def permit_late(*arguments):
+            asked.set()
+            other.join(0.5)
+            return permit(*arguments)
+
+        def launch_another():
+            asked.wait()
+            driver.launch(kernel, Plan(shared_bytes=100000), 0, (2,))
+
+        bindings.cuKernelSetAttribute = permit_late
+        other = threading.Thread(target=launch_another)
+        other.start()
+        driver.launch(kernel, Plan(shared_bytes=120000), 0, (1,))
+        other.join()
+    """)
+    assert [line.split()[0] for line in log if line.startswith(("attribute", "launch"))] == [
+        "attribute",
+        "launch",
+        "launch",
+    ]
 
 
 @pytest.mark.parametrize("stream", [0xCA, 0xCB])
