@@ -260,10 +260,22 @@ def _from_numpy(x, name: str) -> Array:
 
 
 def _from_cupy(x, name: str) -> Array:
-    device = x.data.device_id
+    device, pointer = x.data.device_id, x.data.ptr
     place = _cuda(device, sys.modules["cupy"].cuda.get_current_stream(device).ptr)
-    strides = _element_strides(x.strides, x.itemsize)
-    return Array(x, x.data.ptr, "cupy", _name(x.dtype), x.shape, strides, place, True)
+    strides = _strides_on_gpu(pointer, x.shape, x.strides, x.itemsize, name)
+    return Array(x, pointer, "cupy", _name(x.dtype), x.shape, strides, place, True)
+
+
+def _strides_on_gpu(
+    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, name: str
+) -> tuple[int, ...]:
+    """Strides in elements. A GPU cannot read others than aligned ones, neither to copy them."""
+    if pointer % itemsize or any(stride % itemsize for stride, size in zip(strides, shape, strict=True) if size > 1):
+        raise ValueError(
+            f"{name} lies at {pointer:#x} with strides of {strides} bytes, expected multiples of the {itemsize} bytes "
+            f"of an element: a GPU reads no others, so copy the bytes of which it is a view to such a place first"
+        )
+    return _element_strides(strides, itemsize)
 
 
 def _from_torch(x, name: str) -> Array:
@@ -325,7 +337,9 @@ def _from_device(x, name: str) -> Array:
     pointer, read_only = interface["data"]
     shape = tuple(interface["shape"])
     strides = interface.get("strides")
-    strides = row_major(shape) if strides is None else _element_strides(tuple(strides), dtype.itemsize)
+    if strides is None:
+        strides = tuple(stride * dtype.itemsize for stride in row_major(shape))
+    strides = _strides_on_gpu(pointer, shape, tuple(strides), dtype.itemsize, name)
     stream = interface.get("stream")
     if stream == 0:
         raise ValueError(

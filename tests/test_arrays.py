@@ -565,6 +565,20 @@ def test_cupy(gpu, cupy, name):
     assert same_bits(tuple(part.get() for part in results), expected if isinstance(expected, tuple) else (expected,))
 
 
+@pytest.mark.parametrize("place", ["device", "cupy"])
+def test_misaligned_arrays_on_a_gpu(gpu, cupy, place):
+    """Of the views of bytes that CuPy makes, too: a GPU would read beside them, or lose its context."""
+    array, get = {"device": (gpu.array, gpu.get), "cupy": (cupy.array, FakeCupyArray.get)}[place]
+    rows, beside = np.zeros((4, 33), np.uint8), np.zeros(33, np.uint8)
+    for x in (rows[:, :32].view(F32), beside[1:].view(F32)):
+        with pytest.raises(ValueError, match="x lies at .* expected multiples of the 4 bytes of an element"):
+            gpusoftmax.softmax(array(x))
+        with pytest.raises(ValueError, match="out lies at"):
+            gpusoftmax.softmax(array(np.zeros(x.shape, F32)), out=array(x))
+    alone = rows[:1, :32].view(F32)  # a single row is aligned, wherever the next one would lie
+    assert (get(gpusoftmax.softmax(array(alone))) == 0.125).all()
+
+
 def test_cupy_out_and_integers(gpu, cupy):
     out = cupy.empty(X.shape, F32)
     assert gpusoftmax.softmax(cupy.array(X), out=out) is out
