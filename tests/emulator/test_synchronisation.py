@@ -342,6 +342,18 @@ def test_asynchronous_copies():
             asynchronous(too_late)
 
 
+def test_what_is_copied_may_not_be_written_before_it_arrives():
+    """With a random schedule, results depend on it."""
+    x = np.arange(256, dtype=u32)
+    body = ASYNC.replace("SIZE", "").replace("WAIT", "st.global.u32 [%rd2], 1000; cp.async.wait_all; bar.sync 0;")
+    found = [
+        run(body, x, count=256, top=SHARED_WORDS, threads=64, gpu_options={"seed": seed}).reshape(64, 4)[::-1]
+        for seed in (None, 0)
+    ]
+    assert (found[0] == x.reshape(64, 4)).all()
+    assert (found[1][:, 0] == 1000).all() and (found[1][:, 1:] == x.reshape(64, 4)[:, 1:]).all()
+
+
 def test_hints_do_nothing():
     body = f"""createpolicy.fractional.L2::evict_first.b64 %rd4, 1.0; prefetch.global.L2 [%rd0]; griddepcontrol.wait;
   fence.acq_rel.gpu; membar.gl; nanosleep.u32 20; ld.global.nc.L1::no_allocate.L2::128B.u32 %r3, [%rd0];

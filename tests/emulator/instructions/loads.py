@@ -211,11 +211,9 @@ def _start_copy(m, ins):
         real = m.source(ins.args[3], U32)
 
     def run(lanes):
-        count = m.count(lanes)
         ((_, shared, at),) = m.access(ins, "shared", lanes, target(lanes), size, "st")
-        place = at * size
-        data, address = np.zeros((count, size), u8), source(lanes)
-        wanted = m.spread(real[lanes], lanes) if real is not None else np.full(count, size)
+        copy, address = _Copy(m.lanes[lanes], m.copy_group[lanes].copy(), at * size, size), source(lanes)
+        wanted = m.spread(real[lanes], lanes) if real is not None else np.full(len(copy.lanes), size)
         for length in np.unique(wanted):
             chosen = wanted == length
             unit = size if length == size else 1
@@ -225,23 +223,40 @@ def _start_copy(m, ins):
                 for piece, memory, units in m.access(ins, "global", part, address[chosen] + u64(offset), unit, "ld"):
                     first = np.arange(units.start, units.stop) if isinstance(units, slice) else units
                     inside = np.isin(m.lanes[part], m.lanes[piece])
-                    data[rows[inside], offset : offset + unit] = memory.data[first[:, None] * unit + np.arange(unit)]
-        cells = place[:, None] + np.arange(size)
-        shared.state[cells] = PENDING
-        m.pending_copies.append((m.lanes[lanes], m.copy_group[lanes].copy(), cells, data))
+                    places = first[:, None] * unit + np.arange(unit)
+                    copy.parts.append((rows[inside], slice(offset, offset + unit), memory, places))
+        shared.state[copy.cells] = PENDING
+        copy.read()
+        m.pending_copies.append(copy)
 
     return run
 
 
+class _Copy:
+    """What some lanes have under way: a row of bytes each. `left`: those that have not waited for it yet."""
+
+    def __init__(self, lanes, group, place, size):
+        self.lanes, self.group, self.cells = lanes, group, place[:, None] + np.arange(size)
+        self.data, self.parts, self.left = np.zeros(self.cells.shape, u8), [], np.ones(len(lanes), bool)
+
+    def read(self):
+        for rows, columns, memory, places in self.parts:
+            self.data[rows, columns] = memory.data[places]
+
+
 def _finish_copies(m, inside, limit):
-    """The copies of lanes `inside` that belong to groups below limit."""
-    rest = []
-    for lanes, group, cells, data in m.pending_copies:
-        done = inside[lanes] & (group < limit[lanes])
-        m.shared.data[cells[done]] = data[done]
-        m.shared.state[cells[done]] = READY
-        if m.check_race and done.any():
-            m.remember_copies(lanes[done], cells[done])
-        if not done.all():
-            rest.append((lanes[~done], group[~done], cells[~done], data[~done]))
-    m.pending_copies = rest
+    """The copies of lanes `inside` that belong to groups below limit. With a random schedule global memory is only read
+    now: what has been written there meanwhile arrives or not.
+    """
+    for copy in m.pending_copies:
+        done = copy.left & inside[copy.lanes] & (copy.group < limit[copy.lanes])
+        if not done.any():
+            continue
+        if m.shuffled:
+            copy.read()
+        cells = copy.cells[done]
+        m.shared.data[cells], m.shared.state[cells] = copy.data[done], READY
+        if m.check_race:
+            m.remember_copies(copy.lanes[done], cells)
+        copy.left &= ~done
+    m.pending_copies = [copy for copy in m.pending_copies if copy.left.any()]
