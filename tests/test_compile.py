@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import gpusoftmax
 from gpusoftmax import _dry_run, _info, cli
 from gpusoftmax.kernels import cache_directory
-from gpusoftmax.kernels.cuda import cache
+from gpusoftmax.kernels.cuda import cache, compile
 from tests import codegen
 from tests.test_arrays import WARM_CALL
 
@@ -211,6 +212,27 @@ def test_a_directory_of_root_for_other_users(copied, find, monkeypatch):
         assert not any(find(copied))
     subprocess.run(["chmod", "-R", "a+rX", copied], check=True)
     assert all(find(copied))
+
+
+# ---------------------------------------------------------------- the linker
+
+
+@pytest.mark.parametrize(("version", "no_cache"), [((12, 4), None), ((12, 5), True), ((13, 0), True)])
+def test_an_old_linker_is_given_no_option_that_it_does_not_know(monkeypatch, version, no_cache):
+    """12.3 and 12.4, which numba-cuda takes for CUDA 12 too, refuse -no-cache, and so every kernel."""
+    from cuda import core
+    from cuda.bindings import nvjitlink
+
+    given = []
+
+    def linker(*objects, options):
+        given.append(options)
+        return SimpleNamespace(link=lambda kind: SimpleNamespace(code=b"cubin"), get_info_log=lambda: "")
+
+    monkeypatch.setattr(nvjitlink, "version", lambda: version)
+    monkeypatch.setattr(core, "Linker", linker)
+    assert compile.link(".version 8.4", "sm_90") == (b"cubin", "")
+    assert [options.no_cache for options in given] == [no_cache]
 
 
 # ---------------------------------------------------------------- arguments

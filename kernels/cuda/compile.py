@@ -102,10 +102,12 @@ def link(ptx: str, arch: str, lineinfo: bool = False) -> tuple[bytes, str]:
 
 
 def _link(ptx: str, arch: str, lineinfo: bool) -> tuple[bytes, str]:
+    from cuda.bindings import nvjitlink
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    # Without its cache: what comes from there has no report.
-    options = LinkerOptions(arch=arch, lineinfo=lineinfo, ptxas_options=["-v"], no_cache=True)
+    # Without its cache: what comes from there has no report. Before 12.5 it refuses to be told so.
+    no_cache = nvjitlink.version() >= (12, 5)
+    options = LinkerOptions(arch=arch, lineinfo=lineinfo, ptxas_options=["-v"], no_cache=no_cache or None)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     cubin = bytes(linker.link("cubin").code)
     return cubin, linker.get_info_log()
