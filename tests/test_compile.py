@@ -220,6 +220,25 @@ def test_a_directory_of_root_for_other_users(copied, find, monkeypatch):
 @pytest.mark.parametrize(("version", "no_cache"), [((12, 4), None), ((12, 5), True), ((13, 0), True)])
 def test_an_old_linker_is_given_no_option_that_it_does_not_know(monkeypatch, version, no_cache):
     """12.3 and 12.4, which numba-cuda takes for CUDA 12 too, refuse -no-cache, and so every kernel."""
+    given = linker_of_version(monkeypatch, version)
+    assert compile.link(".version 8.4", "sm_90") == (b"cubin", "")
+    assert [options.no_cache for options in given] == [no_cache]
+
+
+def test_an_old_linker_is_given_no_kernel_on_which_it_crashes(monkeypatch):
+    """12.4 to 12.6 do on a chain of max.bf16x2 for sm_90, which ptxas makes one instruction with three operands."""
+    ptx = "max.bf16x2 %r1, %r2, %r3;"
+    given = linker_of_version(monkeypatch, (12, 6))
+    with pytest.raises(RuntimeError, match="nvJitLink 12.6 cannot link kernels of bfloat16 for sm_90, expected 12.8"):
+        compile.link(ptx, "sm_90")
+    assert not given
+    for version, arch in (((12, 6), "sm_80"), ((12, 8), "sm_90")):
+        linker_of_version(monkeypatch, version)
+        assert compile.link(ptx, arch) == (b"cubin", "")
+
+
+def linker_of_version(monkeypatch, version):
+    """Puts a linker in the place of nvJitLink; the options that it is given."""
     from cuda import core
     from cuda.bindings import nvjitlink
 
@@ -231,8 +250,7 @@ def test_an_old_linker_is_given_no_option_that_it_does_not_know(monkeypatch, ver
 
     monkeypatch.setattr(nvjitlink, "version", lambda: version)
     monkeypatch.setattr(core, "Linker", linker)
-    assert compile.link(".version 8.4", "sm_90") == (b"cubin", "")
-    assert [options.no_cache for options in given] == [no_cache]
+    return given
 
 
 # ---------------------------------------------------------------- arguments

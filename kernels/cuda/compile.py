@@ -105,9 +105,15 @@ def _link(ptx: str, arch: str, lineinfo: bool) -> tuple[bytes, str]:
     from cuda.bindings import nvjitlink
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
+    version = nvjitlink.version()
+    if version < (12, 8) and arch == "sm_90" and "max.bf16x2" in ptx:  # it would end the process
+        raise RuntimeError(
+            f"nvJitLink {'.'.join(map(str, version))} cannot link kernels of bfloat16 for sm_90, expected 12.8 or "
+            f"later: pip install -U nvidia-nvjitlink-cu12"
+        )
     # Without its cache: what comes from there has no report. Before 12.5 it refuses to be told so.
-    no_cache = nvjitlink.version() >= (12, 5)
-    options = LinkerOptions(arch=arch, lineinfo=lineinfo, ptxas_options=["-v"], no_cache=no_cache or None)
+    no_cache = True if version >= (12, 5) else None
+    options = LinkerOptions(arch=arch, lineinfo=lineinfo, ptxas_options=["-v"], no_cache=no_cache)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     cubin = bytes(linker.link("cubin").code)
     return cubin, linker.get_info_log()
