@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from gpusoftmax import _checks, _torch_core, _torch_losses, _torch_ops, _torch_rows
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._loss import split_target
+from gpusoftmax._torch_chunks import chunk_size_of
 from gpusoftmax._torch_full_loss import Options, Target, full_cross_entropy
 from gpusoftmax._torch_transform import through
 from gpusoftmax._torch_warnings import warn_once
@@ -51,6 +53,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def softmax(
     input: Tensor,
     dim: int | Sequence[int] | None,
+    _stacklevel: int | torch.dtype = 3,
     dtype: torch.dtype | None = None,
     *,
     temperature: float | Tensor = 1.0,
@@ -68,6 +71,8 @@ def softmax(
         Logits: float16, bfloat16, float32 or float64, with any strides; integers where a `dtype` is given.
     dim : int, sequence of int or None
         Along which the results sum to 1; None means all.
+    _stacklevel
+        Taken and not used, for calls of torch.nn.functional.softmax. torch.softmax has `dtype` in its place.
     dtype : torch.dtype, optional
         Of the result; by default that of `input`, float32 for half types inside torch.autocast.
     temperature : float, or tensor with the shape of `input` without `dim`, or without axes
@@ -98,7 +103,7 @@ def softmax(
     >>> logits.grad
     tensor([[ 0.2500, -0.2500]])
     """
-    x, dtype = _logits(input, dtype)
+    x, dtype = _logits(input, _dtype(_stacklevel, dtype))
     dims = _dims(dim, x.ndim)
     given = through(x, dims, temperature, bias, softcap, mask, n_valid, empty_row)
     return transformed.softmax(x, dims, given, dtype)
@@ -107,6 +112,7 @@ def softmax(
 def log_softmax(
     input: Tensor,
     dim: int | Sequence[int] | None,
+    _stacklevel: int | torch.dtype = 3,
     dtype: torch.dtype | None = None,
     *,
     temperature: float | Tensor = 1.0,
@@ -129,7 +135,7 @@ def log_softmax(
     >>> log_softmax(torch.tensor([40.0, 0.0]), dim=-1)
     tensor([-4.2484e-18, -4.0000e+01])
     """
-    x, dtype = _logits(input, dtype)
+    x, dtype = _logits(input, _dtype(_stacklevel, dtype))
     dims = _dims(dim, x.ndim)
     given = through(x, dims, temperature, bias, softcap, mask, n_valid, empty_row)
     return transformed.log_softmax(x, dims, given, dtype)
@@ -184,10 +190,12 @@ def cross_entropy(
     input: Tensor,
     target: Tensor | tuple[Tensor, Tensor],
     weight: Tensor | None = None,
-    *,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
     z_loss: float = 0.0,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -217,6 +225,8 @@ def cross_entropy(
         A factor for each class, which gets no gradient.
     ignore_index : int
         Rows with this label are not read, have loss 0 and gradient 0, and do not count in the mean.
+    size_average, reduce : bool, optional
+        What torch had before `reduction`: where one of them is given it counts, with torch's warning.
     reduction : "mean", "sum" or "none"
     label_smoothing : float, 0 to 1
         Share of the probability that is spread evenly over all classes.
@@ -268,6 +278,8 @@ def cross_entropy(
     given = through(x, (_torch_ops.class_dim(x),), temperature, bias, softcap, mask, n_valid, empty_row)
     wanted = return_z_loss, return_lse, return_correct
     plain = not z_loss and row_weight is normalizer is shares is None and not any(wanted)
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
     _checks.reduction(reduction)
     ignore_index, label_smoothing = _checks.ignore_index(ignore_index), _checks.label_smoothing(label_smoothing)
     if plain and not target.is_floating_point():
@@ -318,12 +330,13 @@ def linear_cross_entropy(
     return_lse: bool = False,
     return_correct: bool = False,
     chunk_size: int | None = None,
+    options: "torch.nn.LinearCrossEntropyOptions | None" = None,
 ) -> Any:
     """torch.nn.functional.linear_cross_entropy: cross_entropy of the logits input @ linear_weight.T + linear_bias.
 
     The logits are made a chunk of rows at a time, and become their gradient in place. They are held as a whole,
     with a warning, where the gradient is to be differentiated again, where the target holds probabilities, or where
-    the classes have further axes. Of torch's arguments `options` is not taken: `chunk_size` says how chunks are made.
+    the classes have further axes.
 
     Parameters
     ----------
@@ -344,6 +357,10 @@ def linear_cross_entropy(
         What else to return, detached.
     chunk_size : int, optional
         Rows whose logits are held at a time; see gpusoftmax.linear_cross_entropy for what is taken by default.
+    options : torch.nn.LinearCrossEntropyOptions, optional
+        The same as torch has it: `batch_chunk_size` or a `chunking_method`, of which "auto" takes what is taken by
+        default. Graphs can be retained, and sums are in float32, float64 in float64, whatever the others are; for those
+        that ask for something else a warning says so once.
 
     Returns
     -------
@@ -370,8 +387,14 @@ def linear_cross_entropy(
     wanted = bool(return_z_loss), bool(return_lse), bool(return_correct)
     given = linear_bias, weight, row_weight, normalizer
     ignore_index = -100 if ignore_index is None else ignore_index
-    options = ignore_index, reduction, label_smoothing, z_loss, temperature, softcap, wanted
-    return _torch_core.linear_cross_entropy(input, linear_weight, target, *given, *options, None, chunk_size)
+    if options is not None:
+        if chunk_size is not None:
+            raise ValueError("chunk_size and options are given, expected one of them: both say how chunks are made")
+        _tensor(input, "input")
+        _tensor(linear_weight, "linear_weight")
+        chunk_size = chunk_size_of(options, input, linear_weight)
+    numbers = ignore_index, reduction, label_smoothing, z_loss, temperature, softcap, wanted
+    return _torch_core.linear_cross_entropy(input, linear_weight, target, *given, *numbers, None, chunk_size)
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
@@ -411,6 +434,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         return_lse: bool = False,
         return_correct: bool = False,
         chunk_size: int | None = None,
+        options: "torch.nn.LinearCrossEntropyOptions | None" = None,
     ):
         super().__init__()
         n_outputs = math.prod(out_features, start=num_classes)
@@ -418,7 +442,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.register_buffer("weight", weight)
         self.reduction, self.ignore_index = reduction, ignore_index
-        self.label_smoothing, self.chunk_size = label_smoothing, chunk_size
+        self.label_smoothing, self.chunk_size, self.options = label_smoothing, chunk_size, options
         self.z_loss, self.temperature, self.softcap = z_loss, temperature, softcap
         self.return_z_loss, self.return_lse, self.return_correct = return_z_loss, return_lse, return_correct
 
@@ -449,7 +473,18 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             return_lse=self.return_lse,
             return_correct=self.return_correct,
             chunk_size=self.chunk_size,
+            options=self.options,
         )
+
+    def extra_repr(self) -> str:
+        of_linear = f"in_features={self.linear.in_features}", f"bias={self.linear.bias is not None}"
+        return ", ".join([*of_linear, *(f"{name}={getattr(self, name)}" for name in _SHOWN)])
+
+
+_SHOWN = (
+    *("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "z_loss", "temperature"),
+    *("softcap", "return_z_loss", "return_lse", "return_correct", "chunk_size", "options"),
+)
 
 
 def kl_div(
@@ -635,6 +670,15 @@ def _dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 def _signed(value: int) -> int:
     """The same 64 bits as a signed integer."""
     return value - 2**64 if value >= 2**63 else value
+
+
+def _dtype(third: int | torch.dtype, fourth: torch.dtype | None) -> torch.dtype | None:
+    """What was given as one: to torch.softmax as its third argument, to torch.nn.functional.softmax as its fourth."""
+    dtype = third if fourth is None and not isinstance(third, int) else fourth
+    dtype = torch.float64 if dtype is float else dtype  # as torch has it
+    if dtype not in (None, *_FLOATING):
+        raise TypeError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, _FLOATING))}")
+    return dtype
 
 
 def _logits(given: Tensor, dtype: torch.dtype | None, name: str = "input") -> tuple[Tensor, torch.dtype | None]:
