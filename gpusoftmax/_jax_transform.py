@@ -110,6 +110,7 @@ def transformed(
         z = _divided(z, numbers.temperature)
     if arrays.bias is not None:
         z = z + wide(_stretched(arrays.bias, x, axes))
+        z = z if kept is None else jnp.where(kept, z, 0)  # whatever the bias is where it is masked
     if numbers.softcap is not None:
         z = numbers.softcap * jnp.tanh(z / numbers.softcap)
     return z if kept is None else jnp.where(kept, z, -jnp.inf)

@@ -93,9 +93,10 @@ def transformed(
     be replaced.
     """
     kept = _kept(x, dim, given)
-    z, left = _wide(x if kept is None else torch.where(kept, x, 0)), given.temperature
-    if not (takes_temperature and given.is_mask):
-        z, left = _before_cap(z, dim, given), 1.0
+    if takes_temperature and given.is_mask:
+        z, left = _wide(x if kept is None else torch.where(kept, x, 0)), given.temperature
+    else:
+        z, left = _before_cap(x, dim, given, kept), 1.0
     if given.softcap is not None:
         z = given.softcap * (z / given.softcap).tanh()
     if kept is not None:
@@ -111,7 +112,7 @@ def pulled_back(dz: Tensor, x: Tensor, dim: Dims, given: Through, takes_temperat
     kept = _kept(x, dim, given)
     dx = _wide(dz)
     if given.softcap is not None:
-        u = _before_cap(_wide(x if kept is None else torch.where(kept, x, 0)), dim, given)
+        u = _before_cap(x, dim, given, kept)
         t = (u / given.softcap).tanh_()  # in place: large arrays less
         dx = torch.addcmul(dx, dx * t, t, value=-1)
     if given.temperatures is not None:
@@ -152,12 +153,17 @@ def stretched_over(beside: Tensor, x: Tensor, dim: Dims) -> Tensor:
     return beside
 
 
-def _before_cap(x: Tensor, dim: Dims, given: Through) -> Tensor:
+def _before_cap(x: Tensor, dim: Dims, given: Through, kept: Tensor | None) -> Tensor:
+    """u, which is finite where it is masked, whatever the logit and the bias are there: its derivatives are no NaN."""
+    u = _wide(x if kept is None else torch.where(kept, x, 0))
     if given.temperatures is not None:
-        x = x / per_row(given.temperatures, x, dim)
+        u = u / per_row(given.temperatures, x, dim)
     elif given.temperature != 1:
-        x = x / given.temperature
-    return x if given.bias is None else x + _wide(stretched_over(given.bias, x, dim))
+        u = u / given.temperature
+    if given.bias is None:
+        return u
+    u = u + _wide(stretched_over(given.bias, x, dim))
+    return u if kept is None else torch.where(kept, u, 0)
 
 
 def _kept(x: Tensor, dim: Dims, given: Through) -> Tensor | None:

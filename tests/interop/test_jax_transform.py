@@ -217,6 +217,22 @@ def test_what_is_masked_has_no_gradient(name):
 WANTED = "temperature", "bias"
 
 
+def test_whatever_the_bias_is_where_it_is_masked():
+    """Behind a softcap, too, whose slope at NaN is none."""
+    x, options = random(3, 7), everything()
+    kept = through(jnp.zeros((3, 7)), mask=options["mask"], n_valid=options["n_valid"]) == 0
+    bias = jnp.where(kept, options.pop("bias"), jnp.asarray([np.nan, INF, -INF] * 7).reshape(3, 7))
+    first = jax.grad(lambda x, bias: ours.softmax(x, bias=bias, **options)[:, 2].sum(), (0, 1))
+
+    def derivatives(bias):
+        second = jax.grad(lambda x, bias: sum((one**2).sum() for one in first(x, bias)), (0, 1))
+        return *first(x, bias), *second(x, bias)
+
+    for got, want in zip(derivatives(bias), derivatives(jnp.where(kept, bias, 0)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+        assert not got[~kept].any()
+
+
 def test_logits_of_minus_infinity():
     """Temperatures of rows have a gradient of the others alone."""
     x = jnp.asarray([[0.0, -INF, 1.0, 2.0], [1.0, 2.0, 3.0, -INF]])

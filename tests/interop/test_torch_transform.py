@@ -262,6 +262,30 @@ def test_what_is_masked_has_no_gradient():
             assert gradient.isfinite().all() and (gradient[masked] == 0).all() and (gradient[:, 2] != 0).any()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_whatever_the_bias_is_where_it_is_masked():
+    """Behind a softcap, too, whose slope at NaN is none."""
+    x, options = random(3, 7), everything()
+    kept = through(torch.zeros(3, 7), mask=options["mask"], n_valid=options["n_valid"]) == 0
+    bias = torch.where(kept, options.pop("bias").detach(), torch.tensor([float("nan"), INF, -INF] * 7).reshape(3, 7))
+
+    def derivatives(bias):
+        def function(x, bias):
+            return PAIRS["softmax"][0](x, bias=bias, **options)[:, 2].sum()
+
+        given = x, bias.clone().requires_grad_()
+        once = torch.autograd.grad(function(*given), given)
+        first = torch.autograd.grad(function(*given), given, create_graph=True)
+        second = torch.autograd.grad(sum(one.pow(2).sum() for one in first), given)
+        given = x.detach(), bias
+        along = torch.func.jvp(function, given, tuple(map(torch.ones_like, given)))[1]
+        return *once, *first, *second, *torch.func.grad(function, (0, 1))(*given), along
+
+    found = derivatives(bias)
+    agree(found, derivatives(torch.where(kept, bias, 0)))
+    assert not any(one[~kept].any() for one in found[:-1])
+
+
 WITH_EMPTY_ROWS = {
     "softmax": lambda x, row, **o: ours.softmax(x, -1, empty_row=row, **o),
     "log_softmax": lambda x, row, **o: ours.log_softmax(x, -1, empty_row=row, **o).clamp_min(-1e3),
