@@ -113,13 +113,13 @@ def transformed(
         z = z if kept is None else jnp.where(kept, z, 0)  # whatever the bias is where it is masked
     if numbers.softcap is not None:
         z = numbers.softcap * jnp.tanh(z / numbers.softcap)
-    return z if kept is None else jnp.where(kept, z, -jnp.inf)
+    return z if kept is None else jnp.where(kept & (z != -jnp.inf), z, -jnp.inf)  # as in _torch_transform.py
 
 
 def _divided(x: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """x / T, which is x where that is infinite: there T has no weight, and no gradient of NaN."""
+    """x / T. Where x is infinite T has no weight, and no gradient of NaN."""
     is_finite = jnp.isfinite(x)
-    return jnp.where(is_finite, jnp.where(is_finite, x, 0) / temperature, x)
+    return jnp.where(is_finite, jnp.where(is_finite, x, 0) / temperature, x / jax.lax.stop_gradient(temperature))
 
 
 def _kept(x: jax.Array, arrays: Arrays, axes: tuple[int, ...], numbers: Numbers) -> jax.Array | None:

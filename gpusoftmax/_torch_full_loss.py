@@ -270,12 +270,11 @@ def _composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     z = torch.where(masses.counts.unsqueeze(dim), z, 0)
     lse = rows.logsumexp(z, (dim,), False, 1.0)
     cannot_be = z == -torch.inf
-    nats = lse.unsqueeze(dim) - torch.where(cannot_be, lse.detach().unsqueeze(dim), z)
-    # Infinite, or NaN in a row of which nothing is left.
-    beyond = torch.where((cannot_be & (masses.at_classes != 0)).any(dim), lse.detach() + torch.inf, 0)
+    mass = torch.where(cannot_be, masses.at_classes.detach(), masses.at_classes)
+    nats = torch.where(cannot_be & (mass == 0), 0, -rows.log_softmax(z, (dim,), 1.0, None))
     # Without one it is 0, whatever the row holds.
     z_loss = options.z_loss * masses.of_target * lse.square() if options.z_loss else torch.zeros_like(lse)
-    loss = torch.where(masses.is_bad, torch.nan, (nats * masses.at_classes).sum(dim) + z_loss + beyond)
+    loss = torch.where(masses.is_bad, torch.nan, (nats * mass).sum(dim) + z_loss)
     told = [loss, torch.where(masses.counts, lse, 0), *([z_loss] if options.return_z_loss else [])]
     if empty is not None:
         # As kernels tell it: nothing of the loss, and -inf for the lse.

@@ -8,6 +8,9 @@ A gradient with respect to z comes back by
 
 The kernels do the same where they read; here it is for what they have no kernel for. Where the logits are only masked,
 a temperature for all rows is left for the operation, which subtracts the maximum first: z is x with -inf.
+
+Beside a mask or n_valid, a z that is -inf by itself counts as masked, as in kernels, which see of a logit what has become
+of it. Where there is none it has the slope of any other: that of a label with the logit -inf is p - 1, as torch has it.
 """
 
 from collections.abc import Sequence
@@ -100,7 +103,7 @@ def transformed(
     if given.softcap is not None:
         z = given.softcap * (z / given.softcap).tanh()
     if kept is not None:
-        z = torch.where(kept, z, -torch.inf)
+        z = torch.where(kept & (z != -torch.inf), z, -torch.inf)
     if given.empty_row == "nan":
         return z, left, None
     empty = (z == -torch.inf).all(dim=dim, keepdim=True) if z.ndim else z == -torch.inf
@@ -115,6 +118,8 @@ def pulled_back(dz: Tensor, x: Tensor, dim: Dims, given: Through, takes_temperat
         u = _before_cap(x, dim, given, kept)
         t = (u / given.softcap).tanh_()  # in place: large arrays less
         dx = torch.addcmul(dx, dx * t, t, value=-1)
+    elif kept is not None:
+        kept = kept & ((x if given.is_mask else _before_cap(x, dim, given, kept)) != -torch.inf)
     if given.temperatures is not None:
         dx = dx / per_row(given.temperatures, x, dim)
     elif not (takes_temperature and given.is_mask) and given.temperature != 1:

@@ -156,7 +156,7 @@ def cross_entropy_with_grad(
         As in `cross_entropy`.
     temperature, bias, softcap, mask, n_valid, empty_row
         As in `cross_entropy`. The gradient is that of the logits as they were given; exactly 0 where they are masked,
-        or where there is any of these and they come to -inf.
+        and beside a mask or n_valid where they come to -inf; elsewhere p - 1 at a label whose logit is -inf.
     return_z_loss, return_lse, return_correct : bool
         As in `cross_entropy`, whose named tuple then takes the place of the loss.
     grad_scale : float

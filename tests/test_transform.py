@@ -234,6 +234,24 @@ def test_gradients_of_tokens(target):
     assert (got[z == -INF] == 0).all()
 
 
+def test_gradients_at_a_label_that_cannot_be(target):
+    """p - 1 as ever where its logit, or what the bias makes of it, is -inf; 0 where it is masked."""
+    logits, labels = np.array([[1, -INF, 0.5, 2], [0, 1, 2, 3]], np.float32), np.array([1, 3])
+    bias, mask = np.array([0, 0, 0, -INF], np.float32), np.array([True, False, True, False])
+    x, several = target.array(logits), target.array(labels)
+    one = target.array(np.array([-1, -1], np.float32))
+    for given in ({"bias": bias}, {"mask": mask}):
+        want = oracle.softmax(transformed(logits, **given)) - (np.arange(4) == labels[:, None])
+        if "mask" in given:
+            want[[0, 1], labels] = 0
+        given = on(target, given)
+        loss, found = map(target.get, gpusoftmax.cross_entropy_with_grad(x, several, reduction="none", **given))
+        assert loss[0] == INF
+        np.testing.assert_allclose(found, want, atol=1e-6)
+        of_tokens = target.get(gpusoftmax.token_logprobs_backward(x, several, one, **given))
+        np.testing.assert_allclose(of_tokens, want, atol=1e-6)
+
+
 def test_gradients_of_soft_argmax(target):
     logits = inputs.make("spread", (4, 300), np.float32)
     options = options_for(logits)

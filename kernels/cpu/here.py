@@ -119,6 +119,8 @@ def pulled_back_by(gradient, x, transform, inverse):
         return gradient
     pulled = pulled_through_cap(gradient, x, transform.softcap)
     pulled = times_inverse(times_inverse(pulled, transform.temperature, inverse), transform.scale, inverse)
+    if transform.mask is None and transform.n_valid is None:
+        return pulled  # a logit that is -inf by itself has the slope of any other: that of a label is p - 1
     return pulled_through_mask(pulled, gradient, x)
 
 

@@ -286,6 +286,47 @@ def test_whatever_the_bias_is_where_it_is_masked():
     assert not any(one[~kept].any() for one in found[:-1])
 
 
+CANNOT_BE = {
+    "cross_entropy": lambda x, **o: ours.cross_entropy(x, torch.tensor([1, 0]), reduction="sum", **o),
+    "z_loss": lambda x, **o: ours.cross_entropy(x, torch.tensor([1, 0]), reduction="sum", z_loss=1e-30, **o),
+    "probabilities": lambda x, **o: ours.cross_entropy(x, F.one_hot(torch.tensor([1, 0]), 4).double(), **o) * 2,
+    "token_logprobs": lambda x, **o: -ours.token_logprobs(x, torch.tensor([1, 0]), **o).logprob.sum(),
+    "log_softmax": lambda x, **o: -ours.log_softmax(x, 1, **o)[0, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[] if name in ("cross_entropy", "log_softmax") or way == "plain" else MATRIX)
+        for name in CANNOT_BE
+        for way in ("plain", "temperature", "bias", "mask")
+    ],
+)
+def test_the_gradient_at_a_label_that_cannot_be(name, way):
+    """As torch has it, in any mode: p - 1 where its logit is -inf, 0 where it is masked."""
+    x = torch.tensor([[1.0, -INF, 0.5, 2.0], [0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
+    given = {
+        "plain": {},
+        "temperature": {"temperature": 2.0},
+        "bias": {"bias": torch.zeros(4, dtype=torch.float64)},
+        "mask": {"mask": torch.tensor([True, False, True, True])},
+    }[way]
+
+    def function(x):
+        return CANNOT_BE[name](x, **given)
+
+    x.requires_grad_()
+    assert function(x) == INF
+    (once,) = torch.autograd.grad(function(x), x)
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    scale = 2 if way == "temperature" else 1
+    want = F.softmax(x[0].detach() / scale, -1)
+    want[1] = 0 if way == "mask" else -1
+    for found in (once, first, torch.func.grad(function)(x.detach())):
+        agree(found[0], want / scale)
+
+
 WITH_EMPTY_ROWS = {
     "softmax": lambda x, row, **o: ours.softmax(x, -1, empty_row=row, **o),
     "log_softmax": lambda x, row, **o: ours.log_softmax(x, -1, empty_row=row, **o).clamp_min(-1e3),
