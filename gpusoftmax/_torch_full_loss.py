@@ -200,7 +200,7 @@ def _dx(
     return losses_of_weighted_rows_backward(dtype, x, *beside, *through)
 
 
-def _rows_that_count(call: Call, x: Tensor) -> Tensor | None:
+def _rows_that_count(call: Call, x: Tensor, upstream: tuple[Tensor | None, ...] | None) -> Tensor | None:
     target, shares, _, row_weight = _target_of(call)
     counts = None if row_weight is None else row_weight != 0
     if shares is None and target.is_floating_point():

@@ -30,7 +30,7 @@ class Op(NamedTuple):
     dz: Callable  # and with respect to the transformed ones, as operations that autograd knows
     value_and_dx: Callable | None = None  # on the CPU, if that is one kernel: for the gradient 1 of the value
     dtarget: Callable | None = None  # the gradient with respect to probabilities of the target, if it has any
-    counts: Callable | None = None  # which rows are read, if not all
+    counts: Callable | None = None  # which rows are read for the value, or for given gradients, if not all
     keeps: bool = False  # the value, for dx, dz and dtarget
     takes_temperature: bool = True
 
@@ -107,9 +107,9 @@ def called(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     return call.op.value(call, x, through)
 
 
-def _read(call: Call, x: Tensor) -> Tensor:
-    """The logits, with 0 in rows that are not read, whatever these hold."""
-    counts = None if call.op.counts is None else call.op.counts(call, x)
+def _read(call: Call, x: Tensor, upstream: tuple[Tensor | None, ...] | None = None) -> Tensor:
+    """The logits, with 0 in rows that are not read, whatever these hold. upstream: the gradients they are read for."""
+    counts = None if call.op.counts is None else call.op.counts(call, x, upstream)
     return x if counts is None else torch.where(counts.unsqueeze(*call.dim), x, 0)
 
 
@@ -142,7 +142,7 @@ class _Transformed(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         given = x, through.temperatures, through.bias, call.target, call.shares, *upstream
         is_recorded = rows.recorded(*[one for one in given if one is not None])
-        x = _read(call, x) if is_recorded else x
+        x = _read(call, x, upstream) if is_recorded else x
         dtarget = op.dtarget(call, x, through, made, upstream, is_recorded) if any(of_target) else None
         targets = [dtarget if wanted else None for wanted in of_target]
         if not any(of_logits):
@@ -251,7 +251,7 @@ def _cross_entropy_value(call: Call, x: Tensor, through: Through) -> tuple[Tenso
     return (kernels.cross_entropy_transformed(x, call.target, call.weight, *call.options, *through),)
 
 
-def _labelled_rows(call: Call, x: Tensor) -> Tensor:
+def _labelled_rows(call: Call, x: Tensor, upstream: tuple[Tensor | None, ...] | None) -> Tensor:
     return ~losses.is_ignored(call.target, Loss(*call.options).ignore_index)
 
 
@@ -297,15 +297,23 @@ def _token_logprobs_value(call: Call, x: Tensor, through: Through) -> tuple[Tens
     return tuple(kernels.token_logprobs_transformed(x, call.target, dim, *options, *through))
 
 
-def _rows_of_tokens(call: Call, x: Tensor) -> Tensor | None:
+def _rows_of_tokens(call: Call, x: Tensor, upstream: tuple[Tensor | None, ...] | None) -> Tensor | None:
     tokens = Tokens(*call.options)
-    return None if tokens.lse or tokens.entropy else losses.rows_of_tokens(call.target, tokens, x)
+    if upstream is None:
+        is_of_all = tokens.lse or tokens.entropy
+    else:
+        _, *others = _gradients_of_tokens(tokens, upstream)
+        is_of_all = any(one is not None for one in others)
+    return None if is_of_all else losses.rows_of_tokens(call.target, tokens, x)
 
 
 def _token_logprobs_composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     tokens = Tokens(*call.options)
     z, left, _ = transformed(x, call.dim, through)
     logprob, _, *others = losses.token_logprobs(z, call.target, tokens._replace(temperature=left, lse=False))
+    if tokens.lse or tokens.entropy:  # by itself: nothing comes back to a row that is read for those alone
+        alone = call._replace(options=tokens._replace(lse=False, entropy=False, rank=False, argmax=False))
+        (logprob,) = _token_logprobs_composed(alone, _read(alone, x), through)
     lse = None
     if tokens.lse:  # by itself: of a row of which nothing is left it has the gradient 0
         of_rows = Call(_LOGSUMEXP, call.dim, (False,))

@@ -190,6 +190,7 @@ IGNORING = {
         x, LABELS.clamp(0), row_weight=torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64), **given
     ),
     "token_logprobs": lambda x, **given: ours.token_logprobs(x, LABELS, **given).logprob.sum(),
+    "token_logprobs beside more": lambda x, **given: ours.token_logprobs(x, LABELS, **SCORES, **given).logprob.sum(),
 }
 
 
