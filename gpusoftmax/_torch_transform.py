@@ -9,8 +9,8 @@ A gradient with respect to z comes back by
 The kernels do the same where they read; here it is for what they have no kernel for. Where the logits are only masked,
 a temperature for all rows is left for the operation, which subtracts the maximum first: z is x with -inf.
 
-Beside a mask or n_valid, a z that is -inf by itself counts as masked, as in kernels, which see of a logit what has become
-of it. Where there is none it has the slope of any other: that of a label with the logit -inf is p - 1, as torch has it.
+Beside a mask or n_valid, a z that is -inf by itself counts as masked, as in kernels, which see of a logit what has
+become of it. Where there is none it has the slope of any other: at a label with the logit -inf it is p - 1, as in torch.
 """
 
 from collections.abc import Sequence
