@@ -111,11 +111,26 @@ def softcap(value) -> float | None:
     return number
 
 
-def softcap_fits(softcap: float, dtype: str) -> None:
+def divisor_fits(divisor: float, name: str, dtype: str) -> None:
     """The kernels divide by it, in the format they compute in."""
-    largest = float(np.finfo(dtype).max)
-    if not 1 / largest <= softcap <= largest:
-        raise ValueError(f"softcap is {softcap}, expected {1 / largest:.3g} to {largest:.3g} for arithmetic in {dtype}")
+    largest = _LARGEST[dtype]
+    if not 1 / largest <= divisor <= largest:
+        raise ValueError(f"{name} is {divisor}, expected {1 / largest:.3g} to {largest:.3g} for arithmetic in {dtype}")
+
+
+def factor_fits(factor: float, name: str, dtype: str) -> None:
+    """The kernels multiply by it, in the format they compute in; by NaN, too."""
+    largest = _LARGEST[dtype]
+    if abs(factor) > largest:
+        raise ValueError(f"{name} is {factor}, expected {-largest:.3g} to {largest:.3g} for arithmetic in {dtype}")
+
+
+def scale_fits(grad_scale: float, divisor: float, is_given: bool, dtype: str) -> None:
+    """The kernels multiply by the quotient. is_given: whether the divisor is a normalizer."""
+    factor_fits(grad_scale / divisor, "grad_scale / normalizer" if is_given else "grad_scale", dtype)
+
+
+_LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in ("float32", "float64")}
 
 
 def valid_count(value, n_cols: int) -> int:

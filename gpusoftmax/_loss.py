@@ -66,6 +66,7 @@ def loss_and_gradient(
     if normalizer is not None:
         normalizer = normalizer_array(normalizer, rows.x, "logits", rows.dtype, gradient)
     over = _loss_rows.sums(rows, reduction, divisor, normalizer, divide_by)
+    _checks.scale_fits(grad_scale, over.divide_by, divide_by is not None, rows.dtype)
     wanted = wants_z_loss, wants_lse, wants_correct
     made = _loss_rows.new_results(rows, reduction, wanted, rows.dtype if rows.x.dtype == rows.dtype else "float32")
     _loss_rows.measure(rows, over, made.of_rows, grad_scale, gradient)
@@ -146,6 +147,7 @@ def _checked(logits, given, out, with_grad, options, arrays, transform) -> tuple
         gradient = _arrays.output(out, x, x.shape, x.dtype)
         _checks.no_partial_overlap(gradient, x, "logits")
     dtype = _arrays.compute_dtype(x, gradient)
+    _checks.factor_fits(z_loss, "z_loss", dtype)
     transformed, _ = _transform.applied(x, axes, dtype, arrays, transform, gradient, "logits", takes_temperature=False)
     if weight is not None:
         weight = _arrays.logits(weight, "weight")

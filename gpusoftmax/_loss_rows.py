@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _rows, _totals
+from gpusoftmax import _arrays, _checks, _rows, _totals
 from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import (
     NO_LABELS,
@@ -77,6 +77,8 @@ def sums(rows: LossRows, reduction: str, divisor: Array | None, normalizer: Arra
     normalizer, divide_by: what "mean" divides by instead, one of them None.
     """
     weight = weight_sum(rows)
+    if divide_by is not None:
+        _checks.divisor_fits(divide_by, "normalizer", rows.dtype)
     if reduction == "mean" and normalizer is None and divide_by is None:
         divisor = divisor or _arrays.empty(rows.x, (1,), rows.dtype)
         _normalise(rows, divisor)

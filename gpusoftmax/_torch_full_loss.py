@@ -83,6 +83,8 @@ def full_cross_entropy(
 ) -> Tensor | CrossEntropy:
     """wanted: whether z_loss, lse and n_correct are to be returned too."""
     _checks.only_for(normalizer is not None, "normalizer", reduction == "mean", reduction)
+    dtype = "float64" if logits.dtype == torch.float64 else "float32"
+    _checks.factor_fits(options.z_loss, "z_loss", dtype)
     loss, lse, *more = losses_of_rows(logits, given, options, through)
     z_loss = more.pop(0) if options.return_z_loss else None
     if reduction != "none":
@@ -94,6 +96,8 @@ def full_cross_entropy(
                 divisor = normalizer.reshape(())
             else:
                 divisor = _checks.normalizer(normalizer)
+                if divisor is not None:
+                    _checks.divisor_fits(divisor, "normalizer", dtype)
             if divisor is None:
                 divisor = divisor_of(dim, logits.shape[dim], given, options.ignore_index, loss.dtype)
         loss, z_loss = (None if one is None else one.sum() / divisor for one in (loss, z_loss))

@@ -76,7 +76,7 @@ def applied(
     else:
         valid = None if n_valid is None else one_value(_checks.valid_count(n_valid, n_cols))
     if softcap is not None:
-        _checks.softcap_fits(softcap, dtype)
+        _checks.divisor_fits(softcap, "softcap", dtype)
     cap = None if softcap is None else _arrays.numpy_dtype(dtype).type(softcap)
     zero_rows = True if empty_row == "zero" else None
     fields = scale, rows_temperature, bias, cap, mask, valid, zero_rows

@@ -177,6 +177,8 @@ def _kl_div(
         _checks.no_partial_overlap(gradient, y, "target_logits")
     dtype = _arrays.compute_dtype(x, gradient)
     _checks.temperature_fits(temperature, dtype)
+    if normalizer is not None:
+        _checks.divisor_fits(normalizer, "normalizer", dtype)
     weights = None if row_weight is None else _row_weights(row_weight, x, batch_shape, axis, gradient, dtype)
     kernels = _arrays.kernels(x.place, "kl_div")
 
@@ -192,7 +194,10 @@ def _kl_div(
         divisors = _arrays.empty(x, (1,), dtype)
         _totals.total(weights, nothing, divisors)
     normaliser = nothing if divisors is None else _arrays.numbers(divisors)
-    upstream = grad_scale / divisor if divisor else 0.0  # no rows
+    upstream = 0.0  # no rows
+    if divisor:
+        _checks.scale_fits(grad_scale, divisor, normalizer is not None, dtype)
+        upstream = grad_scale / divisor
 
     loss_dtype = "float64" if x.dtype == "float64" else "float32"
     losses = _arrays.empty(x, batch_shape, loss_dtype)

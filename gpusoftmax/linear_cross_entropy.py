@@ -249,6 +249,7 @@ def _linear_cross_entropy(
     rows = _checked_loss(x, n_classes, (target, weight, row_weight), options, temperature, softcap)
 
     over = _loss_rows.sums(rows, reduction, None, normalizer, divide_by)
+    _checks.scale_fits(grad_scale, over.divide_by, divide_by is not None, dtype)
     made = _loss_rows.new_results(rows, reduction, told, dtype)
     gradients = [
         _arrays.empty(x, like.shape, like.dtype) if is_wanted else None
@@ -295,6 +296,7 @@ def _checked_loss(
     row_weight = _beside(row_weight, "row_weight", x, batch_shape, "one factor for each row")
     ignore_index, z_loss = _checks.ignore_index(ignore_index), _checks.z_loss(z_loss)
     label_smoothing = _checks.label_smoothing(label_smoothing)
+    _checks.factor_fits(z_loss, "z_loss", dtype)
     logits = x._replace(shape=(*batch_shape, n_classes), dtype=dtype)
     (temperatures, *arrays), through = _transform.split(temperature, None, softcap, None, None)
     if temperatures is not None:

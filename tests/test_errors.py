@@ -295,6 +295,36 @@ CASES = {
         "grad_scale is '2', expected a number",
         lambda a: with_grad(a.x, a.labels, grad_scale="2", out=a.out),
     ),
+    "grad_scale beyond the format": (
+        ValueError,
+        "grad_scale is -1e+39, expected -3.4e+38 to 3.4e+38 for arithmetic in float32",
+        lambda a: with_grad(a.x, a.labels, grad_scale=-1e39, out=a.out),
+    ),
+    "grad_scale beyond the format, over a normalizer": (
+        ValueError,
+        "grad_scale / normalizer is 1e+40, expected -3.4e+38 to 3.4e+38 for arithmetic in float32",
+        lambda a: kl_div(a.x, a.x, grad_scale=1e20, normalizer=1e-20, out=a.out),
+    ),
+    "normalizer beyond the format": (
+        ValueError,
+        "normalizer is 1e+39, expected 2.94e-39 to 3.4e+38 for arithmetic in float32",
+        lambda a: with_grad(a.x, a.labels, normalizer=1e39, out=a.out),
+    ),
+    "normalizer of a divergence that is nothing in the format": (
+        ValueError,
+        "normalizer is 1e-50, expected 2.94e-39 to 3.4e+38 for arithmetic in float32",
+        lambda a: kl_div(a.x, a.x, normalizer=1e-50, out=a.out),
+    ),
+    "z_loss beyond the format": (
+        ValueError,
+        "z_loss is 1e+39, expected -3.4e+38 to 3.4e+38 for arithmetic in float32",
+        lambda a: with_grad(a.x, a.labels, z_loss=1e39, out=a.out),
+    ),
+    "z_loss of a layer beyond the format": (
+        ValueError,
+        "z_loss is 1e+39, expected -3.4e+38 to 3.4e+38 for arithmetic in float32",
+        lambda a: linear(a.x, a.x, a.labels, z_loss=1e39),
+    ),
     "label_smoothing of a list": (
         TypeError,
         "label_smoothing is [0.1], expected a number",

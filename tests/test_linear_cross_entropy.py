@@ -207,6 +207,17 @@ def test_default_chunks():
     assert sizes(4096, 131072, "bfloat16", "cuda") == [1024] * 4
 
 
+@pytest.mark.parametrize(
+    "option", [{"normalizer": 1e39}, {"grad_scale": -1e39}, {"normalizer": 1e-20, "grad_scale": 1e20}]
+)
+def test_numbers_that_the_format_cannot_hold(option):
+    x, w, target = np.ones((2, 3), np.float32), np.ones((4, 3), np.float32), np.array([0, 1])
+    with pytest.raises(ValueError, match="for arithmetic in float32"):
+        gpusoftmax.linear_cross_entropy_with_grad(x, w, target, **option)
+    wide = [one.astype(np.float64) for one in (x, w)]
+    assert np.isfinite(gpusoftmax.linear_cross_entropy_with_grad(*wide, target, **option).dinput).all()
+
+
 def test_memory():
     """One chunk of logits, a quarter of it beside it, and the results; measured by tracemalloc, which sees NumPy's."""
     n_rows, n_features, n_classes, chunk_size = 300, 32, 4096, 128
