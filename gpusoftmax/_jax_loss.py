@@ -6,6 +6,10 @@ to what comes of them, z, is that of _torch_full_loss.py: with the masses g and 
 and r the weight of a row,
 
     dz_c = r dloss (p_c (G + 2 z_loss S lse) - g_c)
+
+Where the probabilities of the target are to be differentiated, so is the loss, on log_softmax:
+
+    loss = r (sum_c g_c (lse - z_c) + z_loss S lse^2)
 """
 
 from functools import partial
@@ -98,6 +102,55 @@ def _gradient(loss, saved, dloss):
 cross_entropy.defvjp(_forward, _gradient)
 
 
+def of_soft_target(logits, given, loss):
+    """The loss, where the probabilities of the target are to be differentiated too."""
+    if not is_nothing(given.transform, loss.transform):
+        (axis,) = _checks.class_axis(loss.axis, logits.ndim)
+        logits = transformed(logits, given.transform, (axis,), loss.transform, takes_temperature=False)
+        numbers = IDENTITY._replace(empty_row=loss.transform.empty_row)
+        given, loss = given._replace(transform=NOTHING), loss._replace(transform=numbers)
+    labels, soft = given.target if isinstance(given.target, tuple) else (None, given.target)
+    return _soft_cross_entropy(logits, soft, given._replace(target=labels), loss)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _soft_cross_entropy(logits, soft, given, loss):
+    return gpusoftmax.cross_entropy(logits, **_arguments(_with_soft(given, soft), loss))
+
+
+def _soft_forward(logits, soft, given, loss):
+    return _soft_cross_entropy(logits, soft, given, loss), (logits, soft, given)
+
+
+def _soft_gradient(loss, saved, dloss):
+    *differentiated, given = saved
+    _, pull = jax.vjp(lambda logits, soft: _composed(logits, _with_soft(given, soft), loss), *differentiated)
+    return *pull(jnp.asarray(dloss)), None
+
+
+_soft_cross_entropy.defvjp(_soft_forward, _soft_gradient)
+
+
+def _with_soft(given, soft):
+    return given._replace(target=soft if given.target is None else (given.target, soft))
+
+
+def _composed(logits, given, loss):
+    """The loss of logits that go through nothing, in operations that JAX differentiates."""
+    (axis,) = _checks.class_axis(loss.axis, logits.ndim)
+    z = rows.wide(logits)
+    of = _masses(z, given, loss, axis, z.dtype)
+    z = jnp.where(jnp.expand_dims(of.counts, axis), z, 0)  # whatever a row holds that does not count
+    cannot_be = z == -jnp.inf
+    masses = jnp.where(cannot_be, jax.lax.stop_gradient(of.of_classes), of.of_classes)
+    nats = jnp.where(cannot_be & (masses == 0), 0, -rows.log_softmax(z, NOTHING, IDENTITY, axis))
+    losses = (masses * nats).sum(axis)
+    if loss.z_loss:
+        losses = losses + loss.z_loss * of.of_target * rows.logsumexp(z, NOTHING, IDENTITY, axis, False) ** 2
+    losses = jnp.where(of.counts, of.of_rows * losses, 0)
+    return losses if loss.reduction == "none" else losses.sum() / of.divisor
+
+
 def _on_cpu(x):
     return all(device.platform == "cpu" for device in x.devices())
 
@@ -107,13 +160,34 @@ def _graph_of_dlogits(logits, dloss, given, loss):
     differentiates.
     """
     (axis,) = _checks.class_axis(loss.axis, logits.ndim)
-    q, counts = _shares(logits, given, loss, axis, dloss.dtype)
-    n_cols, dtype = logits.shape[axis], dloss.dtype
+    of, dtype = _masses(logits, given, loss, axis, dloss.dtype), dloss.dtype
+    upstream = jnp.where(of.counts, of.of_rows * (dloss / of.divisor), 0)
+
+    z = jnp.where(jnp.expand_dims(of.counts, axis), logits, 0).astype(dtype)  # whatever a row holds that does not count
+    slope = of.of_classes.sum(axis)
+    if loss.z_loss:
+        slope = slope + 2 * loss.z_loss * of.of_target * rows.logsumexp(z, NOTHING, IDENTITY, axis, False)
+    dz = rows.softmax(z, NOTHING, IDENTITY, axis) * jnp.expand_dims(slope, axis) - of.of_classes
+    dz = jnp.where(jnp.expand_dims(of.counts, axis), jnp.expand_dims(upstream, axis) * dz, 0)
+    return dz.astype(logits.dtype)
+
+
+class _Masses(NamedTuple):
+    of_classes: jax.Array  # g, as the classes of the logits lie
+    of_target: jax.Array  # S
+    of_rows: jax.Array  # r
+    counts: jax.Array  # rows that do
+    divisor: jax.Array | float
+
+
+def _masses(logits, given, loss, axis, dtype):
+    q, counts = _shares(logits, given, loss, axis, dtype)
+    n_cols = logits.shape[axis]
     w = jnp.ones(n_cols, dtype) if given.weight is None else given.weight.astype(dtype)
     w = w.reshape([n_cols if one == axis else 1 for one in range(logits.ndim)])
     r = jnp.ones(counts.shape, dtype) if given.row_weight is None else given.row_weight.astype(dtype)
     counts = counts & (r != 0)
-    of_target = (q * w).sum(axis)
+    of_target, divisor = (q * w).sum(axis), 1.0
     if loss.reduction == "mean":
         if given.normalizer is not None:
             divisor = given.normalizer.astype(dtype).reshape(())
@@ -121,19 +195,9 @@ def _graph_of_dlogits(logits, dloss, given, loss):
             divisor = loss.divide_by
         else:
             divisor = jnp.where(counts, r * of_target if given.has_labels else r, 0).sum()
-        dloss = dloss / divisor
     if loss.transform.empty_row == "zero":  # a mean has counted such rows
         counts = counts & (logits != -jnp.inf).any(axis)
-    upstream = jnp.where(counts, r * dloss, 0)
-
-    z = jnp.where(jnp.expand_dims(counts, axis), logits, 0).astype(dtype)  # whatever a row holds that does not count
-    masses = ((1 - loss.label_smoothing) * q + loss.label_smoothing / n_cols) * w
-    slope = masses.sum(axis)
-    if loss.z_loss:
-        slope = slope + 2 * loss.z_loss * of_target * rows.logsumexp(z, NOTHING, IDENTITY, axis, False)
-    dz = rows.softmax(z, NOTHING, IDENTITY, axis) * jnp.expand_dims(slope, axis) - masses
-    dz = jnp.where(jnp.expand_dims(counts, axis), jnp.expand_dims(upstream, axis) * dz, 0)
-    return dz.astype(logits.dtype)
+    return _Masses(((1 - loss.label_smoothing) * q + loss.label_smoothing / n_cols) * w, of_target, r, counts, divisor)
 
 
 def _shares(logits, given, loss, axis, dtype):

@@ -10,7 +10,7 @@ The kernels do the same where they read; here it is for what they have no kernel
 a temperature for all rows is left for the operation, which subtracts the maximum first: z is x with -inf.
 
 Beside a mask or n_valid, a z that is -inf by itself counts as masked, as in kernels, which see of a logit what has
-become of it. Where there is none it has the slope of any other: at a label with the logit -inf it is p - 1, as in torch.
+become of it. Where there is none it has the slope of any other: at a label with the logit -inf p - 1, as torch has it.
 """
 
 from collections.abc import Sequence

@@ -165,7 +165,10 @@ def cross_entropy(
     Parameters
     ----------
     logits, target, weight, axis, ignore_index, reduction, label_smoothing, z_loss, row_weight, normalizer
-        As in gpusoftmax.cross_entropy. Of these only `logits` has a gradient.
+        As in gpusoftmax.cross_entropy. Of these `logits` has a gradient, and probabilities in `target` or target[1],
+        as JAX's own operations would have it: minus the log-probability of the class, times its weight and what else
+        the loss has, but 0 where the logit is masked or -inf. For that, operations of JAX make arrays of the size of
+        the logits.
     temperature, bias, softcap, mask, n_valid, empty_row
         As in `softmax`. For the gradient of a bias or of a temperature, operations of JAX make an array of transformed
         logits.
@@ -188,8 +191,7 @@ def cross_entropy(
     >>> print(dlogits)
     [[ 0.25  0.25 -0.75  0.25]]
     """
-    without = {"target": _probabilities(target), "weight": weight, "row_weight": row_weight, "normalizer": normalizer}
-    for name, value in without.items():
+    for name, value in (("weight", weight), ("row_weight", row_weight), ("normalizer", normalizer)):
         if isinstance(value, jax.core.Tracer):
             raise TypeError(f"{name} is traced by jax, and gets no gradient: pass jax.lax.stop_gradient({name})")
     target = tuple(map(jnp.asarray, target)) if isinstance(target, tuple) else jnp.asarray(target)
@@ -202,6 +204,8 @@ def cross_entropy(
     loss = _jax_loss.Loss(axis, ignore_index, reduction, label_smoothing, z_loss, divide_by, numbers)
     is_traced = any(isinstance(one, jax.core.Tracer) for one in (arrays.temperature, arrays.bias))
     function = _jax_loss.of_transformed if is_traced else _jax_loss.cross_entropy
+    if isinstance(_probabilities(target), jax.core.Tracer):
+        function = _jax_loss.of_soft_target
     return function(jnp.asarray(logits), given, loss)
 
 

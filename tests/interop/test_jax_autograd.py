@@ -224,6 +224,59 @@ def test_whole_losses_are_differentiable_twice(name, reduction, target):
     np.testing.assert_allclose(*alone, rtol=1e-9, atol=1e-11)
 
 
+OF_SOFT = [("z_loss", "mean", "probs"), ("transform", "none", "shares"), ("normalizer", "mean", "probs")]
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction", "target"),
+    [pytest.param(*case, marks=[] if case in OF_SOFT else pytest.mark.matrix) for case in WHOLE if case[2] != "labels"],
+)
+def test_probabilities_of_the_target_have_gradients(name, reduction, target):
+    """Of any order, with those of the logits, of the bias and of the temperatures, or alone."""
+    kept = np.arange(28).reshape(4, 7) % 5 != 0
+    kept[:, 6] = False
+    labels = jnp.stack([jnp.asarray([*kept[:3].argmax(1), -100]), jnp.array([2, 2, 2, -100])], 1)
+    soft = jnp.abs(random(4, 2, seed=1)) if target == "shares" else jax.nn.softmax(random(4, 7, seed=1)) * kept
+    options = {key: jnp.asarray(one) if isinstance(one, np.ndarray) else one for key, one in SECONDS[name].items()}
+    options["reduction"] = reduction
+    wanted = [key for key in ("temperature", "bias") if key in options]
+    given = soft, random(4, 7), *[options[key] for key in wanted]
+
+    def loss(function, soft, logits, *others):
+        soft = (labels, soft) if target == "shares" else soft
+        result = function(logits, soft, **{**options, **dict(zip(wanted, others, strict=True))})
+        return (result * jnp.arange(1.0, 5)).sum() if reduction == "none" else result**2
+
+    both = [partial(loss, function) for function in (ours.cross_entropy, their_whole_cross_entropy)]
+    counted = np.ones(soft.shape, bool) if name != "mask" or target == "shares" else kept  # where it is masked it is 0
+    for every in ((0,), tuple(range(len(given)))):
+        slopes = [jax.grad(one, every) for one in both]
+        seconds = [
+            jax.grad(lambda *given, f=f: (f(*given)[0] ** 2 * counted).sum() + (f(*given)[-1] ** 3).sum(), every)
+            for f in slopes
+        ]
+        for ways in (slopes, seconds) if name != "mask" else (slopes,):
+            (got, *gots), (exact, *exacts) = (way(*given) for way in ways)
+            np.testing.assert_allclose(got[counted], exact[counted], rtol=1e-9, atol=1e-11)
+            assert not got[~counted].any()
+            for one, other in zip(gots, exacts, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_a_target_that_is_computed():
+    """As where a student learns from a teacher that learns too: optax.softmax_cross_entropy, of half types too."""
+    for dtype, tolerance in ((jnp.float64, 1e-12), (jnp.float32, 1e-5), (jnp.bfloat16, 0.02)):
+        x, y = random(4, 7, dtype=dtype), random(4, 7, seed=1, dtype=dtype)
+        x = x.at[0, 2].set(-np.inf)
+        y = y.at[0, 2].set(-np.inf)  # a class that cannot be has no part in it
+        found = jax.grad(lambda x, y: ours.cross_entropy(x, ours.softmax(y), reduction="sum"), (0, 1))(x, y)
+        x, y = (jnp.where(one == -np.inf, -1e9, one.astype(jnp.float64)) for one in (x, y))
+        exact = jax.grad(lambda x, y: -(jax.nn.softmax(y) * jax.nn.log_softmax(x)).sum(), (0, 1))(x, y)
+        for got, want in zip(found, exact, strict=True):
+            assert got.dtype == dtype
+            np.testing.assert_allclose(got.astype(jnp.float64), want, rtol=tolerance, atol=tolerance)
+
+
 def test_rows_that_do_not_count_have_no_second_gradient():
     """Of weight 0, ignored, or masked whole: whatever they hold."""
     x = random(4, 7).at[0].set(np.nan).at[1].set(np.inf)
@@ -310,13 +363,6 @@ def test_class_weights_have_no_gradient():
     x, target = random(3, 4), jnp.arange(3)
     with pytest.raises(TypeError, match=r"^weight is traced by jax.*stop_gradient"):
         jax.grad(lambda weight: ours.cross_entropy(x, target, weight))(jnp.ones(4))
-
-
-def test_soft_targets_have_no_gradient():
-    x, probs = random(3, 4), jnp.full((3, 4), 0.25)
-    for soft in (lambda probs: probs, lambda probs: (jnp.zeros((3, 4), int), probs)):
-        with pytest.raises(TypeError, match=r"^target is traced by jax.*stop_gradient"):
-            jax.grad(lambda probs, soft=soft: ours.cross_entropy(x, soft(probs)))(probs)
 
 
 def test_errors_are_those_of_the_core():
