@@ -314,13 +314,7 @@ def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 def no_partial_overlap(out, array, name: str) -> None:
     """out may be exactly `array` (the call works in place) or share no byte with it."""
-    if not _spans_meet(out, array) or _walk(out) == _walk(array):
-        return
-    try:
-        overlap = np.shares_memory(out.address_map(), array.address_map(), max_work=100_000)
-    except np.exceptions.TooHardError:
-        overlap = True
-    if overlap:
+    if _spans_meet(out, array) and _walk(out) != _walk(array) and _share_memory(out, array):
         raise ValueError(f"out overlaps {name} in part; expected {name} itself (in place) or memory of its own")
 
 
@@ -331,8 +325,17 @@ def _walk(array) -> tuple:
 
 
 def no_overlap(out, array, name: str) -> None:
-    if _spans_meet(out, array):
+    """out may share no byte with `array`, not even all of them."""
+    if _spans_meet(out, array) and _share_memory(out, array):
         raise ValueError(f"out shares memory with {name}, which is read while out is written")
+
+
+def _share_memory(one, two) -> bool:
+    """Whether any byte belongs to both: spans meet, too, where the elements of one lie between those of the other."""
+    try:
+        return np.shares_memory(one.address_map(), two.address_map(), max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _spans_meet(one, two) -> bool:

@@ -414,6 +414,24 @@ def test_overlap_of_every_other_argument():
     assert not memory.any()
 
 
+def test_columns_beside_the_logits_do_not_overlap():
+    """A table with a row for each row of logits: these, in whose place the gradient comes, and what belongs to them."""
+    logits, classes = inputs.make("spread", (5, 6), np.float64), inputs.targets(5, 6)
+    weight, temperature = np.arange(1.0, 6.0), np.linspace(0.5, 2.0, 5)
+    table = np.zeros((5, 10))
+    table[:, :6], table[:, 7], table[:, 8] = logits, weight, temperature
+    table[:, 9].view(np.int64)[:] = classes
+    beside = table[:, 6:].copy()
+    loss, dlogits = gpusoftmax.cross_entropy_with_grad(
+        table[:, :6], table[:, 9].view(np.int64), row_weight=table[:, 7], temperature=table[:, 8], out=table[:, :6]
+    )
+    options = {"row_weight": weight, "temperature": temperature}
+    expected = gpusoftmax.cross_entropy_with_grad(logits, classes, **options)
+    assert loss == expected[0] and same_bits(dlogits, expected[1])
+    assert same_bits(table[:, 6:], beside)
+    assert gpusoftmax.argmax(table[:, :6], out=table[:, 9].view(np.int64)).shape == (5,)
+
+
 def test_the_same_memory_in_another_dtype_is_no_alias():
     x = inputs.make("spread", (4, 6), F32)
     before = x.tobytes()
