@@ -58,7 +58,8 @@ def loss_and_gradient(
     reduction = _checks.reduction(reduction)
     given = target, weight, shares, row_weight
     options = axis, ignore_index, label_smoothing, z_loss, validate
-    rows, gradient = _checked(logits, given, out, with_grad, options, (temperatures, bias, mask, valid), transform)
+    arrays = temperatures, bias, mask, valid
+    rows, gradient = _checked(logits, given, out, with_grad, options, arrays, transform, takes_temperature=True)
     _checks.only_for(normalizer is not None or divide_by is not None, "normalizer", reduction == "mean", reduction)
     _checks.counts_labels(wants_correct, rows.probs is None and rows.shares is None)
 
@@ -81,7 +82,9 @@ def backward(
     """The gradient of the losses of rows, from their lse."""
     given = target, weight, shares, row_weight
     options = axis, ignore_index, label_smoothing, z_loss, validate
-    rows, gradient = _checked(logits, given, out, True, options, (temperatures, bias, mask, valid), transform)
+    arrays = temperatures, bias, mask, valid
+    # What is subtracted is the lse, which is rounded anyway.
+    rows, gradient = _checked(logits, given, out, True, options, arrays, transform, takes_temperature=False)
     reads = {}
     for name, array in (("lse", lse), ("dloss", dloss)):
         array = _arrays.logits(array, name)
@@ -114,7 +117,9 @@ def backward(
     return _arrays.result(gradient, out)
 
 
-def _checked(logits, given, out, with_grad, options, arrays, transform) -> tuple[LossRows, Array | None]:
+def _checked(
+    logits, given, out, with_grad, options, arrays, transform, takes_temperature
+) -> tuple[LossRows, Array | None]:  # fmt: skip
     """The arguments that all have, and the array for the gradient."""
     target, weight, shares, row_weight = given
     axis, ignore_index, label_smoothing, z_loss, validate = options
@@ -148,7 +153,10 @@ def _checked(logits, given, out, with_grad, options, arrays, transform) -> tuple
         _checks.no_partial_overlap(gradient, x, "logits")
     dtype = _arrays.compute_dtype(x, gradient)
     _checks.factor_fits(z_loss, "z_loss", dtype)
-    transformed, _ = _transform.applied(x, axes, dtype, arrays, transform, gradient, "logits", takes_temperature=False)
+    transformed, temperature = _transform.applied(
+        x, axes, dtype, arrays, transform, gradient, "logits", takes_temperature
+    )
+    _checks.temperature_fits(temperature, dtype)
     if weight is not None:
         weight = _arrays.logits(weight, "weight")
         _checks.same_home(x, weight, "logits", "weight")
@@ -178,4 +186,5 @@ def _checked(logits, given, out, with_grad, options, arrays, transform) -> tuple
     if probs is not None and probs.dtype == "float64" and dtype != "float64":
         probs = _rows.contiguous(probs, dtype)
     numbers = dtype, ignore_index, label_smoothing, z_loss
-    return LossRows(transformed, axes, *numbers, weight, labels, shares, probs, row_weight), gradient
+    rows = LossRows(transformed, axes, *numbers, weight, labels, shares, probs, row_weight, temperature)
+    return rows, gradient

@@ -36,6 +36,7 @@ class LossRows(NamedTuple):
     shares: Array | None  # of several labels
     probs: Array | None
     row_weight: Array | None
+    temperature: float = 1.0  # what is left for the kernel: it subtracts the maximum first
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -120,6 +121,7 @@ def measure(rows: LossRows, over: Sums, of_rows: dict[str, Array], grad_scale: f
             rows.x.place,
             soft(rows, operands),
             extras(rows, operands),
+            rows.temperature,
         )
 
     for_rows(rows, call, {}, of_rows, gradient)

@@ -301,7 +301,8 @@ def _checked_loss(
     (temperatures, *arrays), through = _transform.split(temperature, None, softcap, None, None)
     if temperatures is not None:
         _checks.temperature(temperatures)  # says that it is none
-    logits, _ = _transform.applied(logits, axes, dtype, (None, *arrays), through, takes_temperature=False)
+    logits, temperature = _transform.applied(logits, axes, dtype, (None, *arrays), through)
+    _checks.temperature_fits(temperature, dtype)
     _checks.multiplies_matrices(x)
 
     labels = _arrays.reshaped(labels, (labels.size,), "target")
@@ -313,7 +314,7 @@ def _checked_loss(
     if row_weight is not None:
         row_weight = _arrays.reshaped(_rows.contiguous(row_weight, dtype), labels.shape, "row_weight")
     numbers = dtype, ignore_index, label_smoothing, z_loss
-    return LossRows(logits, axes, *numbers, weight, labels, None, None, row_weight)
+    return LossRows(logits, axes, *numbers, weight, labels, None, None, row_weight, temperature)
 
 
 def _beside(given: Any, name: str, x: Array, shape: tuple[int, ...], reason: str) -> Array | None:

@@ -7,7 +7,9 @@ smoothing eps, in the words of loss_target.py:
     loss      = r ((1 - eps) w_t nll + eps/V (W log s + D) + z)         D = sum_c w_c (max - x_c)
               = r (G log s + sum_c g_c (max - x_c) + z)                 where labels have shares
     z         = z_loss S lse^2
-    dlogits_c = u r (p_c (G + 2 z_loss S lse) - g_c)
+    dlogits_c = u r (p_c (G + 2 z_loss S lse) - g_c) / T
+
+at temperature T: with one, x stands for the logits divided by it, but their differences to the maximum are taken first.
 
 (torch's LossNLL.cpp has eps/V sum_c w_c (lse - x_c), which is the same: no term is negative, so nothing cancels here.)
 The distances are summed beside the state, chunk by chunk relative to the chunk's maximum.
@@ -25,7 +27,7 @@ from gpusoftmax.kernels.cpu.call import arguments
 from gpusoftmax.kernels.cpu.loss_fold import fold, fold_backward
 from gpusoftmax.kernels.cpu.loss_measure import measure, measure_and_keep, measure_target_alone
 from gpusoftmax.kernels.cpu.loss_rows import Loss, Results
-from gpusoftmax.kernels.cpu.loss_target import number_at
+from gpusoftmax.kernels.cpu.loss_target import number_at, times_scale
 from gpusoftmax.kernels.cpu.loss_write import write, write_backward, write_nothing
 from gpusoftmax.kernels.cpu.rows import nothing_first, save_maxima
 from gpusoftmax.kernels.cpu.run import run
@@ -33,7 +35,19 @@ from gpusoftmax.kernels.cpu.vector import (
     number,
 )
 from gpusoftmax.kernels.cpu.walk import walk
-from gpusoftmax.kernels.operands import STORAGE, Extras, Labels, Numbers, Operand, Place, Probs, Rows, Shares
+from gpusoftmax.kernels.operands import (
+    STORAGE,
+    Extras,
+    Labels,
+    Numbers,
+    Operand,
+    Place,
+    Probs,
+    Rows,
+    Shares,
+    scale_of,
+    unless_one,
+)
 
 
 def cross_entropy(
@@ -51,6 +65,7 @@ def cross_entropy(
     place: Place,
     soft: Shares | Probs | None = None,
     extras: Extras | None = None,
+    temperature: float = 1.0,
 ) -> None:
     """The loss of each row and, unless dlogits.pointer is 0, the gradient; dlogits may be the logits themselves.
 
@@ -74,6 +89,7 @@ def cross_entropy(
         number_of(1.0 - label_smoothing),
         number_of(label_smoothing / rows.n_cols),
         number_of(grad_scale),
+        *unless_one(scale_of(1.0, temperature, weight.dtype)),
         *_of_target(soft),
         *_of_extras(extras, number_of),
         keeps_exponentials=with_grad,
@@ -152,7 +168,7 @@ def cross_entropy_backward_rows(call):
     ) = arguments(call)  # fmt: skip
     one = number(share, 1.0)
     loss = Loss(
-        rows, labels, weight, weight_sum, ignore_index, confidence, share, one, shares, n_labels, label_stride,
+        rows, labels, weight, weight_sum, ignore_index, confidence, share, one, None, shares, n_labels, label_stride,
         share_stride, is_dense, row_weight, z_loss, lse, dlosses,
     )  # fmt: skip
     walk(
@@ -165,13 +181,22 @@ def cross_entropy_backward_rows(call):
 def unpacked(call):
     (
         way, job, rows, logits, second, dlogits, labels, losses, weight, weight_sum, normaliser, ignore_index,
-        confidence, share, grad_scale, shares, n_labels, label_stride, share_stride, is_dense, row_weight, z_loss,
-        z_losses, lse, correct,
+        confidence, share, grad_scale, scale, scale_low, shares, n_labels, label_stride, share_stride, is_dense,
+        row_weight, z_loss, z_losses, lse, correct,
     ) = arguments(call)  # fmt: skip
-    one = number(share, 1.0)
+    scale = scale_or_one(scale, scale_low)
     results = Results(losses, z_losses, lse, correct)
+    upstream = times_scale(div(grad_scale, number_at(normaliser, 0, number(share, 1.0))), scale, scale_low)
     loss = Loss(
-        rows, labels, weight, weight_sum, ignore_index, confidence, share, one, shares, n_labels, label_stride,
-        share_stride, is_dense, row_weight, z_loss, results, div(grad_scale, number_at(normaliser, 0, one)),
+        rows, labels, weight, weight_sum, ignore_index, confidence, share, scale, scale_low, shares, n_labels,
+        label_stride, share_stride, is_dense, row_weight, z_loss, results, upstream,
     )  # fmt: skip
     return way, job, logits, second, dlogits, loss
+
+
+@device
+def scale_or_one(scale, scale_low):
+    """A scale of 1 is a constant."""
+    if scale_low is None:
+        return number(scale, 1.0)
+    return scale

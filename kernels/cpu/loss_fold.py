@@ -45,6 +45,7 @@ from gpusoftmax.kernels.cpu.loss_target import (
     status_of,
     sum_of_shares,
     unused,
+    weight_of_class,
     weight_of_row,
 )
 from gpusoftmax.kernels.cpu.memory import (
@@ -64,7 +65,7 @@ from gpusoftmax.kernels.cpu.vector import (
 def fold(here, loss):
     n_chunks = count_of_chunks(here.n_cols)
     save_numbers_of_rows(here, n_chunks, loss, loss.shares, loss.is_dense)
-    state, row = fold_state(here.states, n_chunks, here.zero, loss.scale, None)
+    state, row = fold_state(here.states, n_chunks, here.zero, loss.scale, loss.scale_low)
     largest = state[0]
     log, log_low = log_sum(state)
     all_weights = number_at(loss.weight_sum, 0, number(loss.scale, here.n_cols))
@@ -72,7 +73,7 @@ def fold(here, loss):
     confident = unless_empty(mul(s, loss.confidence), largest, log_low, here.through)
     numbers = confident, all_weights, log, log_low, largest
     value = loss_of_target(here, n_chunks, numbers, loss, loss.shares, loss.is_dense)
-    lse = logsumexp_of_state(state, loss.scale, None)
+    lse = logsumexp_of_state(state, loss.scale, loss.scale_low)
     value, slope = with_extras(here, n_chunks, value, s, lse, log_low, loss, loss.row_weight)
     save(here.states, n_chunks, ROW_LOSS, unless_empty(value, largest, log_low, here.through))
     store_results(here, n_chunks, loss, loss.row_weight)
@@ -126,7 +127,7 @@ def save_label(here, place, lane, row, label, loss, shares):
     if shares is None:
         logit = load(here.states, (label // CHUNK_COLS * FIELDS + LOGIT) * lanes + lane, loss.scale)
         store(here.states, place + LABEL_LOGIT * lanes, logit)
-        store(here.states, place + ROW_S * lanes, number_at(loss.weight, label, loss.scale))
+        store(here.states, place + ROW_S * lanes, weight_of_class(label, loss))
     else:
         store(here.states, place + ROW_S * lanes, sum_of_shares(row, loss))
 

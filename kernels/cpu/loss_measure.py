@@ -21,6 +21,7 @@ from gpusoftmax.kernels.cpu.loss_target import (
     only_label,
     shares_at,
     status_of,
+    times_scale,
     weighted_share,
     weights_at,
 )
@@ -56,7 +57,7 @@ def measure_chunks(here, is_kept, first, last, loss):
         largest = saved(here.states, chunk, MAX, here.zero)
         # Before exponentials take the place of the logits.
         measure_target(here, chunk, largest, col, count, loss, loss.is_dense)
-        sums = sum_of_exponentials(here, is_kept, largest, largest, col, count, loss.scale, None, False)
+        sums = sum_of_exponentials(here, is_kept, largest, largest, col, count, loss.scale, loss.scale_low, False)
         save_state(here.states, chunk, sums)
 
 
@@ -75,7 +76,8 @@ def measure_smoothing(here, chunk, largest, first, count, loss):
     total, low, _, _ = sum_chunk(weighted_distance, here, (loss, largest), first, count)
     save(here.states, chunk, DISTANCE, total)
     save(here.states, chunk, DISTANCE_LOW, low)
-    save(here.states, chunk, MASS, mul(weights_of_chunk(here, first, count, loss), loss.share))
+    mass = mul(weights_of_chunk(here, first, count, loss), loss.share)
+    save(here.states, chunk, MASS, times_scale(mass, loss.scale, loss.scale_low))
 
 
 @device
@@ -88,10 +90,11 @@ def weights_of_chunk(here, first, count, loss):
 
 @device
 def weighted_distance(col, left, others, here, arguments):
-    """eps/V w_c (max - x_c)"""
+    """eps/V w_c (max - x_c) / T"""
     loss, largest = arguments
     x = load_cols(here.first, col, left, add(here.zeros, largest))
     mass = mul(weights_at(col, left, here, loss), add(here.zeros, loss.share))
+    mass = times_scale(mass, loss.scale, loss.scale_low)
     return distance_of_mass(mass, x, add(here.zeros, largest)), others, None
 
 
@@ -151,6 +154,7 @@ def measure_shares(here, chunk, first, count, loss):
             label = label_at(row, j, loss)
             if first <= label and label < first + count:
                 more = mul(loss.confidence, weighted_share(row, j, label, loss))
+                more = times_scale(more, loss.scale, loss.scale_low)
                 x = load(here.first.pointer, index_in(here.first, lane, label), loss.scale)
                 total, low = add_pair(total, low, distance_of_mass(more, x, largest), zero)
                 mass = add(mass, more)
@@ -164,14 +168,16 @@ def measure_mass(here, chunk, largest, first, count, loss):
     total, low, _, _ = sum_chunk(mass_and_distance, here, (loss, largest), first, count)
     save(here.states, chunk, DISTANCE, total)
     save(here.states, chunk, DISTANCE_LOW, low)
-    save(here.states, chunk, MASS, sum_of_mass(here, chunk, first, count, loss))
+    mass = sum_of_mass(here, chunk, first, count, loss)
+    save(here.states, chunk, MASS, times_scale(mass, loss.scale, loss.scale_low))
 
 
 @device
 def mass_and_distance(col, left, others, here, arguments):
     loss, largest = arguments
     x = load_cols(here.first, col, left, add(here.zeros, largest))
-    return distance_of_mass(mass_at(col, left, here, loss), x, add(here.zeros, largest)), others, None
+    mass = times_scale(mass_at(col, left, here, loss), loss.scale, loss.scale_low)
+    return distance_of_mass(mass, x, add(here.zeros, largest)), others, None
 
 
 @device

@@ -16,7 +16,8 @@ class Loss(NamedTuple):
     ignore_index: int
     confidence: object  # 1 - eps
     share: object  # eps/V
-    scale: object  # 1
+    scale: object  # 1 / temperature
+    scale_low: object  # None: the scale is 1
     shares: object  # None unless a row has several labels, which have these shares,
     n_labels: int
     label_stride: int

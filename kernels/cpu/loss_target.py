@@ -44,6 +44,19 @@ def label_of(labels, row, rows):
     return load_label(labels.pointer, row_offset(labels, row, rows), labels.code)
 
 
+@device
+def weight_of_class(label, loss):
+    return number_at(loss.weight, label, number(loss.scale, 1.0))
+
+
+@device
+def times_scale(value, scale, scale_low):
+    """Of a mass, not of the sum of its distances: that of logits near the limit of the format would overflow."""
+    if scale_low is None:
+        return value
+    return mul(value, scale)
+
+
 # ---------------------------------------------------------------- does a row count?
 
 
@@ -125,7 +138,7 @@ def weighted_share(row, j, label, loss):
     if label == loss.ignore_index:
         return number(loss.scale, 0.0)
     share = load(element(loss.shares, row, loss.rows), j * loss.share_stride, loss.scale)
-    return mul(share, number_at(loss.weight, label, loss.scale))
+    return mul(share, weight_of_class(label, loss))
 
 
 @device

@@ -16,11 +16,11 @@ from gpusoftmax.kernels.cpu.loss_target import (
     label_at,
     label_of,
     mass_at,
-    number_at,
     only_label,
     share_of_label,
     status_of,
     unused,
+    weight_of_class,
     weights_at,
 )
 from gpusoftmax.kernels.cpu.memory import (
@@ -46,7 +46,7 @@ def write_nothing(here, first, last, summary, loss):
 def write(here, first, last, summary, loss):
     for chunk in range(first, last):
         col, count = chunk_range(here, chunk)
-        ratio = chunk_ratio(here.states, chunk, summary.shift, summary.exponent, here.zero, loss.scale, None)
+        ratio = chunk_ratio(here.states, chunk, summary.shift, summary.exponent, here.zero, loss.scale, loss.scale_low)
         factor = mul(ratio, summary.on_probs)
         save_for_labels(here, chunk, factor, summary)
         save_exponentials(kept_exponential, here, chunk, col, count, loss)
@@ -194,6 +194,6 @@ def write_label(here, place, lane, label, e, on_label, loss):
     lanes = lanes_of(here.zero)
     value = mul(e, load(here.states, place + ON_PROBS * lanes, loss.scale))
     on_mass = load(here.states, place + ON_MASS * lanes, loss.scale)
-    value = sub(value, mul(on_mass, number_at(loss.weight, label, loss.scale)))
+    value = sub(value, mul(on_mass, weight_of_class(label, loss)))
     value = pulled_back_one(sub(value, on_label), label, lane, here)
     store(here.target.pointer, index_in(here.target, lane, label), value)

@@ -14,6 +14,7 @@ from gpusoftmax.kernels.operands import (
     Probs,
     Rows,
     Shares,
+    Transform,
     scale_of,
 )
 
@@ -33,7 +34,11 @@ def cross_entropy(
     place: Place,
     soft: Shares | Probs | None = None,
     extras: Extras | None = None,
+    temperature: float = 1.0,
 ) -> None:
+    if temperature != 1.0:  # the kernels have none of their own: the logits are divided where they are read
+        through = logits.transform or Transform(*(None for _ in Transform._fields))
+        logits = logits._replace(transform=through._replace(scale=scale_of(1.0, temperature, weight.dtype)))
     numbers = weight, weight_sum, normaliser, ignore_index, label_smoothing, grad_scale
     _cross_entropy(rows, logits, labels, losses, dlogits, *numbers, place, soft, extras, None)
 
