@@ -214,7 +214,7 @@ def _from_protocol(x, name: str) -> Array:
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         # Preferred: CuPy's import of the other interface waits on the host for the producer's stream.
         if int(x.__dlpack_device__()[0]) in _DLPACK_CPU:
-            return _from_numpy(np.from_dlpack(x), name)
+            return _from_numpy(_from_dlpack(x, name), name)
         return _from_cupy(_cupy(name).from_dlpack(x), name)
     if hasattr(x, "__cuda_array_interface__"):
         read_only = x.__cuda_array_interface__["data"][1]
@@ -224,6 +224,13 @@ def _from_protocol(x, name: str) -> Array:
     except ValueError as error:  # rows of unequal lengths
         raise _checks.no_array(x, name, error) from None
     return _from_numpy(array, name)
+
+
+def _from_dlpack(x, name: str) -> np.ndarray:
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError) as error:  # a dtype that NumPy lacks, or the library of x does not export it
+        raise _checks.no_dlpack(x, name, error) from None
 
 
 def logits(x, name: str) -> Array:

@@ -209,6 +209,13 @@ def no_array(value, name: str, error: ValueError) -> ValueError:
     return ValueError(f"{name} is {_short(value)}, expected an array, or nested lists of equal lengths: {error}")
 
 
+def no_dlpack(value, name: str, error: Exception) -> TypeError:
+    return TypeError(
+        f"{name} is a {type(value).__name__}, expected what NumPy can import by DLPack ({error}): convert it to a "
+        f"NumPy array first"
+    )
+
+
 def dtype_name(dtype) -> str:
     """The name of a floating dtype given as a NumPy, CuPy, ml_dtypes, JAX or torch dtype, or as a string."""
     name = _name_of(dtype)

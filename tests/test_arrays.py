@@ -767,3 +767,16 @@ def test_signatures_are_those_users_already_type():
         for option in ("dtype", "out", "temperature", "keepdims", "reduction", "ignore_index", "label_smoothing"):
             if option in parameters:
                 assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY, (name, option)
+
+
+@pytest.mark.parametrize("reason", [BufferError("requires grad"), RuntimeError("Unsupported dtype in DLTensor.")])
+def test_what_numpy_cannot_import_by_dlpack_is_named(reason):
+    class Refusing:
+        def __dlpack__(self, **options):
+            raise reason
+
+        def __dlpack_device__(self):
+            return 1, 0
+
+    with pytest.raises(TypeError, match="^x is a Refusing, expected what NumPy can import by DLPack"):
+        gpusoftmax.softmax(Refusing())
