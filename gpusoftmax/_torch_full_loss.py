@@ -274,7 +274,9 @@ def _composed(call: Call, x: Tensor, through: Through) -> tuple[Tensor, ...]:
     z = torch.where(masses.counts.unsqueeze(dim), z, 0)
     lse = rows.logsumexp(z, (dim,), False, 1.0)
     cannot_be = z == -torch.inf
-    mass = torch.where(cannot_be, masses.at_classes.detach(), masses.at_classes)
+    # Of a row of which nothing is left the target's gradient is NaN, as the loss.
+    without_slope = cannot_be & (lse != -torch.inf).unsqueeze(dim)
+    mass = torch.where(without_slope, masses.at_classes.detach(), masses.at_classes)
     nats = torch.where(cannot_be & (mass == 0), 0, -rows.log_softmax(z, (dim,), 1.0, None))
     # Without one it is 0, whatever the row holds.
     z_loss = options.z_loss * masses.of_target * lse.square() if options.z_loss else torch.zeros_like(lse)
