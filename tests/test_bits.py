@@ -15,6 +15,7 @@ from gpusoftmax.kernels.cpu import run as run_module
 from gpusoftmax.kernels.cpu.chunks import CHUNK_COLS
 from gpusoftmax.kernels.cpu.job import Job
 from gpusoftmax.kernels.cpu.walk import ACROSS, ALONG, IN_BLOCKS
+from gpusoftmax.kernels.operands import Operand, Rows
 from tests import inputs
 from tests.calls import EVERY_FIELD
 from tests.conftest import Emulated
@@ -446,6 +447,18 @@ def test_columns_written_past_the_caches(monkeypatch, dtype, n_rows):
     _replay_cpu._recipes.clear()
     assert laid_out[0].block[Job._fields.index("streamed")] == 1
     assert result.tobytes() == lines.tobytes() and not any(part.any() for part in canaries)
+
+
+def test_columns_of_half_a_line_are_not_written_past_the_caches(monkeypatch):
+    """Registers of 32 bytes and less take 16 rows at a time: of 16 bits these are half a cache line."""
+    monkeypatch.setattr(run_module, "STREAM_BYTES", 0)
+    rows = Rows(n_rows=64, n_cols=8, n_inner=64)
+    for n_bytes, dtype, expected in (
+        (256, "float32", True), (256, "bfloat16", True), (64, "float32", True), (64, "bfloat16", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(run_module, "ACROSS_BYTES", n_bytes)
+        target = Operand(0, 0, 1, 64, dtype)
+        assert run_module._is_streamed(rows, ACROSS, target, np.float32(0), True) is expected
 
 
 def on_gpu(name, arrays, arch="sm_90", **options):
