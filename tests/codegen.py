@@ -152,6 +152,10 @@ def _calls(dtype, out_dtype, shape, axis):
     for soft in (few, _Array(shape, dtype)):
         yield "cross_entropy_with_grad", (x, soft, weight), like
         yield "cross_entropy_backward", (x, soft, *(_Array(batch, row_dtype) for _ in range(2)), weight), like
+    if axis == -1:
+        for soft, label_smoothing in ((target, 0.1), (few, 0.0), (_Array(shape, dtype), 0.0)):
+            options = {"temperature": 0.7, "label_smoothing": label_smoothing}
+            yield "cross_entropy_with_grad", (x, soft, weight), {**options, **like}
     yield "kl_div", (x, _Array(shape, dtype)), {"axis": axis, "row_weight": _Array(batch, dtype)}
     yield "kl_div_with_grad", (x, _Array(shape, dtype)), {**like, "target_grad": True}
     yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}

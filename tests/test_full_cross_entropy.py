@@ -272,23 +272,22 @@ def test_through_a_transform(target):
 
 @pytest.mark.parametrize("temperature", [0.7, 3.0])
 @pytest.mark.parametrize("kind", TARGET)
-def test_a_temperature_divides_what_the_maximum_was_subtracted_from(kind, temperature):
-    """On the CPU: logits with a common offset are not rounded, and such as are near the limit do not overflow."""
+def test_a_temperature_divides_what_the_maximum_was_subtracted_from(target, kind, temperature):
+    """Logits with a common offset are not rounded, and such as are near the limit do not overflow."""
     without = ["masked"] if temperature > 1 else ["masked", "huge"]  # whose losses overflow
     logits, labels, shares = make(kind, 300, "float32", without=without)
-    soft = labels if shares is None else (labels, shares)
     options = {"label_smoothing": 0.1, "reduction": "none", "temperature": temperature}
-    loss, dlogits = gpusoftmax.cross_entropy_with_grad(logits, soft, **options)
+    loss, dlogits = gpusoftmax.cross_entropy_with_grad(target.array(logits), given(target, labels, shares), **options)
     z = logits.astype(np.longdouble) / temperature
     exact = oracle.full_cross_entropy(z, labels, shares=shares, label_smoothing=0.1)
-    np.testing.assert_allclose(loss, exact.loss.astype(float), rtol=1e-5)
-    np.testing.assert_allclose(dlogits, (exact.dlogits / temperature).astype(float), rtol=0, atol=3e-6)
+    np.testing.assert_allclose(target.get(loss), exact.loss.astype(float), rtol=1e-5)
+    np.testing.assert_allclose(target.get(dlogits), (exact.dlogits / temperature).astype(float), rtol=0, atol=3e-6)
 
 
-def test_a_small_temperature_overflows_nothing():
-    """On the CPU."""
-    loss, dlogits = gpusoftmax.cross_entropy_with_grad(np.float32([[100, 1]]), [0], temperature=1e-37)
-    assert loss == 0 and not dlogits.any()
+def test_a_small_temperature_overflows_nothing(target):
+    x, label = target.array(np.float32([[100, 1]])), target.array(np.zeros(1, np.int64))
+    loss, dlogits = gpusoftmax.cross_entropy_with_grad(x, label, temperature=1e-37)
+    assert target.get(loss) == 0 and not target.get(dlogits).any()
 
 
 def test_a_row_that_is_masked_whole_has_nothing(target):

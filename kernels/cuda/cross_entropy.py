@@ -14,8 +14,8 @@ from gpusoftmax.kernels.operands import (
     Probs,
     Rows,
     Shares,
-    Transform,
     scale_of,
+    unless_one,
 )
 
 
@@ -36,19 +36,17 @@ def cross_entropy(
     extras: Extras | None = None,
     temperature: float = 1.0,
 ) -> None:
-    if temperature != 1.0:  # the kernels have none of their own: the logits are divided where they are read
-        through = logits.transform or Transform(*(None for _ in Transform._fields))
-        logits = logits._replace(transform=through._replace(scale=scale_of(1.0, temperature, weight.dtype)))
     numbers = weight, weight_sum, normaliser, ignore_index, label_smoothing, grad_scale
-    _cross_entropy(rows, logits, labels, losses, dlogits, *numbers, place, soft, extras, None)
+    _cross_entropy(rows, logits, labels, losses, dlogits, *numbers, place, soft, extras, None, temperature)
 
 
 def _cross_entropy(
     rows, logits, labels, losses, dlogits, weight, weight_sum, normaliser, ignore_index, label_smoothing, grad_scale,
-    place, soft, extras, dlosses,
+    place, soft, extras, dlosses, temperature,
 ):  # fmt: skip
     """dlosses: what the gradient of each row, of a soft target, is multiplied by besides, or None."""
     number_of = STORAGE[weight.dtype]
+    per_logit, low = unless_one(scale_of(1.0, temperature, weight.dtype))
     has_mass = label_smoothing or (extras is not None and extras.correct.pointer)
     launch_rows(
         f"cross_entropy.{'soft_' if soft else 'smoothed_' if has_mass else ''}cross_entropy_rows",
@@ -66,7 +64,8 @@ def _cross_entropy(
         ignore_index,
         *_shares_of_smoothing(rows, label_smoothing, number_of),
         number_of(grad_scale),
-        *scale_of(2.0, 1.0, weight.dtype),
+        *scale_of(2.0, temperature, weight.dtype),
+        None if low is None else per_logit,
         passes=2 if dlogits.pointer else 1,
         side_by_side=soft is None,  # each thread knows the target of its own row
     )
@@ -92,7 +91,7 @@ def cross_entropy_backward(
         nothing = Numbers(0, weight.dtype)
         numbers = weight, weight_sum, nothing, ignore_index, label_smoothing, 1.0
         losses = NO_OPERAND._replace(dtype=lse.dtype)
-        _cross_entropy(rows, logits, labels, losses, dlogits, *numbers, place, soft, extras, dlosses)
+        _cross_entropy(rows, logits, labels, losses, dlogits, *numbers, place, soft, extras, dlosses, 1.0)
         return
     row_weight, z_loss, *_ = _of_extras(extras, number_of)
     launch_rows(

@@ -34,6 +34,7 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     only_label,
     start_of_probs,
     status_of,
+    tempered,
     unused,
 )
 from gpusoftmax.kernels.cuda.device.memory import is_null, load
@@ -102,7 +103,7 @@ def losses_with(has_mass, is_soft):
             tell_correct(label, row, rows, column, found, results.correct, team)
         # 2. the gradient
         if not is_null(dlogits.pointer):
-            upstream = div(grad_scale, number_at(normaliser, 0, one))
+            upstream = tempered(div(grad_scale, number_at(normaliser, 0, one)), loss.per_logit)
             upstream = times(upstream, row, rows, loss.row_weight)
             upstream = times(upstream, row, rows, dlosses)
             row_max = mul(half, number(scale, 2.0))
@@ -209,8 +210,11 @@ def cross_entropy_rows(
     grad_scale,
     scale,
     scale_low,
+    per_logit,
 ):
-    loss = Loss(labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss)
+    loss = Loss(
+        labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss, per_logit
+    )
     results, params = Results(losses, z_losses, lse, correct), gap_params(scale, scale_low)
     plain_losses(rows, split, start, logits, None, dlogits, normaliser, grad_scale, loss, results, params)
 
@@ -237,8 +241,11 @@ def smoothed_cross_entropy_rows(
     grad_scale,
     scale,
     scale_low,
+    per_logit,
 ):
-    loss = Loss(labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss)
+    loss = Loss(
+        labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss, per_logit
+    )
     results, params = Results(losses, z_losses, lse, correct), gap_params(scale, scale_low)
     smoothed_losses(rows, split, start, logits, None, dlogits, normaliser, grad_scale, loss, results, params)
 
@@ -271,10 +278,11 @@ def soft_cross_entropy_rows(
     grad_scale,
     scale,
     scale_low,
+    per_logit,
 ):
     loss = Loss(
         labels, label_stride, n_labels, shares, share_stride, probs, weight, weight_sum, ignore_index, confidence,
-        share, row_weight, z_loss,
+        share, row_weight, z_loss, per_logit,
     )  # fmt: skip
     results, params = Results(losses, z_losses, lse, correct), gap_params(scale, scale_low)
     soft_losses(rows, split, start, logits, dlosses, dlogits, normaliser, grad_scale, loss, results, params)
@@ -299,7 +307,9 @@ def cross_entropy_backward_rows(
     scale,
     scale_low,
 ):
-    loss = Loss(labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss)
+    loss = Loss(
+        labels, 0, 1, None, 0, None, weight, weight_sum, ignore_index, confidence, share, row_weight, z_loss, None
+    )
     hard_backward(rows, split, start, logits, lse, dlosses, dlogits, loss, gap_params(scale, scale_low))
 
 
@@ -328,6 +338,6 @@ def soft_cross_entropy_backward_rows(
 ):
     loss = Loss(
         labels, label_stride, n_labels, shares, share_stride, None, weight, weight_sum, ignore_index, confidence,
-        share, row_weight, z_loss,
+        share, row_weight, z_loss, None,
     )  # fmt: skip
     soft_backward(rows, split, start, logits, lse, dlosses, dlogits, loss, gap_params(scale, scale_low))

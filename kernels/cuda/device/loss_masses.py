@@ -9,7 +9,7 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, distance_of_mass, mul, number
-from gpusoftmax.kernels.cuda.device.loss_target import Loss, mass_at
+from gpusoftmax.kernels.cuda.device.loss_target import Loss, mass_at, tempered
 from gpusoftmax.kernels.cuda.device.memory import element_size
 from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import NO_COLUMN, numbers_beside_with, saved_beside, saved_max
@@ -36,12 +36,12 @@ def mass_of_column(k, column, source, at, piece, largest, asked):
     mass = mass_at(col, asked.start, asked.loss, asked.loss.probs, largest)
     if asked.is_found and x == largest:
         column = min(column, int32(col))
-    return distance_of_mass(mass, x, largest), mass, column
+    return distance_of_mass(tempered(mass, asked.loss.per_logit), x, largest), mass, column
 
 
 @device
 def masses_of_piece(source, at, piece, largest, asked, team, split, params):
-    """(distances, mass, first column of the maximum): sum_c g_c (max - x_c) and sum_c g_c of a piece.
+    """(distances, mass, first column of the maximum): sum_c g_c (max - x_c) / T and sum_c g_c of a piece.
 
     The columns come from the slot again, one at a time: with all of a lane's masses beside all of its logits, registers
     run out.
@@ -69,30 +69,30 @@ def masses_of_piece(source, at, piece, largest, asked, team, split, params):
 
 
 @device
-def moved(mass, part_max, new_max):
+def moved(mass, part_max, new_max, loss):
     """By how much the distances of a part add up to more, when they are measured from a larger maximum than its own."""
     if part_max > number(mass, -math.inf):
-        return distance_of_mass(mass, part_max, new_max)
+        return distance_of_mass(tempered(mass, loss.per_logit), part_max, new_max)
     # Nothing has moved if there is no column; if -inf alone is there, the sum is infinite already.
     return number(mass, 0.0)
 
 
 @device
 def joined_masses(one, state, other, other_state, row_max, asked, params):
-    distances = add(one[0], moved(one[1], state[0], row_max))
-    more = add(other[0], moved(other[1], other_state[0], row_max))
+    distances = add(one[0], moved(one[1], state[0], row_max, asked.loss))
+    more = add(other[0], moved(other[1], other_state[0], row_max, asked.loss))
     return add(distances, more), add(one[1], other[1])
 
 
 @device
-def merged_masses(row_max, team, split):
+def merged_masses(row_max, loss, team, split):
     """(distances, mass) of all chunks, measured from the maximum of the row."""
     zero = number(row_max, 0.0)
     total, low, all_mass, all_low = zero, zero, zero, zero
     for chunk in range(team.lane, split_chunks(split), WARP_SIZE):
         distances, mass = saved_beside(chunk, split, row_max)
         total, low = add_pair(total, low, distances, zero)
-        total, low = add_pair(total, low, moved(mass, saved_max(chunk, split, row_max), row_max), zero)
+        total, low = add_pair(total, low, moved(mass, saved_max(chunk, split, row_max), row_max, loss), zero)
         all_mass, all_low = add_pair(all_mass, all_low, mass, zero)
     total, low = warp_sum_pair(total, low)
     all_mass, all_low = warp_sum_pair(all_mass, all_low)
@@ -104,8 +104,8 @@ numbers_beside = numbers_beside_with(masses_of_piece, joined_masses)
 
 @device
 def numbers_and_masses(source, asked, n_cols, team, split, params):
-    """(numbers of the row, sum_c g_c (max - x_c), sum_c g_c, first column of the maximum: see numbers_beside)"""
+    """(numbers of the row, sum_c g_c (max - x_c) / T, sum_c g_c, first column of the maximum: see numbers_beside)"""
     numbers, (distances, mass), column = numbers_beside(source, asked, n_cols, team, split, params)
     if not is_one_chunk(split):
-        distances, mass = merged_masses(mul(numbers[0], number(mass, 2.0)), team, split)
+        distances, mass = merged_masses(mul(numbers[0], number(mass, 2.0)), asked.loss, team, split)
     return numbers, distances, mass, column

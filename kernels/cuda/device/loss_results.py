@@ -16,7 +16,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     weighted_nats,
 )
 from gpusoftmax.kernels.cuda.device.exponential import negative_log_probability
-from gpusoftmax.kernels.cuda.device.loss_target import unused, weight_of_row
+from gpusoftmax.kernels.cuda.device.loss_target import tempered, unused, weight_of_row
 from gpusoftmax.kernels.cuda.device.memory import is_null, row_offset, store, store_integer
 from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.transform import unless_empty
@@ -43,7 +43,7 @@ def loss_of_row(found, s, mass, distances, looked, all_weights, smoothed, loss, 
                 value = add(value, add(mul(mul(loss.share, all_weights), add(log, log_low)), distances))
             return value
         row_max = mul(half, number(half, 2.0))
-        looked_mass = mul(loss.confidence, s)
+        looked_mass = tempered(mul(loss.confidence, s), loss.per_logit)
         distances = add(distances, add(looked[1], distance_of_mass(looked_mass, looked[0], row_max)))
     return fma(mass, add(log, log_low), distances)
 

@@ -37,6 +37,7 @@ class Loss(NamedTuple):
     share: object  # eps/V
     row_weight: object  # None where there are no extras
     z_loss: object
+    per_logit: object  # 1 / temperature; None: it is 1
 
 
 @device
@@ -50,6 +51,16 @@ def label_at(row, j, rows, loss):
     """Label number j of a row."""
     index = row_offset(loss.labels, row, rows) + j * loss.label_stride
     return load_label(loss.labels.pointer, index, loss.labels.code)
+
+
+@device
+def tempered(value, per_logit):
+    """value / T: of a mass, not of the sum of its distances, which overflows where logits are near the limit of the
+    format.
+    """
+    if per_logit is None:
+        return value
+    return mul(value, per_logit)
 
 
 # ---------------------------------------------------------------- does a row count?
@@ -140,7 +151,7 @@ def sum_of_shares(row, counts, rows, loss, team, split, like):
 
 @device
 def distances_of_labels(row, counts, source, rows, loss, team, split, like):
-    """(largest, distances): the largest logit that a label has, and sum_j (1 - eps) v_j w_t (largest - x_t).
+    """(largest, distances): the largest logit that a label has, and sum_j (1 - eps) v_j w_t (largest - x_t) / T.
 
     Read before the gradient, which may take the place of the logits, is written; the row's maximum is not known yet.
     """
@@ -156,6 +167,7 @@ def distances_of_labels(row, counts, source, rows, loss, team, split, like):
         label = label_at(row, j, rows, loss)
         if label != loss.ignore_index:
             mass = mul(loss.confidence, weighted_share(row, j, label, rows, loss, like))
+            mass = tempered(mass, loss.per_logit)
             total = add(total, distance_of_mass(mass, logit_of(source, label, like), largest))
     return largest, warp_sum(total, split_lanes(split))
 
