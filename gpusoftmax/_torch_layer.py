@@ -71,6 +71,8 @@ def linear_cross_entropy(layer: Layer, given: Given, options: Options) -> Tensor
     if given.target.is_floating_point():
         del without_gradients["target"]
     full.check_no_gradients(without_gradients)
+    if layer.input.ndim < 1 or layer.linear_weight.ndim < 2:
+        _checks.layer(tuple(layer.input.shape), tuple(layer.linear_weight.shape))
     if reason := _why_all_logits(layer, given):
         _warn_of_all_logits(reason)
         return _of_all_logits(layer, given, options)

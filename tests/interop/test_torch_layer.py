@@ -267,6 +267,14 @@ def test_shapes_that_do_not_match_where_all_logits_are_held(name, shape):
         linear_cross_entropy(tensors()[0], **{**given, "target": given["target"].long()})
 
 
+def test_weights_without_an_axis_of_classes():
+    """A probability for each class, too, which goes another way."""
+    x, w, _, target = tensors()
+    for given in (target, torch.full((N_ROWS, N_CLASSES), 1 / N_CLASSES, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"linear_weight has shape \(\d+,\), expected \(n_classes, "):
+            linear_cross_entropy(x, w[0], given)
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
