@@ -198,6 +198,9 @@ def _path(facts: dict) -> dict[str, str | None]:
     if "numba" not in packages or "numba" in broken:
         why = f"numba {'does not import: ' + broken['numba'] if 'numba' in broken else 'is not installed'}"
         return {"device": None, "why": why, "fix": "pip install --force-reinstall numba"}
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        why = "NUMBA_DISABLE_JIT switches Numba's compiler off, which compiles all kernels"
+        return {"device": None, "why": why, "fix": "unset NUMBA_DISABLE_JIT"}
     for why, fix in _obstacles(facts["driver"], packages, broken):
         return {"device": "cpu", "why": why, "fix": fix}
     return {"device": "cuda", "why": None, "fix": None}

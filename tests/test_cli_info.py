@@ -109,6 +109,14 @@ def test_obstacles(machine, why, fix):
     assert why in decided["why"] and fix in decided["fix"]
 
 
+@pytest.mark.parametrize("given, device", [("1", None), ("0", "cuda"), ("", "cuda")])
+def test_without_numbas_compiler_nothing_runs(given, device, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", given)
+    decided = path()
+    assert decided["device"] == device
+    assert device or decided["fix"] == "unset NUMBA_DISABLE_JIT" and "NUMBA_DISABLE_JIT" in decided["why"]
+
+
 @pytest.mark.parametrize("machine", [{"broken": {"numba": "ImportError: boo"}}, {"without": ["numba"]}])
 def test_without_numba_nothing_runs(machine):
     decided = path(**machine)
