@@ -3,10 +3,13 @@
 python -m benchmarks cpu | gpu [--quick]                      the whole suite for a target
 python -m benchmarks softmax --shape 4096x1024 --dtype float32 [--target gpu]
 python -m benchmarks layer [--target gpu]                     a linear layer with its loss: seconds and memory
+python -m benchmarks alignment                                what odd addresses cost on the CPU
+python -m benchmarks cold_start                               what a process's first call takes on the CPU
 python -m benchmarks launch                                   what a call on a GPU costs on the host; needs no GPU
 python -m benchmarks predict [--op OP ...]                    what an H200 should do: predicted on paper, not measured
 python -m benchmarks transforms [--op OP ...]             instructions that a transform of logits costs; needs no GPU
 python -m benchmarks report                                   tables and plots from the saved results
+python -m benchmarks goals                                    which of the project's figures the saved results reach
 """
 
 import argparse
@@ -14,7 +17,7 @@ import importlib
 import time
 from collections.abc import Sequence
 
-from benchmarks import gpu_timing, launch, layer, measure, report, results, suites
+from benchmarks import alignment, cold_start, gpu_timing, launch, layer, measure, report, results, suites
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 from benchmarks.providers import DTYPES, PROVIDERS
@@ -22,6 +25,11 @@ from benchmarks.providers import DTYPES, PROVIDERS
 _GPU_BUDGET = {False: 7 * 60.0, True: 45.0}
 """Seconds for the whole suite and for the quick one: what is left then is named instead of measured."""
 _WITHOUT_CASES = {
+    "alignment": lambda arguments: alignment.run(
+        Effort(arguments.attempts or 5, threads=arguments.threads), arguments.save, print
+    ),
+    "cold_start": lambda arguments: cold_start.run(arguments.attempts or 5, arguments.save, print),
+    "goals": lambda _: report.tell_goals(print),
     "layer": lambda arguments: layer.run(
         arguments.attempts or 7, arguments.threads, arguments.save, print, arguments.target, _layer_shape(arguments)
     ),
@@ -122,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         choices=("cpu", "gpu", *_WITHOUT_CASES, *OPS),
-        metavar="cpu | gpu | layer | launch | predict | report | transforms | OP",
+        metavar=" | ".join(("cpu", "gpu", *_WITHOUT_CASES, "OP")),
     )
     parser.add_argument("--quick", action="store_true", help="a few cases of the suite, in less than a minute")
     parser.add_argument("--target", choices=("cpu", "gpu"), default="cpu")

@@ -28,35 +28,38 @@ class Arrays:
         return self._empty((self.case.n_rows,), dtype or self.case.dtype)
 
 
-def on_cpu(case: Case, library: str) -> Arrays:
-    """NumPy arrays or torch tensors; both share the inputs' memory, which is kept until the next case."""
-    inputs = _inputs_on_cpu(case)
+def on_cpu(case: Case, library: str, offset: int = 0) -> Arrays:
+    """NumPy arrays or torch tensors; both share the inputs' memory, which is kept until the next case.
+
+    offset: so many bytes behind a boundary of _ALIGNMENT all of them begin.
+    """
+    inputs = _inputs_on_cpu(case, offset)
     if library == "torch":
         return Arrays(
             case,
             {name: _torch_from_numpy(array) for name, array in inputs.items()},
-            lambda shape, dtype: _torch_from_numpy(_aligned(shape, dtype)),
+            lambda shape, dtype: _torch_from_numpy(_at(offset, shape, dtype)),
         )
-    return Arrays(case, inputs, _aligned)
+    return Arrays(case, inputs, functools.partial(_at, offset))
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs_on_cpu(case: Case) -> dict[str, np.ndarray]:
+def _inputs_on_cpu(case: Case, offset: int) -> dict[str, np.ndarray]:
     inputs = {}
     for name, block in case.inputs.items():
-        array = _aligned((case.n_rows, *block.shape[1:]), block.dtype.name)
+        array = _at(offset, (case.n_rows, *block.shape[1:]), block.dtype.name)
         array.reshape(-1, *block.shape)[...] = block
         inputs[name] = array
     return inputs
 
 
-def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _at(offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Zeros, so that the first call does not pay for the operating system's pages."""
     dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    raw = np.zeros(size + offset + _ALIGNMENT, np.uint8)
     raw[...] = 0
-    start = -raw.ctypes.data % _ALIGNMENT
+    start = -raw.ctypes.data % _ALIGNMENT + offset
     return raw[start : start + size].view(dtype).reshape(shape)
 
 

@@ -6,10 +6,10 @@ that it is faster. `copy` is the share of the speed of a plain copy of the same 
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import layer, plots, results
+from benchmarks import goals, layer, plots, results
 from benchmarks.cases import OPS
 from benchmarks.providers import COPY, OURS, PROVIDERS
 
@@ -38,6 +38,7 @@ def write(root: Path = results.RESULTS, readme: Path = README) -> None:
             text += f"\n\n## {layer.OP}"
         for _, records in itertools.groupby(layers, lambda record: (record["dtype"], record["n_cols"])):
             text += f"\n\n{_layer(list(records))}"
+        text += f"\n\n{_goals(directory)}"
         (directory / "README.md").write_text(text + "\n")
         link = f"[{directory.name}](benchmarks/results/{directory.name}/README.md)"
         date = max(record["date"] for cases in ops.values() for case in cases for record in case.values())
@@ -48,6 +49,17 @@ def write(root: Path = results.RESULTS, readme: Path = README) -> None:
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
     readme.write_text("\n\n".join([before + _BEGIN, *(section for _, section in sections.values()), _END]) + after)
+
+
+def tell_goals(say: Callable[[str], None], root: Path = results.RESULTS) -> None:
+    """The figures that the project has set itself, of every device."""
+    for directory in sorted(root.glob("[cg]pu-*")):
+        say(f"# {directory.name}\n\n{_goals(directory)}\n")
+
+
+def _goals(directory: Path) -> str:
+    found = goals.of_device(directory)
+    return f"## Goals\n\n{goals.summary(found)}.\n\n{table(goals.lines(found))}"
 
 
 def by_case(records: Iterable[dict]) -> Iterator[Measured]:

@@ -13,9 +13,9 @@ _FLOAT32_SOFTMAX = (
     (65536, 1024),  # 256 MB
     (8, 16),  # the cost of a call
 )
-_SOME = ((4096, 1024), (256, 32768), (16, 262144), (1, 262144), (100_000, 10), (65536, 64))
-_LONG = ((1024, 8192), (256, 32768), (16, 262144))
-_SCORED = ((1024, 32768), (64, 151936))
+SOME = ((4096, 1024), (256, 32768), (16, 262144), (1, 262144), (100_000, 10), (65536, 64))
+LONG = ((1024, 8192), (256, 32768), (16, 262144))
+SCORED = ((1024, 32768), (64, 151936))
 _TOKENS = (
     "token_logprobs",
     "token_logprobs_and_rank",
@@ -50,22 +50,22 @@ def cpu(quick: bool = False) -> list[Case]:
         ]
     return [
         *(Case("softmax", *shape, "float32") for shape in _FLOAT32_SOFTMAX),
-        *(Case("softmax", *shape, "float64") for shape in (*_SOME[:1], *_LONG)),
-        *(Case("softmax", *shape, dtype) for dtype in ("bfloat16", "float16") for shape in _SOME),
-        *(Case("log_softmax", *shape, "float32") for shape in _SOME),
+        *(Case("softmax", *shape, "float64") for shape in (*SOME[:1], *LONG)),
+        *(Case("softmax", *shape, dtype) for dtype in ("bfloat16", "float16") for shape in SOME),
+        *(Case("log_softmax", *shape, "float32") for shape in SOME),
         *(Case("log_softmax", 4096, 1024, dtype) for dtype in ("float64", "bfloat16", "float16")),
-        *(Case("logsumexp", *shape, "float32") for shape in (*_SOME, (1024, 8192))),
+        *(Case("logsumexp", *shape, "float32") for shape in (*SOME, (1024, 8192))),
         *(Case("logsumexp", 256, 32768, dtype) for dtype in ("float64", "bfloat16", "float16")),
         *(Case("cross_entropy", *shape, "float32") for shape in ((1024, 32768), (8192, 1000))),
         *(Case("cross_entropy_with_grad", *shape, "float32") for shape in ((1024, 32768), (4096, 8192), (8192, 1000))),
         Case("cross_entropy_with_grad", 1024, 32768, "bfloat16"),
-        *(Case("softmax_backward", *shape, "float32") for shape in ((4096, 1024), *_LONG)),
-        *(Case("logsumexp", *shape, "float32") for shape in _SCORED),
-        *(Case(op, *shape, "float32") for op in _TOKENS for shape in _SCORED),
+        *(Case("softmax_backward", *shape, "float32") for shape in ((4096, 1024), *LONG)),
+        *(Case("logsumexp", *shape, "float32") for shape in SCORED),
+        *(Case(op, *shape, "float32") for op in _TOKENS for shape in SCORED),
         *(Case(op, 64, 151936, "bfloat16") for op in _TOKENS),
-        *(Case(op, *shape, "float32") for op in _MORE for shape in _SCORED),
+        *(Case(op, *shape, "float32") for op in _MORE for shape in SCORED),
         *(Case("topk_softmax", 16384, n_experts, "float32") for n_experts in (64, 256)),
-        *(Case(op, *shape, "float32") for op in _DISTILLATION for shape in _SCORED),
+        *(Case(op, *shape, "float32") for op in _DISTILLATION for shape in SCORED),
         *(Case(op, 8, 16, "float32") for op in _SMALL),
     ]
 

@@ -10,7 +10,22 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import arrays, cases, gpu_timing, launch, layer, measure, providers, report, results, suites, timing
+from benchmarks import (
+    alignment,
+    arrays,
+    cases,
+    cold_start,
+    goals,
+    gpu_timing,
+    launch,
+    layer,
+    measure,
+    providers,
+    report,
+    results,
+    suites,
+    timing,
+)
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
 from gpusoftmax import _replay
@@ -329,6 +344,67 @@ def test_a_page_on_a_layer(reported):
     assert "| torch | 3 | 3 | 500 | 1.50 | 1.50 | 10.00 |" in page
 
 
+# ---------------------------------------------------------------- odd addresses, cold starts, goals
+
+
+def test_what_odd_addresses_cost(saved):
+    said, case = [], Case("softmax", 8, 64, "float32")
+    alignment.run(QUICK, True, said.append, (case,))
+    (path,) = saved.glob("cpu-*/alignment.jsonl")
+    found = {record["provider"]: record["median_ms"] for record in results.load(path)}
+    assert set(found) == {"softmax, aligned", "softmax, an element off", "softmax, a byte off"}
+    assert (
+        min(found.values()) > 0
+        and f"a byte off {found['softmax, a byte off'] / found['softmax, aligned']:.3f}" in said[0]
+    )
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_arrays_begin_behind_a_boundary(offset):
+    given = arrays.on_cpu(Case("softmax", 8, 64, "float32"), "numpy", offset)
+    assert given.logits.ctypes.data % 64 == given.result().ctypes.data % 64 == offset
+    aligned = arrays.on_cpu(Case("softmax", 8, 64, "float32"), "numpy")
+    np.testing.assert_array_equal(given.logits, aligned.logits)
+
+
+def test_a_cold_start_is_that_of_a_new_process(saved):
+    said = []
+    cold_start.run(1, True, said.append, (Case("softmax", 8, 64, "float32"),))
+    (path,) = saved.glob("cpu-*/cold_start.jsonl")
+    (found,) = results.load(path)
+    assert found["provider"] == "softmax" and 10 < found["median_ms"] < 60_000
+    assert f"{found['median_ms'] / 1e3:.3f} s" in said[0]
+
+
+def test_goals_are_reached_missed_or_not_measured(tmp_path):
+    shape = {"n_rows": 4096, "n_cols": 1024}
+    results.save([record("gpusoftmax", 1.0, **shape), record("torch", 1.75, **shape)], tmp_path)
+    slow = {"op": alignment.OP, **shape}
+    results.save([record("softmax, aligned", 1.0, **slow), record("softmax, a byte off", 1.5, **slow)], tmp_path)
+    found = {goal.what: goal for goal in goals.of_device(tmp_path / "cpu-x")}
+    faster = found["softmax 4096x1024 float32: torch's time over ours"]
+    assert faster.is_reached and (faster.wanted, faster.found) == (1.7, 1.75)
+    odd = found["softmax 4096x1024 float32: its time a byte off over aligned"]
+    assert not odd.is_reached and (odd.wanted, odd.found) == (1.15, 1.5)
+    assert found["softmax 1024x8192 float32: torch's time over ours"].found is None
+    assert goals.summary(list(found.values())) == f"1 reached of 2 that were measured; {len(found) - 2} were not"
+    rows = goals.lines(list(found.values()))
+    assert [faster.what, "at least 1.7", "1.75", "yes"] in rows and [odd.what, "at most 1.15", "1.50", "no"] in rows
+
+
+def test_the_suites_measure_every_goal_that_is_theirs():
+    """A goal for a case that no suite has would stay unmeasured for ever."""
+    of_suites = {(case.op, case.n_rows, case.n_cols, case.dtype) for case in suites.cpu()}
+    for (op, dtype), shapes in goals._TIMES_OF_TORCH.items():
+        assert {(op, *shape, dtype) for shape in shapes} <= of_suites
+
+
+def test_the_goals_of_the_committed_results(capsys):
+    command.main(["goals"])
+    told = capsys.readouterr().out
+    assert told.count("| yes |") > 40 and "# gpu-" in told and "linear_cross_entropy" in told
+
+
 # ---------------------------------------------------------------- the report
 
 
@@ -365,7 +441,7 @@ def test_tables_show_gains_and_losses(reported):
     )
     assert "| 1000x1024 | float32 | 2 | 4 | 50% | 3.00 | 0.75 |" in page
     assert "| 1000x64 | float32 | 1 | 8 |  | 12 |  |" in page
-    assert "2 threads, quietest of 2 attempts, numpy 2.4.0" in page and "logsumexp" not in page
+    assert "2 threads, quietest of 2 attempts, numpy 2.4.0" in page and "## logsumexp" not in page
     assert "| softmax float32 | 2 | 50% | 6.00 (3.00 to 12) | 0.75 |" in summary
     assert summary.startswith("before\n") and summary.endswith("\nafter\n") and "old" not in summary
 
