@@ -45,7 +45,7 @@ def _soft_argmax_value(call: Call, x: Tensor, through: Through) -> tuple[Tensor]
 def _soft_argmax_dx(
     call: Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = ops.room_for(x, dtype)
     return gpusoftmax.soft_argmax_backward(x, *made, *upstream, _axis(call), out=out, **options_of(through))
 
 
@@ -94,7 +94,7 @@ def _spatial_softmax_value(call: Call, x: Tensor, through: Through) -> tuple[Ten
 def _spatial_softmax_dx(
     call: Call, x: Tensor, through: Through, made: list[Tensor], upstream: tuple[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = ops.room_for(x, dtype)
     return gpusoftmax.spatial_softmax_backward(x, *made, *upstream, out=out, **_of_maps(through))
 
 

@@ -182,7 +182,7 @@ def losses_of_weighted_rows_backward(
     return gpusoftmax.cross_entropy_backward(
         logits, target if shares is None else (target, shares), lse, dloss, weight, axis=ops.class_dim(logits),
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, row_weight=row_weight,
-        validate=False, out=torch.empty(logits.shape, dtype=dtype, device=logits.device), **with_empty_row(through),
+        validate=False, out=ops.room_for(logits, dtype), **with_empty_row(through),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
+from gpusoftmax import _memory
 from gpusoftmax.cross_entropy import _with_divisor
 
 _LIBRARY = torch.library.Library("gpusoftmax", "FRAGMENT")
@@ -111,7 +112,7 @@ def softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtyp
 def softmax_backward(
     probs: Tensor, dprobs: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    out = None if dtype == probs.dtype else torch.empty(probs.shape, dtype=dtype, device=probs.device)
+    out = None if dtype == probs.dtype else room_for(probs, dtype)
     return gpusoftmax.softmax_backward(probs, dprobs, axis_of(dim), temperature=temperature, out=out)
 
 
@@ -127,8 +128,16 @@ def log_softmax(x: Tensor, dim: Sequence[int], temperature: float, dtype: torch.
 def log_softmax_backward(
     log_probs: Tensor, dlog_probs: Tensor, dim: Sequence[int], temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    out = None if dtype == log_probs.dtype else torch.empty(log_probs.shape, dtype=dtype, device=log_probs.device)
+    out = None if dtype == log_probs.dtype else room_for(log_probs, dtype)
     return gpusoftmax.log_softmax_backward(log_probs, dlog_probs, axis_of(dim), temperature=temperature, out=out)
+
+
+def room_for(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor of the shape of x for a result; in huge pages, as the results that the core makes."""
+    room = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if room.is_cpu and type(room) is Tensor:
+        _memory.in_huge_pages(room.data_ptr(), room.nbytes)
+    return room
 
 
 def axis_of(dim: Sequence[int]) -> tuple[int, ...] | int:
@@ -204,7 +213,7 @@ def cross_entropy_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     """The gradient of the sum of the losses / divisor. Labels have been looked at when the loss was computed."""
-    out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    out = room_for(logits, dtype)
     options = class_dim(logits), ignore_index, "none", label_smoothing, False, 1.0, True
     _, dlogits = _with_divisor(logits, target, weight, out, divisor, *options)
     return dlogits

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
-from gpusoftmax._torch_ops import axis_of, class_dim, defined_as, fake_logsumexp, fake_token_logprobs, row_dtype
+from gpusoftmax._torch_ops import (
+    axis_of,
+    class_dim,
+    defined_as,
+    fake_logsumexp,
+    fake_token_logprobs,
+    room_for,
+    row_dtype,
+)
 from gpusoftmax._torch_transform import Through, options_of
 
 THROUGH = (
@@ -82,7 +90,7 @@ def _fake_loss_with_grad(dtype, logits, *others):
 def cross_entropy_transformed_with_grad(
     dtype: torch.dtype, logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    out = room_for(logits, dtype)
     return gpusoftmax.cross_entropy_with_grad(logits, target, weight, out=out, **_loss_options(logits, options))
 
 
@@ -133,5 +141,5 @@ def token_logprobs_transformed_backward(
     *through: Any,
 ) -> Tensor:
     options = {"axis": dim, "ignore_index": ignore_index, "validate": False, **options_of(Through(*through))}
-    out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    out = room_for(logits, dtype)
     return gpusoftmax.token_logprobs_backward(logits, target, dlogprob, dentropy, out=out, **options)
