@@ -12,7 +12,7 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 MAX_COLS = 2**31 - 1
 MAX_WIDTH = 2**22
-"""Of images: places and half places along a line are counted in float32 (kernels.formulas.line_and_place)."""
+"""Of images: places and half places along a line are counted in float32 (kernels.positions.line_and_place)."""
 
 
 def axes(axis, ndim: int) -> tuple[int, ...]:

@@ -18,7 +18,8 @@ import math
 
 from llvmlite import ir
 
-from gpusoftmax.kernels.formulas import SINGLE, Arithmetic, log1p, two_sum
+from gpusoftmax.kernels.formulas import log1p, two_sum
+from gpusoftmax.kernels.ieee import SINGLE, Arithmetic
 
 WORD, LONG = ir.IntType(32), ir.IntType(64)
 COLS_OF_BLOCK = 4

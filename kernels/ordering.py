@@ -7,7 +7,7 @@ halvings tell any two float32 apart; the logits of 16-bit formats, widened, need
 
 from llvmlite import ir
 
-from gpusoftmax.kernels.formulas import Arithmetic
+from gpusoftmax.kernels.ieee import Arithmetic
 
 LONG = ir.IntType(64)
 STEPS = {"float16": 1 << 13, "bfloat16": 1 << 16, "float32": 1}

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from gpusoftmax.kernels import formulas, noise
+from gpusoftmax.kernels import ieee, noise
 from gpusoftmax.kernels.cpu.noise import words_of
 from gpusoftmax.kernels.cpu.vector import (
     along,
@@ -107,7 +107,7 @@ def noise_of(typingctx, word, like):
     """(noise, bound)"""
 
     def codegen(context, builder, signature, args):
-        a = formulas.Arithmetic(builder, context.get_value_type(like))
+        a = ieee.Arithmetic(builder, context.get_value_type(like))
         bound = noise.score_bound(a, a.number(0), args[0], a.number(1), a.number(1))
         found = noise.gumbel(a, args[0]), bound
         return context.make_tuple(builder, signature.return_type, found)

@@ -7,12 +7,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels import divergences, formulas, ieee, positions
 from gpusoftmax.kernels.binding import bind
 from gpusoftmax.kernels.cpu.vector import REGISTER_BYTES
 
 
-class _Arithmetic(formulas.Arithmetic):
+class _Arithmetic(ieee.Arithmetic):
     def kept(self, value: float):
         """LLVM prefers loading a constant again in every step of a loop. What comes out of an assembler statement, even
         one without instructions, is no constant to it. Where there are 32 registers.
@@ -20,7 +20,7 @@ class _Arithmetic(formulas.Arithmetic):
         if not self.lanes or REGISTER_BYTES != 64:
             return self.number(value)
         element = self.type.element
-        constant = ir.Constant(element, float(np.float32(value)) if self.format is formulas.SINGLE else value)
+        constant = ir.Constant(element, float(np.float32(value)) if self.format is ieee.SINGLE else value)
         number = self.builder.asm(ir.FunctionType(element, [element]), "", "=x,0", [constant], side_effect=False)
         number.attributes.add("readnone")
         number.attributes.add("nounwind")
@@ -28,13 +28,13 @@ class _Arithmetic(formulas.Arithmetic):
 
 
 formula = functools.partial(bind, intrinsic, types, _Arithmetic)
-add = formula(formulas.Arithmetic.add)
-sub = formula(formulas.Arithmetic.sub)
-mul = formula(formulas.Arithmetic.mul)
-div = formula(formulas.Arithmetic.div)
-fma = formula(formulas.Arithmetic.fma)
-negative = formula(formulas.Arithmetic.negative)
-maximum = formula(formulas.Arithmetic.maximum)
+add = formula(ieee.Arithmetic.add)
+sub = formula(ieee.Arithmetic.sub)
+mul = formula(ieee.Arithmetic.mul)
+div = formula(ieee.Arithmetic.div)
+fma = formula(ieee.Arithmetic.fma)
+negative = formula(ieee.Arithmetic.negative)
+maximum = formula(ieee.Arithmetic.maximum)
 compensated_add = formula(formulas.compensated_add, n_results=2)
 add_pair = formula(formulas.add_pair, n_results=2)
 finite_or_zero = formula(formulas.finite_or_zero)
@@ -67,14 +67,14 @@ zero_where_empty = formula(formulas.zero_where_empty)
 log_probability = formula(formulas.log_probability)
 logsumexp = formula(formulas.logsumexp)
 leading = formula(formulas.leading, n_results=2)
-exp_below = formula(formulas.exp_below)
-line_and_place = formula(formulas.line_and_place, n_results=2)
-moved_moment = formula(formulas.moved_moment, n_results=2)
-ratio_of_pairs = formula(formulas.ratio_of_pairs)
-coordinate = formula(formulas.coordinate)
-place_of = formula(formulas.place_of)
-per_place_of = formula(formulas.per_place_of)
-half_difference = formula(formulas.half_difference, n_results=2)
-log_ratio = formula(formulas.log_ratio)
-divergence = formula(formulas.divergence)
-pull_on_target = formula(formulas.pull_on_target)
+exp_below = formula(positions.exp_below)
+line_and_place = formula(positions.line_and_place, n_results=2)
+moved_moment = formula(positions.moved_moment, n_results=2)
+ratio_of_pairs = formula(positions.ratio_of_pairs)
+coordinate = formula(positions.coordinate)
+place_of = formula(positions.place_of)
+per_place_of = formula(positions.per_place_of)
+half_difference = formula(divergences.half_difference, n_results=2)
+log_ratio = formula(divergences.log_ratio)
+divergence = formula(divergences.divergence)
+pull_on_target = formula(divergences.pull_on_target)

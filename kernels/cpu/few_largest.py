@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from gpusoftmax.kernels import formulas, ordering, sorting
+from gpusoftmax.kernels import ieee, ordering, sorting
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.memory import load, load_cols, store
 from gpusoftmax.kernels.cpu.vector import Vector
@@ -58,7 +58,7 @@ def keys_of(typingctx, x, col):
     """The keys of eight float32 logits from a column on."""
 
     def codegen(context, builder, signature, args):
-        orders = ordering.order_of(formulas.Arithmetic(builder, context.get_value_type(x)), args[0])
+        orders = ordering.order_of(ieee.Arithmetic(builder, context.get_value_type(x)), args[0])
         columns = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), args[1], ir.Constant(_LONG, 0))
         columns = builder.shuffle_vector(columns, columns, ir.Constant(ir.VectorType(ir.IntType(32), FEW), None))
         left = builder.sub(ir.Constant(_VECTOR, [LAST_COLUMN - lane for lane in range(FEW)]), columns)

@@ -14,7 +14,7 @@ signs and cancel. Since p and q both add up to 1,
 
 where no term is negative: nothing cancels, and the divergence is not negative either. An error of log s, that moves all
 d_c by k, moves this sum by k^2 / 2 only: its first derivative, sum_c (p_c - q_c), is 0. What a class adds to the sum
-stands in `formulas.divergence`.
+stands in kernels/divergences.py.
 
 The d_c need the sums of both rows, so a row is gone over twice, by one thread: the first time for these sums, the
 second time for the divergence and one of the gradients.

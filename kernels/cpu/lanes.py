@@ -4,7 +4,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels import formulas, ieee
 from gpusoftmax.kernels.cpu.vector import REGISTER_BYTES, Vector, first_lanes
 
 _INT32 = ir.IntType(32)
@@ -61,7 +61,7 @@ def _compares(wanted):
         """Whether two numbers, or `wanted` lanes of two vectors, are equal; a number is in every lane."""
 
         def codegen(context, builder, signature, args):
-            of = formulas.Arithmetic(builder, context.get_value_type(x))
+            of = ieee.Arithmetic(builder, context.get_value_type(x))
             same = of.equal(args[0], of.splat(args[1]) if isinstance(x, Vector) and y is not x else args[1])
             if isinstance(x, Vector):
                 if wanted == "all":
@@ -84,7 +84,7 @@ def all_near_cap(typingctx, x, cap):
     """formulas.is_near_cap of a number, or of all lanes of a vector; the cap is a number."""
 
     def codegen(context, builder, signature, args):
-        of = formulas.Arithmetic(builder, context.get_value_type(x))
+        of = ieee.Arithmetic(builder, context.get_value_type(x))
         if not isinstance(x, Vector):
             return formulas.is_near_cap(of, *args)
         return _are_all(builder, formulas.is_near_cap(of, args[0], of.splat(args[1])), x.lanes)
@@ -102,7 +102,7 @@ def lanes_not_below(typingctx, vector, least, count):
     """A bit for each of the first `count` lanes that is larger, or where one of both is a NaN."""
 
     def codegen(context, builder, signature, args):
-        of = formulas.Arithmetic(builder, context.get_value_type(vector))
+        of = ieee.Arithmetic(builder, context.get_value_type(vector))
         larger = builder.fcmp_unordered(">", args[0], of.splat(args[1]))
         asked = builder.and_(larger, first_lanes(builder, args[2], vector.lanes))
         mask, long = builder.bitcast(asked, ir.IntType(vector.lanes)), ir.IntType(64)
@@ -116,7 +116,7 @@ def lanes_equal(typingctx, vector, value):
     """A bit for each lane that equals a number."""
 
     def codegen(context, builder, signature, args):
-        of = formulas.Arithmetic(builder, context.get_value_type(vector))
+        of = ieee.Arithmetic(builder, context.get_value_type(vector))
         mask, long = builder.bitcast(of.equal(args[0], of.splat(args[1])), ir.IntType(vector.lanes)), ir.IntType(64)
         return mask if vector.lanes == 64 else builder.zext(mask, long)
 
@@ -139,7 +139,7 @@ def add_at(typingctx, vector, lane, amount):
 
     def codegen(context, builder, signature, args):
         value, lane, amount = args
-        of = formulas.Arithmetic(builder, value.type)
+        of = ieee.Arithmetic(builder, value.type)
         numbers = ir.Constant(ir.VectorType(_INT32, vector.lanes), list(range(vector.lanes)))
         lane = builder.trunc(lane, _INT32)
         single = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), lane, ir.Constant(_INT32, 0))
@@ -171,7 +171,7 @@ def _per_row(operation):
             value = args[0]
             while not vector.is_across and value.type.count > 1:
                 low, high = _halves(builder, value)
-                value = operation(formulas.Arithmetic(builder, low.type), low, high)
+                value = operation(ieee.Arithmetic(builder, low.type), low, high)
             return value if vector.is_across else builder.extract_element(value, ir.Constant(_INT32, 0))
 
         return (vector if vector.is_across else vector.element)(vector), codegen
@@ -179,8 +179,8 @@ def _per_row(operation):
     return fold
 
 
-max_per_row = _per_row(formulas.Arithmetic.maximum)
-sum_per_row = _per_row(formulas.Arithmetic.add)
+max_per_row = _per_row(ieee.Arithmetic.maximum)
+sum_per_row = _per_row(ieee.Arithmetic.add)
 
 
 def _to_register(operation):
@@ -195,7 +195,7 @@ def _to_register(operation):
             value = args[1]
             while value.type.count > REGISTER_BYTES * 8 // vector.element.bitwidth:
                 low, high = _halves(builder, value)
-                value = operation(formulas.Arithmetic(builder, low.type), low, high)
+                value = operation(ieee.Arithmetic(builder, low.type), low, high)
             address = builder.bitcast(args[0], value.type.as_pointer())
             builder.store(value, address, align=pointer.dtype.bitwidth // 8)
             return context.get_dummy_value()
@@ -219,7 +219,7 @@ def _between_registers(operation):
 
         def codegen(context, builder, signature, args):
             type, index = ir.VectorType(context.get_value_type(pointer.dtype), lanes), ir.VectorType(_INT32, lanes)
-            arithmetic = formulas.Arithmetic(builder, type)
+            arithmetic = ieee.Arithmetic(builder, type)
             first, result = (builder.bitcast(address, type.as_pointer()) for address in args)
             rows = [builder.load(builder.gep(first, [ir.Constant(_INT32, row)]), align=align) for row in range(lanes)]
             while len(rows) > 1:
@@ -237,8 +237,8 @@ def _between_registers(operation):
     return fold
 
 
-save_max, fold_max = _to_register(formulas.Arithmetic.maximum), _between_registers(formulas.Arithmetic.maximum)
-save_sum, fold_sums = _to_register(formulas.Arithmetic.add), _between_registers(formulas.Arithmetic.add)
+save_max, fold_max = _to_register(ieee.Arithmetic.maximum), _between_registers(ieee.Arithmetic.maximum)
+save_sum, fold_sums = _to_register(ieee.Arithmetic.add), _between_registers(ieee.Arithmetic.add)
 
 
 @intrinsic
@@ -249,7 +249,7 @@ def leading_per_row(typingctx, values, places):
         pair = tuple(args)
         while not values.is_across and pair[0].type.count > 1:
             (x, y), (at, other) = (_halves(builder, part) for part in pair)
-            pair = formulas.first_leading(formulas.Arithmetic(builder, x.type), x, at, y, other)
+            pair = formulas.first_leading(ieee.Arithmetic(builder, x.type), x, at, y, other)
         if not values.is_across:
             pair = tuple(builder.extract_element(part, ir.Constant(_INT32, 0)) for part in pair)
         return context.make_tuple(builder, signature.return_type, pair)

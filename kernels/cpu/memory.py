@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gpusoftmax.kernels import conversion, formulas
+from gpusoftmax.kernels import conversion, ieee
 from gpusoftmax.kernels.cpu import halves
 from gpusoftmax.kernels.cpu.vector import REGISTER_BYTES, Vector, first_lanes
 
@@ -384,7 +384,7 @@ def where_kept(typingctx, vector, mask, col, left):
                 within = builder.trunc(builder.and_(args[2], ir.Constant(word, 7)), bits.type)
                 bits = builder.trunc(builder.lshr(bits, within), ir.IntType(lanes))
             kept = builder.bitcast(bits, ir.VectorType(ir.IntType(1), lanes))
-        masked = formulas.Arithmetic(builder, args[0].type).number(-math.inf)
+        masked = ieee.Arithmetic(builder, args[0].type).number(-math.inf)
         return builder.select(kept, args[0], masked)
 
     return vector(vector, mask, types.intp, left), codegen

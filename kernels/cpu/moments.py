@@ -58,7 +58,7 @@ PLACES, PLACES_LOW, LINES, LINES_LOW = range(OWN, OWN + 4)
 
 
 def scale_below(temperature: float, dtype: str) -> tuple:
-    """The scale that formulas.exp_below takes."""
+    """The scale that positions.exp_below takes."""
     one = unless_one(scale_of(1.0, temperature, dtype))
     return one if one[1] is None else scale_of(2.0, temperature, dtype)
 

@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from gpusoftmax.kernels import formulas, noise
+from gpusoftmax.kernels import ieee, noise
 from gpusoftmax.kernels.cpu.arithmetic import (
     formula,
 )
@@ -71,7 +71,7 @@ def _of_words(emit, n_results=1):
         result = types.UniTuple(x, n_results) if n_results > 1 else x
 
         def codegen(context, builder, signature, args):
-            a = formulas.Arithmetic(builder, context.get_value_type(x))
+            a = ieee.Arithmetic(builder, context.get_value_type(x))
             found = emit(a, args[0], args[1], a.splat(args[2]), a.splat(args[3]))
             return context.make_tuple(builder, result, found) if n_results > 1 else found
 
@@ -96,7 +96,7 @@ def any_reaches(typingctx, x, number):
     """Whether a lane of x is at least the number, or NaN."""
 
     def codegen(context, builder, signature, args):
-        limit = formulas.Arithmetic(builder, context.get_value_type(x)).splat(args[1])
+        limit = ieee.Arithmetic(builder, context.get_value_type(x)).splat(args[1])
         mask = _mask(builder, builder.fcmp_unordered(">=", args[0], limit))
         return builder.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
 
@@ -115,7 +115,7 @@ def where_equal(typingctx, x, number, y):
     """y in the lanes in which x is the number, -inf in the others."""
 
     def codegen(context, builder, signature, args):
-        a = formulas.Arithmetic(builder, context.get_value_type(x))
+        a = ieee.Arithmetic(builder, context.get_value_type(x))
         return a.select(a.equal(args[0], a.splat(args[1])), args[2], a.number(-math.inf))
 
     return x(x, number, x), codegen
@@ -126,7 +126,7 @@ def first_equal(typingctx, x, number):
     """The first lane in which x is the number; there is one."""
 
     def codegen(context, builder, signature, args):
-        a = formulas.Arithmetic(builder, context.get_value_type(x))
+        a = ieee.Arithmetic(builder, context.get_value_type(x))
         mask = _mask(builder, a.equal(args[0], a.splat(args[1])))
         lane = builder.cttz(mask, ir.Constant(ir.IntType(1), 1))
         return lane if lane.type == noise.LONG else builder.zext(lane, noise.LONG)

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gpusoftmax.kernels import formulas, ordering
+from gpusoftmax.kernels import ieee, ordering
 from gpusoftmax.kernels.cpu.arithmetic import add, mul, sub
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.memory import STORED_DTYPE
@@ -35,7 +35,7 @@ def halfway(low, high, step):
 @intrinsic
 def order_of(typingctx, x):
     def codegen(context, builder, signature, args):
-        return ordering.order_of(formulas.Arithmetic(builder, args[0].type), args[0])
+        return ordering.order_of(ieee.Arithmetic(builder, args[0].type), args[0])
 
     return types.int64(x), codegen
 
@@ -43,7 +43,7 @@ def order_of(typingctx, x):
 @intrinsic
 def of_order(typingctx, order, like):
     def codegen(context, builder, signature, args):
-        return ordering.of_order(formulas.Arithmetic(builder, args[1].type), args[0])
+        return ordering.of_order(ieee.Arithmetic(builder, args[1].type), args[0])
 
     return like(types.int64, like), codegen
 
@@ -64,7 +64,7 @@ def lanes_reaching(typingctx, x, limit):
     """How many lanes of x are at least the limit."""
 
     def codegen(context, builder, signature, args):
-        reaching = builder.fcmp_ordered(">=", args[0], formulas.Arithmetic(builder, args[0].type).splat(args[1]))
+        reaching = builder.fcmp_ordered(">=", args[0], ieee.Arithmetic(builder, args[0].type).splat(args[1]))
         count = builder.ctpop(builder.bitcast(reaching, ir.IntType(x.lanes)))
         return count if count.type == ordering.LONG else builder.zext(count, ordering.LONG)
 
@@ -76,7 +76,7 @@ def lanes_between(typingctx, x, low, high, count):
     """A bit for each of the first `count` lanes of x that is at least low and less than high, if that is a number."""
 
     def codegen(context, builder, signature, args):
-        a = formulas.Arithmetic(builder, args[0].type)
+        a = ieee.Arithmetic(builder, args[0].type)
         reaching = builder.fcmp_ordered(">=", args[0], a.splat(args[1]))
         between = builder.and_(reaching, builder.fcmp_unordered("<", args[0], a.splat(args[2])))
         between = builder.and_(between, first_lanes(builder, args[3], x.lanes))
@@ -91,7 +91,7 @@ def where_reaching(typingctx, x, limit, y):
     """y in the lanes in which x is at least the limit, 0 in the others."""
 
     def codegen(context, builder, signature, args):
-        a = formulas.Arithmetic(builder, args[0].type)
+        a = ieee.Arithmetic(builder, args[0].type)
         return a.select(builder.fcmp_ordered(">=", args[0], a.splat(args[1])), args[2], a.number(0))
 
     return x(x, limit, x), codegen

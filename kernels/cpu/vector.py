@@ -14,7 +14,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels import ieee
 
 _INT32 = ir.IntType(32)
 
@@ -106,7 +106,7 @@ def _vector_of_equal_lanes(is_across: bool):
         vector = Vector(scalar, is_across)
 
         def codegen(context, builder, signature, args):
-            return formulas.Arithmetic(builder, context.get_value_type(vector)).splat(args[0])
+            return ieee.Arithmetic(builder, context.get_value_type(vector)).splat(args[0])
 
         return vector(scalar), codegen
 
@@ -123,7 +123,7 @@ def along_in(typingctx, way, scalar):
     vector = Vector(scalar, False, way.n_bytes)
 
     def codegen(context, builder, signature, args):
-        return formulas.Arithmetic(builder, context.get_value_type(vector)).splat(args[1])
+        return ieee.Arithmetic(builder, context.get_value_type(vector)).splat(args[1])
 
     return vector(way, scalar), codegen
 
@@ -139,7 +139,7 @@ def widest(typingctx, vector):
         if wide is vector:
             return args[0]
         lane = builder.extract_element(args[0], ir.Constant(_INT32, 0))
-        return formulas.Arithmetic(builder, context.get_value_type(wide)).splat(lane)
+        return ieee.Arithmetic(builder, context.get_value_type(wide)).splat(lane)
 
     return wide(vector), codegen
 

@@ -6,14 +6,14 @@ are asked for by the intrinsics that name their rounding.
 
 import functools
 
-from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels import divergences, formulas, ieee, positions
 from gpusoftmax.kernels.binding import bind
 from gpusoftmax.kernels.cuda.device._cuda import intrinsic, types
 
 
-class Rounded(formulas.Arithmetic):
+class Rounded(ieee.Arithmetic):
     def _nvvm(self, name, x, y):
-        return self.call(f"llvm.nvvm.{name}.{'d' if self.format is formulas.DOUBLE else 'f'}", x, y)
+        return self.call(f"llvm.nvvm.{name}.{'d' if self.format is ieee.DOUBLE else 'f'}", x, y)
 
     def add(self, x, y):
         return self._nvvm("add.rn", x, y)
@@ -73,19 +73,19 @@ row_inverse = formula(formulas.row_inverse)
 log_sum = formula(formulas.log_sum, n_results=2)
 logsumexp = formula(formulas.logsumexp)
 logsumexp_of = formula(formulas.logsumexp_of)
-coordinate = formula(formulas.coordinate)
-place_of = formula(formulas.place_of)
-per_place_of = formula(formulas.per_place_of)
+coordinate = formula(positions.coordinate)
+place_of = formula(positions.place_of)
+per_place_of = formula(positions.per_place_of)
 leading = formula(formulas.leading, n_results=2)
-line_and_place = formula(formulas.line_and_place, n_results=2)
-moved_moment = formula(formulas.moved_moment, n_results=2)
-ratio_of_pairs = formula(formulas.ratio_of_pairs)
+line_and_place = formula(positions.line_and_place, n_results=2)
+moved_moment = formula(positions.moved_moment, n_results=2)
+ratio_of_pairs = formula(positions.ratio_of_pairs)
 first_leading = formula(formulas.first_leading, n_results=2)
-half_difference = formula(formulas.half_difference, n_results=2)
-log_ratio = formula(formulas.log_ratio)
-short_log_ratio = formula(formulas.short_log_ratio)
-divergence = formula(formulas.divergence)
-pull_on_target = formula(formulas.pull_on_target)
+half_difference = formula(divergences.half_difference, n_results=2)
+log_ratio = formula(divergences.log_ratio)
+short_log_ratio = formula(divergences.short_log_ratio)
+divergence = formula(divergences.divergence)
+pull_on_target = formula(divergences.pull_on_target)
 
 
 @intrinsic

@@ -31,7 +31,7 @@ import math
 
 from llvmlite import ir
 
-from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels import formulas, ieee
 from gpusoftmax.kernels.cuda.device.arithmetic import formula
 
 LOG2_E = 1.4426950216293335  # log2(e) in float32, and the rest of it
@@ -58,7 +58,7 @@ def _ex2(a, x):
 
 def _scale_in_base_2(a, scale, scale_low):
     """(c, c_low). An overflowing c would turn a gap of 0 into NaN."""
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return scale, scale_low
     c = a.mul(scale, a.number(LOG2_E))
     low = a.fma(
@@ -73,7 +73,7 @@ def _half_gap(a, x, max_half):
 
 
 def _cheap(a, x, max_half, scale, scale_low, c, c_low):
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return formulas.exp_gap(a, formulas.transform(a, x), max_half, scale, scale_low)
     return _ex2(a, a.mul(_half_gap(a, x, max_half), c))
 
@@ -92,7 +92,7 @@ def _power_of_2(a, y, error, c, c_low):
 
 
 def _exact(a, x, max_half, scale, scale_low, c, c_low):
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return formulas.exp_gap(a, formulas.transform(a, x), max_half, scale, scale_low)
     y, error = formulas.two_sum(a, a.mul(x, a.number(0.5)), a.negative(max_half))
     return _power_of_2(a, y, error, c, c_low)
@@ -100,7 +100,7 @@ def _exact(a, x, max_half, scale, scale_low, c, c_low):
 
 def _exp(a, x):
     """exp(x) within 5 u + |x| u; float64 as the formulas' exp."""
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return formulas.exp(a, x, a.number(0))
     return _ex2(a, a.mul(x, a.number(math.log2(math.e))))
 
@@ -122,7 +122,7 @@ def _anchor(a, max, c):
     """The exponent of the power of two that exponentials of logits up to `max` refer to; inf: to the maximum itself."""
     max, per_logit, magic = formulas.reference(a, max), _per_logit(a, c), a.number(a.format.magic)
     y = a.mul(max, per_logit)
-    in_base_2 = a.mul(y, a.number(1 / math.log(2))) if a.format is formulas.DOUBLE else y
+    in_base_2 = a.mul(y, a.number(1 / math.log(2))) if a.format is ieee.DOUBLE else y
     exponent = a.sub(a.add(in_base_2, magic), magic)
     near = a.builder.and_(a.less(a.magnitude(y), a.number(NEAR)), a.less(a.number(LEAST_SCALE), per_logit))
     return a.select(near, exponent, a.number(math.inf))
@@ -130,7 +130,7 @@ def _anchor(a, max, c):
 
 def _lowest(a, exponent, c):
     """The logit from which on accurate exponentials are 0."""
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return formulas.floor(a, exponent)
     return a.div(a.sub(exponent, a.number(127)), _per_logit(a, c))
 
@@ -140,13 +140,13 @@ def _double_from(a, x, exponent, lowest, c, c_low):
 
 
 def _cheap_from(a, x, exponent, lowest, c, c_low):
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return _double_from(a, x, exponent, lowest, c, c_low)
     return _ex2(a, a.fma(x, _per_logit(a, c), a.negative(exponent)))
 
 
 def _in_base_2(a, c):
-    return a.mul(c, a.number(1 / math.log(2))) if a.format is formulas.DOUBLE else c
+    return a.mul(c, a.number(1 / math.log(2))) if a.format is ieee.DOUBLE else c
 
 
 def _above_floor(a, exponent):
@@ -166,7 +166,7 @@ def _exponent_of_gap(a, x, max_half, c):
 
 def _low_of_cheap(a, c_low):
     """The c_low of cheap exponentials, for accurate ones that are compared with them."""
-    return c_low if a.format is formulas.DOUBLE else a.number(0)
+    return c_low if a.format is ieee.DOUBLE else a.number(0)
 
 
 def _power_from(a, x, exponent, c, c_low):
@@ -180,13 +180,13 @@ def _power_from(a, x, exponent, c, c_low):
 
 
 def _accurate_from(a, x, exponent, lowest, c, c_low):
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return _double_from(a, x, exponent, lowest, c, c_low)
     return _power_from(a, a.select(a.less(x, lowest), lowest, x), exponent, c, c_low)
 
 
 def _ordered_from(a, x, exponent, lowest, c, c_low):
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return _double_from(a, x, exponent, lowest, c, c_low)
     return _power_from(a, a.maximum(x, lowest), exponent, c, c_low)
 
@@ -221,7 +221,7 @@ def _reciprocal(a, x):
 def _inverse_cap(a, cap):
     """1 / cap; finite, so that 0 is capped to 0."""
     inverse = a.div(a.number(1), cap)
-    return inverse if a.format is formulas.DOUBLE else a.minimum(inverse, a.number(MAX))
+    return inverse if a.format is ieee.DOUBLE else a.minimum(inverse, a.number(MAX))
 
 
 def _size(a, x):
@@ -231,12 +231,12 @@ def _size(a, x):
 
 def _size_for_cap(a, x):
     """|x|: from the cap on, `softcap` takes an exponential. 0 in float64, whose formula does not ask."""
-    return a.number(0) if a.format is formulas.DOUBLE else _size(a, x)
+    return a.number(0) if a.format is ieee.DOUBLE else _size(a, x)
 
 
 def _near_softcap(a, x, cap, inverse):
     """Of float32 numbers that are smaller than the cap; of any in float64."""
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return formulas.softcap(a, x, cap, inverse)
     return formulas.near_softcap(a, x, cap, inverse)
 
@@ -246,7 +246,7 @@ def _softcap(a, x, cap, inverse):
     count a third at 1, and less beyond.
     """
     near = _near_softcap(a, x, cap, inverse)
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return near
     e = _ex2(a, a.mul(_size(a, x), a.mul(inverse, a.number(-2 * math.log2(math.e)))))
     # -2 e, not -2 cap, which may overflow.
@@ -262,7 +262,7 @@ def _unless_equal(a, e, x, max):
 
 def _corrected(a, inverse, max, exponent, c_low):
     """1 / sum where the sum is of cheap exponentials, which lack c_low, for use with accurate ones, which do not."""
-    if a.format is formulas.DOUBLE:
+    if a.format is ieee.DOUBLE:
         return inverse
     z = a.mul(a.mul(formulas.reference(a, max), _per_logit(a, c_low)), a.number(-math.log(2)))
     factor = a.fma(z, a.fma(z, a.number(0.5), a.number(1)), a.number(1))

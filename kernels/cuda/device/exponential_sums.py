@@ -10,7 +10,7 @@ A lane's total begins above any exponential. What an addition has lost is then w
 T. J. Dekker, "A floating-point technique for extending the available precision", Numer. Math. 18, 1971.
 """
 
-from gpusoftmax.kernels import formulas
+from gpusoftmax.kernels import formulas, ieee
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, formula, number
 from gpusoftmax.kernels.cuda.device.memory import number_size
@@ -21,12 +21,12 @@ ABOVE_ANY = 2.0  # exponentials refer to the maximum, or to a power of two at mo
 
 def _begin(a, lift):
     """The total of no columns; exponentials are 2^lift times as large."""
-    return a.mul(lift, a.number(ABOVE_ANY)) if a.format is formulas.DOUBLE else a.number(0)
+    return a.mul(lift, a.number(ABOVE_ANY)) if a.format is ieee.DOUBLE else a.number(0)
 
 
 def _with_group(a, total, low, of_group, group):
     """(total, low) and the exponentials of a group, whose sum as a tree is `of_group`."""
-    if a.format is not formulas.DOUBLE:
+    if a.format is not ieee.DOUBLE:
         return a.add(total, of_group), low
     for e in group:
         before, total = total, a.add(total, e)
@@ -35,18 +35,18 @@ def _with_group(a, total, low, of_group, group):
 
 
 def _end(a, total, begun):
-    return a.sub(total, begun) if a.format is formulas.DOUBLE else total
+    return a.sub(total, begun) if a.format is ieee.DOUBLE else total
 
 
 def _difference_pair(a, x, y):
     """x - y and, in float64, what it was rounded by."""
-    return formulas.two_sum(a, x, a.negative(y)) if a.format is formulas.DOUBLE else (a.sub(x, y), a.number(0))
+    return formulas.two_sum(a, x, a.negative(y)) if a.format is ieee.DOUBLE else (a.sub(x, y), a.number(0))
 
 
 def _quotient_pair(a, x, x_low, y):
     """(x + x_low) / y and, in float64, what it was rounded by."""
     quotient = a.div(x, y)
-    if a.format is not formulas.DOUBLE:
+    if a.format is not ieee.DOUBLE:
         return quotient, a.number(0)
     rest = a.add(a.fma(a.negative(quotient), y, x), x_low)
     return quotient, formulas.finite_or_zero(a, a.div(rest, y), quotient)
