@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import arrays, cases, gpu_timing, results, timing
 from benchmarks.cases import Case
-from benchmarks.providers import COPY, ONE_NUMBER, OURS, PROVIDERS, Calls
+from benchmarks.providers import BESIDE, COPY, ONE_NUMBER, OURS, PROVIDERS, Calls
 
 Report = Callable[[str], None]
 
@@ -46,6 +46,9 @@ def on_cpu(case: Case, providers: dict[str, Calls], effort: Effort, report: Repo
             with _reported(case, name, report):
                 errors[name] = _checked(case, name, call())
                 calls[name] = call
+        if case.op in BESIDE:
+            other = BESIDE[case.op]
+            calls[f"{OURS}.{other}"] = providers[OURS][other](arrays.on_cpu(case, "numpy"))
         calls[COPY] = _copy_on_cpu(case.bytes_moved // 2)
         seconds, medians = timing.interleaved(calls, effort.attempts, effort.samples, effort.seconds)
     return _records(case, "cpu", seconds, medians, errors, {"threads": effort.threads})

@@ -22,6 +22,9 @@ COPY = "copy"
 ONE_NUMBER = "one number"
 """A copy of a single byte: the least that a launch takes."""
 
+BESIDE = {"token_logprobs_and_rank": "logsumexp"}
+"""op -> another one of ours that takes a part of its arguments and is timed in turns with it: what the rest costs."""
+
 DTYPES = "float16", "bfloat16", "float32", "float64"
 
 Calls = dict[str, Callable[[Arrays], Callable[[], Any]]]

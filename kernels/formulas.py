@@ -358,6 +358,11 @@ def is_above(a: Arithmetic, x, threshold):
     return a.select(a.less(threshold, x), a.number(1), a.number(0))
 
 
+def counted_above(a: Arithmetic, count, x, threshold):
+    """count, and one more where x is larger than the threshold: one instruction behind the comparison."""
+    return a.select(a.less(threshold, x), a.add(count, a.number(1)), count)
+
+
 def rise_to(a: Arithmetic, own_max, max, scale):
     """By how much distances to one maximum, times scale, grow when they are taken to a larger one. Not where it is
     -inf: they are infinite already.

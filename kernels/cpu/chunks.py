@@ -18,9 +18,9 @@ from gpusoftmax.kernels.cpu.arithmetic import (
     anchor,
     coarse_exp_from,
     compensated_add,
+    counted_above,
     exp_from,
     floor,
-    is_above,
     maximum,
     negative,
     power_of_two_ratio,
@@ -100,6 +100,42 @@ def _max_in_block(here, first, count):
 
 # The largest of `count` columns from `first` on: a number along a row, else a vector of them.
 chunk_max = by_way(_max_of_row, _max_of_row, _max_in_block)
+
+
+@device
+def max_and_above(line, here, first, count, threshold):
+    """(largest, how many are larger than the threshold), per lane."""
+    cols = cols_of(here.zeros)
+    largest, n_above, threshold = here.nothing, here.zeros, add(here.zeros, threshold)
+    full = count - count % cols
+    for col in range(first, first + full, cols):
+        x = load_unordered(line, col, here.nothing)
+        largest, n_above = maximum(largest, x), counted_above(n_above, x, threshold)
+    if full < count:
+        x = load_cols(line, first + full, count - full, here.nothing)
+        largest, n_above = maximum(largest, x), counted_above(n_above, x, threshold)
+    return largest, n_above
+
+
+def _max_and_above_of_row(here, first, count, threshold):
+    largest, n_above = max_and_above(here.first, here, first, count, threshold)
+    return max_per_row(largest), sum_per_row(n_above)
+
+
+def _max_and_above_in_block(here, first, count, threshold):
+    save_lanes(here.stage, threshold)
+    for k in range(here.n_rows):
+        of_row = saved_lane(here.stage, k, threshold)
+        largest, n_above = max_and_above(line_in(here.first, k), here, first, count, of_row)
+        save_max(register_in(here, LOWS, k), largest)
+        save_sum(register_in(here, SUMS, k), n_above)
+    for k in range(0, here.n_rows, square_of(here.zero)):
+        fold_max(register_in(here, LOWS, k), advance(register_in(here, LOWS, 0), k))
+    return load(register_in(here, LOWS, 0), 0, here.zero), sums_of_rows(here, SUMS, here.zero)
+
+
+# As chunk_max, and how many of the columns are larger than a threshold for each row.
+chunk_max_and_above = by_way(_max_and_above_of_row, _max_and_above_of_row, _max_and_above_in_block)
 
 
 # ---------------------------------------------------------------- sums
@@ -296,20 +332,6 @@ def sum_of_distances(here, largest, first, count, scale, scale_low):
     arguments = largest, shift, exponent, floor(exponent), scale, scale_low, False, False, False
     sums = sum_chunk(exponential_and_distance, here, arguments, first, count, False, True, here.zeros)
     return with_ties(sums, here, count, largest)
-
-
-@device
-def above(col, left, others, here, arguments):
-    if left is None:  # whichever lane counts it
-        return is_above(load_unordered(here.first, col, here.nothing), arguments[0]), others, None
-    return is_above(load_cols(here.first, col, left, here.nothing), arguments[0]), others, None
-
-
-@device
-def count_above(here, first, count, threshold):
-    """How many of `count` columns from `first` on are larger than a threshold for each row."""
-    total, _, _, _ = sum_chunk(above, here, (threshold,), first, count, True)
-    return total
 
 
 @device

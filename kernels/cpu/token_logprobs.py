@@ -44,7 +44,7 @@ from gpusoftmax.kernels.cpu.arithmetic import (
 )
 from gpusoftmax.kernels.cpu.cache import device, kernel
 from gpusoftmax.kernels.cpu.call import arguments
-from gpusoftmax.kernels.cpu.chunks import count_above, sum_of_distances, sum_of_exponentials, write_chunk
+from gpusoftmax.kernels.cpu.chunks import chunk_max_and_above, sum_of_distances, sum_of_exponentials, write_chunk
 from gpusoftmax.kernels.cpu.first_max import chunk_of_max, first_max, logit_at
 from gpusoftmax.kernels.cpu.here import index_in, pulled_back
 from gpusoftmax.kernels.cpu.lanes import (
@@ -267,18 +267,20 @@ def is_class(label, numbers):
 
 @device
 def prepare(here, first, last, query):
-    save_maxima(here, first, last, query)
-    if query.ranks.pointer != 0:
-        lanes = lanes_of(here.zero)
-        for chunk in range(first, last):
-            for lane in range(here.n_rows):
-                label, threshold = label_of(here.row + lane, 0, query), number(query.scale, math.nan)
-                if is_class(label, query):
-                    threshold = logit_at(here, label, lane, query.scale)
-                store(here.states, (chunk * FIELDS + THRESHOLD) * lanes + lane, threshold)
-            col, count = chunk_range(here, chunk)
-            above = count_above(here, col, count, saved(here.states, chunk, THRESHOLD, here.zero))
-            save(here.states, chunk, ABOVE, above)
+    if query.ranks.pointer == 0:
+        save_maxima(here, first, last, query)
+        return
+    lanes = lanes_of(here.zero)
+    for chunk in range(first, last):
+        for lane in range(here.n_rows):
+            label, threshold = label_of(here.row + lane, 0, query), number(query.scale, math.nan)
+            if is_class(label, query):
+                threshold = logit_at(here, label, lane, query.scale)
+            store(here.states, (chunk * FIELDS + THRESHOLD) * lanes + lane, threshold)
+        col, count = chunk_range(here, chunk)
+        largest, above = chunk_max_and_above(here, col, count, saved(here.states, chunk, THRESHOLD, here.zero))
+        save(here.states, chunk, MAX, largest)
+        save(here.states, chunk, ABOVE, above)
 
 
 @device
