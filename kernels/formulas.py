@@ -339,6 +339,15 @@ def weighted_distance(a: Arithmetic, e, x, max, scale, scale_low):
     return weighted(a, e, a.mul(half, a.mul(scale, a.number(2))))
 
 
+def finite_distance(a: Arithmetic, x, shift, floor, max, scale, scale_low):
+    """(max - x) scale, and some finite number where the exponential of x, see exp_from, is 0."""
+    max = reference(a, max)
+    if scale_low is None:  # shift is 0 or the maximum: nothing is rounded twice
+        return a.sub(a.sub(max, shift), a.larger(floor, a.sub(x, shift)))
+    half = a.fma(x, a.number(-0.5), a.mul(max, a.number(0.5)))
+    return a.minimum(a.mul(half, a.mul(scale, a.number(2))), a.number(2.0**100))
+
+
 def distance_of_mass(a: Arithmetic, mass, x, max):
     """mass (max - x), and 0 where the mass is, whatever the logit. The mass is inside: the bare difference of large
     logits would overflow.

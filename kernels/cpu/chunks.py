@@ -20,14 +20,15 @@ from gpusoftmax.kernels.cpu.arithmetic import (
     compensated_add,
     counted_above,
     exp_from,
+    finite_distance,
     floor,
+    fma,
     maximum,
     negative,
     power_of_two_ratio,
     ratio_of_anchors,
     set_ties_apart,
     sub,
-    weighted_distance,
 )
 from gpusoftmax.kernels.cpu.cache import device
 from gpusoftmax.kernels.cpu.here import by_way, line_in, register_in, row_in
@@ -150,6 +151,13 @@ def accumulate(total, error, part, is_coarse):
 
 
 @device
+def plus_product(beside, value, more):
+    if beside is None:
+        return beside
+    return fma(value, more, beside)
+
+
+@device
 def sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside):
     """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), the others, what is beside."""
     zero = here.zeros
@@ -161,7 +169,7 @@ def sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside):
     last = phase + strip - stripe
     for k in range(phase, whole, stripe):
         value, others, more = term(first + k, None, others, here, arguments)
-        beside = add(beside, more)
+        beside = plus_product(beside, value, more)
         part = add(part, value)
         if k == last:
             total, error = accumulate(total, error, part, is_coarse)
@@ -171,7 +179,7 @@ def sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside):
         value = zero
         if whole + phase < count:
             value, others, more = term(first + whole + phase, count - whole - phase, others, here, arguments)
-            beside = add(beside, more)
+            beside = plus_product(beside, value, more)
         part = add(part, value)
     if count < strip:
         total = part
@@ -196,9 +204,9 @@ def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_othe
     save_lanes(here.stage, arguments)
     for k in range(here.n_rows):
         of_row = saved_lane(here.stage, k, arguments)
-        total, error, others, more = sum_stripe(term, row_in(here, k), of_row, first, count, 0, is_coarse, beside)
+        total, error, others, products = sum_stripe(term, row_in(here, k), of_row, first, count, 0, is_coarse, beside)
         save_sum(register_in(here, SUMS, k), total)
-        save_sum(register_in(here, BESIDE, k), more)
+        save_sum(register_in(here, BESIDE, k), products)
         if has_low:
             save_sum(register_in(here, LOWS, k), error)
         if has_others:
@@ -229,13 +237,16 @@ def _sum_across(term, here, arguments, first, count, is_coarse=False, has_others
     for phase in range(n_phases):
         if count <= stripe:  # one term each
             total, others, more = term(first + phase, 1, others, here, arguments)
+            products = plus_product(beside, total, more)
         else:
-            total, error, more_others, more = sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside)
+            total, error, more_others, products = sum_stripe(
+                term, here, arguments, first, count, phase, is_coarse, beside
+            )
             others = add(others, more_others)
             if has_low:
                 store(partials, (stripe + phase) * lanes, error)
         store(partials, phase * lanes, total)
-        store(partials, (2 * stripe + phase) * lanes, more)
+        store(partials, (2 * stripe + phase) * lanes, products)
     # As the lanes of a vector are folded: the upper half of what there is on the lower one.
     half = stripe // 2
     while half > 0:
@@ -259,7 +270,7 @@ def fold_partial(partials, one, other, zero):
 # term(col, left, others, here, arguments) -> a vector, the others counted so far, and more, a vector or None.
 # is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
 # has_others: a constant. Whether `term` counts any.
-# beside: zeros where a second sum, of `more`, is taken along, coarsely; None where there is none.
+# beside: zeros where a second sum, of the terms times `more`, is taken along, coarsely; None where there is none.
 sum_chunk = by_way(_sum_along, _sum_across, _sum_in_block)
 
 
@@ -318,11 +329,11 @@ def with_ties(sums, here, count, ties_of):
 
 @device
 def exponential_and_distance(col, left, others, here, arguments):
-    """exponential, and beside it the exponential times the distance to the maximum, which is 0 for those that tie."""
+    """exponential, and what it is multiplied by beside: the distance to the maximum."""
     e, others, _ = exponential(col, left, others, here, arguments)
-    largest, _, _, _, scale, scale_low, _, _, _ = arguments
+    largest, shift, _, low, scale, scale_low, _, _, _ = arguments
     x = load_cols(here.first, col, left, here.nothing)
-    return e, others, weighted_distance(e, x, largest, scale, scale_low)
+    return e, others, finite_distance(x, shift, low, largest, scale, scale_low)
 
 
 @device
