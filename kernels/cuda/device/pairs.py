@@ -62,7 +62,8 @@ def pair_of(typingctx, pointer, low, high):
         if dtype == "float16":
             parts = [builder.zext(conversion.narrow(builder, part, dtype), _WORD) for part in args[1:]]
             return builder.or_(parts[0], builder.shl(parts[1], _SIXTEEN))
-        parts = [builder.bitcast(part, _WORD) for part in args[1:]]  # the upper halves: nothing is rounded
+        # The upper halves, of float64 too: nothing is rounded.
+        parts = [builder.bitcast(conversion.to_float(builder, part), _WORD) for part in args[1:]]
         return builder.or_(builder.lshr(parts[0], _SIXTEEN), builder.and_(parts[1], ir.Constant(_WORD, 0xFFFF0000)))
 
     return types.int32(pointer, low, high), codegen
