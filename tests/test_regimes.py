@@ -9,7 +9,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import gpusoftmax
-from gpusoftmax.kernels.cuda import launch, plan
+from gpusoftmax.kernels.cuda import driver, launch, plan
 from gpusoftmax.kernels.cuda.plan import MAX_THREADS, row_plan, tree_of
 from tests import inputs, tolerances
 from tests.calls import EVERY_FIELD
@@ -106,6 +106,38 @@ def test_rows_are_shared_until_the_device_is_filled_often():
     chosen = row_plan(512, 1 << 20, ("bfloat16",), "float32", "sm_90", 132, 1)
     assert chosen.threads == 128 and chosen.blocks >= 3 * 6 * 132
     assert row_plan(2500, 1 << 20, ("bfloat16",), "float32", "sm_90", 132, 1).cluster == 1
+
+
+def test_clusters_of_16_give_way_to_8_where_they_have_no_room(monkeypatch):
+    """On a part of a GPU. Any row has the same bits in either, and the device is asked once."""
+    logits, asked = inputs.make("spread", (1, 200_000), np.float32), []
+    expected, chosen, _, _ = run("softmax", logits)
+    assert chosen.cluster == 16
+    with emulated_gpu("sm_90", track=False) as gpu:
+        launch = driver.launch
+
+        def refuse_large(kernel, plan, stream, words):
+            asked.append(plan.cluster)
+            if plan.cluster > 8:
+                raise driver.ClusterDoesNotFit
+            launch(kernel, plan, stream, words)
+
+        monkeypatch.setattr(driver, "launch", refuse_large)
+        x = gpu.array(logits)
+        found = [gpu.get(gpusoftmax.softmax(x)) for _ in range(2)]
+    assert asked == [16, 8, 8]
+    assert found[0].tobytes() == found[1].tobytes() == expected[0].tobytes()
+
+
+@pytest.mark.gpu
+def test_a_whole_gpu_has_room_for_clusters_of_16():
+    """Else long rows would be read twice, and nothing would tell."""
+    cupy = pytest.importorskip("cupy")
+    device = driver.device(0)
+    if device.arch not in ("sm_90", "sm_100") or device.multiprocessors < 100:
+        pytest.skip("a GPU without clusters of 16, or a part of one")
+    gpusoftmax.softmax(cupy.zeros((1, 200_000), "float32"))
+    assert device.largest_cluster == 16
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])

@@ -8,17 +8,21 @@ from gpusoftmax.kernels.cuda import requirements
 from gpusoftmax.kernels.cuda.compile import Image
 from gpusoftmax.kernels.cuda.plan import Plan
 
+_FREE_SHARED_BYTES = 48 * 1024
+PORTABLE_CLUSTER = 8
+"""A kernel that wants more dynamic shared memory or larger clusters has to be permitted to."""
 
-@dataclass(frozen=True, eq=False)  # compared by identity, as a key that costs nothing: there is one object per device
+
+@dataclass(eq=False)  # compared by identity, as a key that costs nothing: there is one object per device
 class Device:
     ordinal: int
     arch: str  # "sm_90"
     multiprocessors: int
+    largest_cluster: int = 16  # as far as is known
 
 
-_FREE_SHARED_BYTES = 48 * 1024
-_PORTABLE_CLUSTER = 8
-"""A kernel that wants more dynamic shared memory or larger clusters has to be permitted to."""
+class ClusterDoesNotFit(Exception):
+    """A launch that was planned in larger clusters than the device has room for. It is to be planned again."""
 
 
 class _LoadedKernel:
@@ -72,7 +76,8 @@ def load(image: Image, device: Device, stream: int) -> _LoadedKernel:
 def launch(kernel: _LoadedKernel, plan: Plan, stream: int, words: tuple) -> None:
     """Starts the kernel on the caller's stream and returns at once.
 
-    `words` holds one entry per parameter: int (a pointer or an int64), np.float32 or np.float64.
+    `words` holds one entry per parameter: int (a pointer or an int64), np.float32 or np.float64. Raises
+    ClusterDoesNotFit where it cannot start.
     """
     current_context, start = _functions()
     latest, config = kernel.latest
@@ -117,12 +122,31 @@ def _configured(kernel: _LoadedKernel, plan: Plan):
         if plan.shared_bytes > kernel.shared_bytes:  # raised, never lowered: another thread's launch may be on its way
             permit(attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, plan.shared_bytes)
             kernel.shared_bytes = plan.shared_bytes
-        if plan.cluster > _PORTABLE_CLUSTER:
+        if plan.cluster > PORTABLE_CLUSTER:
             permit(attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+            if not _has_room(kernel, plan):
+                raise ClusterDoesNotFit
     cluster = plan.cluster if plan.cluster > 1 else None
     return LaunchConfig(
         grid=plan.blocks // plan.cluster, cluster=cluster, block=plan.threads, shmem_size=plan.shared_bytes
     )
+
+
+def _has_room(kernel: _LoadedKernel, plan: Plan) -> bool:
+    """Whether the device can run one cluster of the plan: a part of a GPU may have too few multiprocessors together."""
+    from cuda.bindings import driver
+
+    cluster = driver.CUlaunchAttribute()
+    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    dimensions = cluster.value.clusterDim
+    dimensions.x, dimensions.y, dimensions.z = plan.cluster, 1, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = plan.blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = plan.threads, 1, 1
+    config.sharedMemBytes, config.attrs, config.numAttrs = plan.shared_bytes, [cluster], 1
+    with _current(kernel.ordinal):
+        error, count = driver.cuOccupancyMaxActiveClusters(int(kernel.kernel.handle), config)
+    return not error and count > 0
 
 
 # A stream object of cuda.core takes longer to make than to launch on. It owns nothing: that a handle may come to stand

@@ -149,9 +149,17 @@ def launch_rows(
     side_by_side = side_by_side and not transformed
     neighbours = _neighbours(rows, arguments, reads, passes == 2 and writes_rows) if side_by_side else 1
     shape = rows.n_cols, formats, compute, device.arch, device.multiprocessors, passes, neighbours, scratch
-    plan = row_plan(rows.n_rows, *shape)
+    try:
+        _launch_all(kernel, place, rows, shape, device.largest_cluster, arguments)
+    except driver.ClusterDoesNotFit:  # nothing has been started: no memory holds long rows enough for two launches
+        device.largest_cluster = driver.PORTABLE_CLUSTER
+        _launch_all(kernel, place, rows, shape, device.largest_cluster, arguments)
+
+
+def _launch_all(kernel: str, place: Place, rows: Rows, shape: tuple, largest_cluster: int, arguments: tuple) -> None:
+    plan = row_plan(rows.n_rows, *shape, largest_cluster)
     for start in range(0, rows.n_rows, plan.rows):  # once, unless there are more rows than blocks
-        last = row_plan(min(plan.rows, rows.n_rows - start), *shape)
+        last = row_plan(min(plan.rows, rows.n_rows - start), *shape, largest_cluster)
         launch(kernel, last, place, rows, last.split, start, *arguments)
 
 

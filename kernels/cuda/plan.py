@@ -256,6 +256,7 @@ def row_plan(
     passes: int = 2,
     neighbours: int = 1,
     scratch: int = 0,
+    largest_cluster: int = 16,
 ) -> Plan:
     """The launch of a kernel that reads rows.
 
@@ -276,8 +277,11 @@ def row_plan(
     scratch : int
         So many numbers a kernel keeps in shared memory behind the states of a row of several chunks; if any, then for
         each lane of shorter rows LANE_CANDIDATES with their columns.
+    largest_cluster : int
+        So many blocks of a cluster the device has room for, where it may be fewer than its architecture has.
     """
     tree, limits = tree_of(n_cols, compute), limits_of(arch)
+    limits = limits._replace(cluster=min(limits.cluster, largest_cluster))
     itemsize = np.dtype(STORAGE[formats[0]]).itemsize
     # Lanes read whole groups.
     slot_bytes = _ratio(min(n_cols, tree.piece_cols), tree.lanes * GROUP) * tree.lanes * GROUP * itemsize + BESIDE_BYTES

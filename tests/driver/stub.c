@@ -57,12 +57,21 @@ static int launch(struct config *config, void *kernel, void **words, void **extr
     return 0;
 }
 
+static int active_clusters(int *count, void *kernel, struct config *config) {
+    unsigned cluster = config->attributes->cluster[0];
+    const char *most = getenv("STUB_LARGEST_CLUSTER"), *error = getenv("STUB_CLUSTER_ERROR");
+    fprintf(stderr, "room for cluster %u grid %u block %u shared %u kernel %p current %p\n", cluster, config->grid[0],
+            config->block[0], config->shared, kernel, current);
+    *count = !most || cluster <= (unsigned)atoi(most);
+    return error ? atoi(error) : 0;
+}
+
 static const struct { const char *name; void *function; } functions[] = {
     {"cuDriverGetVersion", driver_version}, {"cuDeviceGetCount", device_count}, {"cuDeviceGet", device_get},
     {"cuDeviceGetAttribute", device_attribute}, {"cuDevicePrimaryCtxRetain", retain}, {"cuCtxGetCurrent", get_current},
     {"cuCtxSetCurrent", set_current}, {"cuCtxGetDevice", current_device}, {"cuStreamIsCapturing", is_capturing},
     {"cuLibraryLoadData", library}, {"cuLibraryGetKernel", kernel}, {"cuStreamGetCtx", stream_context},
-    {"cuKernelSetAttribute", set_attribute}, {"cuLaunchKernelEx", launch},
+    {"cuOccupancyMaxActiveClusters", active_clusters}, {"cuKernelSetAttribute", set_attribute}, {"cuLaunchKernelEx", launch},
 };
 
 int cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status) {

@@ -42,10 +42,10 @@ def library(tmp_path_factory):
 def run(library):
     """Runs a program over the stub; the lines that it logs."""
 
-    def run(program):
+    def run(program, **environment):
         completed = subprocess.run(
             [sys.executable, "-c", PREAMBLE + textwrap.dedent(program)],
-            env={**os.environ, "LD_LIBRARY_PATH": str(library)},
+            env={**os.environ, "LD_LIBRARY_PATH": str(library), **environment},
             capture_output=True,
             text=True,
             timeout=120,
@@ -94,6 +94,37 @@ def test_shared_memory_and_clusters_are_permitted_once_and_never_lowered(run):
     assert [line.split(" stream")[0] for line in log if line.startswith("launch")][-2:] == [
         "launch grid 32 cluster 16 block 32 shared 0"
     ] * 2
+
+
+def test_room_for_large_clusters_is_asked_for_once(run):
+    log = run("""
+        kernel = driver.load(image, driver.device(1), 0)
+        for cluster in (8, 16, 16):
+            driver.launch(kernel, Plan(threads=256, blocks=32, shared_bytes=100000, cluster=cluster), 0, (1,))
+    """)
+    assert [line for line in log if line.startswith("room")] == [
+        "room for cluster 16 grid 32 block 256 shared 100000 kernel 0x3000 current 0x1001"
+    ]
+    assert sum(line.startswith("launch") for line in log) == 3
+
+
+@pytest.mark.parametrize("answer", [{"STUB_LARGEST_CLUSTER": "8"}, {"STUB_CLUSTER_ERROR": "912"}])
+def test_without_room_for_a_cluster_nothing_is_launched(run, answer):
+    """Each time: the plan is not taken for one that was launched before."""
+    log = run(
+        """
+        kernel = driver.load(image, driver.device(0), 0)
+        for _ in range(2):
+            try:
+                driver.launch(kernel, Plan(blocks=32, cluster=16), 0, (1,))
+            except driver.ClusterDoesNotFit:
+                driver.launch(kernel, Plan(blocks=32, cluster=8), 0, (1,))
+            else:
+                raise AssertionError
+        """,
+        **answer,
+    )
+    assert [line.split()[4] for line in log if line.startswith("launch")] == ["8", "8"]
 
 
 def test_plans_that_take_turns_are_launched_as_they_are(run):
