@@ -155,11 +155,20 @@ def check_everything(kernel, arch, devices, may_spill=0):
         codegen.check_link(codegen.link(kernel, device), entry, device, *bounds, may_spill)
 
 
+CROWDED_MAY_SPILL = 164
+"""Bytes of a thread, before sm_90, where rows of sixteen bits lie side by side: blocks of 512 threads, which a sector
+of such rows takes, leave it 128 registers. 2026-11-27, on sm_75, sm_80 and sm_86: cross_entropy 0, 112 and 0, smoothed
+164, 156 and 44 (float16; bfloat16 0, 156 and 0), log_softmax 0, 8 and 0, logsumexp 0, 4 and 0.
+"""
+
+
 @pytest.mark.codegen_full
 @pytest.mark.parametrize("arch", codegen.LINKED)
 @pytest.mark.parametrize("kernel", SPECIALISATIONS + codegen.specialisations(mixed=True), ids=str)
 def test_whole_matrix(kernel, arch):
-    check_everything(kernel, arch, codegen.LINKED[arch])
+    threads, _ = compile.launch_bounds(kernel.signature, arch)
+    is_crowded = kernel.split == "columns" and threads == 512 and arch != "sm_90"
+    check_everything(kernel, arch, codegen.LINKED[arch], CROWDED_MAY_SPILL if is_crowded else 0)
 
 
 TRANSFORMED = codegen.transformed_specialisations()
