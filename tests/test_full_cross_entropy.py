@@ -156,6 +156,21 @@ def divisor_of(reduction, kind, labels, weight, row_weight, expected):
     return each[expected.counted].sum()
 
 
+@pytest.mark.parametrize("smoothing", [0.999, 1.0])
+@pytest.mark.parametrize("n_cols", [7, 4099])
+def test_z_loss_of_probabilities_that_smoothing_leaves_nothing_of(target, n_cols, smoothing):
+    """It refers to the probabilities as they were before: their sum cannot be had from that of the smoothed ones."""
+    logits, probs, _ = make("probs", n_cols, "float32")
+    weight, row_weight = weights_for(("probs", n_cols, "class", "row, some 0"), len(logits), "float32")
+    options = {"label_smoothing": smoothing, "z_loss": 0.01, "row_weight": row_weight, "weight": weight}
+    expected = oracle.full_cross_entropy(logits, probs, **options)
+    told, dlogits = everything(target, logits, probs, None, **options, reduction="none")
+    bounds = 40 * 2.0**-24 * (expected.terms + expected.upstream)
+    check_rows("loss", told.loss, expected.loss, bounds)
+    check_rows("z_loss", told.z_loss, expected.z_loss, bounds)
+    check_gradient(dlogits, expected.dlogits, 1.0, expected.upstream, "float32")
+
+
 BACKWARD = {("labels", 4099), ("shares", 300), ("probs", 300)}
 """By default: a way to walk rows for each kind of target, whose two kernels are compiled for it."""
 

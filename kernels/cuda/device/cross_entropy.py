@@ -93,7 +93,7 @@ def losses_with(has_mass, is_soft):
             distances, mass, column = zero, zero, int32(-1)
         half, log, log_low, inverse = found
         all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))
-        s, mass = all_mass(s, mass, all_weights, loss, loss.probs)
+        s, mass = all_mass(s, mass, all_weights, begin, n_cols, loss, team, split, loss.probs)
         if counts and writes_loss:
             value = loss_of_row(
                 found, s, mass, distances, looked, all_weights, has_mass, loss, scale, loss.shares, loss.probs
@@ -154,7 +154,7 @@ def backward_with(is_soft):
         s = mass_of_label(label, row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
         row = row if exists else int64(0)
         all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))
-        s, mass = all_mass(s, zero, all_weights, loss, loss.probs)
+        s, mass = all_mass(s, zero, all_weights, int64(0), n_cols, loss, team, split, loss.probs)
         of_row = load(row_of(lse, row, rows).pointer, 0, scale)
         exponent = anchor(of_row, params[2])
         lowest = lowest_of(exponent, params[2])

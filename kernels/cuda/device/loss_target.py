@@ -9,7 +9,17 @@ from typing import NamedTuple
 from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device
-from gpusoftmax.kernels.cuda.device.arithmetic import add, distance_of_mass, div, fma, maximum, mul, number, sub
+from gpusoftmax.kernels.cuda.device.arithmetic import (
+    add,
+    add_pair,
+    distance_of_mass,
+    div,
+    fma,
+    maximum,
+    mul,
+    number,
+    sub,
+)
 from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label, row_offset
 from gpusoftmax.kernels.cuda.device.reduce import first_lane, lanes_where, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import number_or, row_of
@@ -266,10 +276,23 @@ def looked_up(label, row, counts, writes_loss, source, rows, loss, team, split, 
 
 
 @device
-def all_mass(s, mass, all_weights, loss, probs):
-    """(S, G), of which one is known."""
+def all_mass(s, mass, all_weights, start, n_cols, loss, team, split, probs):
+    """(S, G), of which one is known. n_cols: 0 in a row that does not count."""
     if probs is None:
         return s, fma(loss.share, all_weights, mul(loss.confidence, s))
-    one = number(mass, 1.0)
-    s = div(sub(mass, mul(loss.share, all_weights)), loss.confidence if loss.confidence > number(mass, 0.0) else one)
-    return s, mass
+    return sum_of_probs(mass, all_weights, start, n_cols, loss, team, split, probs, loss.z_loss), mass
+
+
+@device
+def sum_of_probs(mass, all_weights, start, n_cols, loss, team, split, probs, z_loss):
+    """S, which z alone takes: from G, or read anew where smoothing leaves little of it in G, or nothing."""
+    zero = number(mass, 0.0)
+    if z_loss is None or z_loss == zero:
+        return zero
+    if loss.confidence >= number(mass, 0.5):
+        return div(sub(mass, mul(loss.share, all_weights)), loss.confidence)
+    total, low = zero, zero
+    for col in range(int64(team.lane), int64(n_cols), split_lanes(split)):
+        q = load(probs.pointer, start + col * probs.col_stride, mass)
+        total, low = add_pair(total, low, mul(q, number_at(loss.weight, col, number(mass, 1.0))), zero)
+    return warp_sum(add(total, low), split_lanes(split))
