@@ -11,7 +11,8 @@ from benchmarks import alignment, cold_start, layer, results, suites
 from benchmarks.providers import BESIDE, COPY, OURS
 
 Saved = dict[tuple, dict[str, dict]]
-"""(op, rows, columns, dtype) -> provider -> record."""
+"""(op, rows, columns, dtype), of a layer its features too -> provider -> record, all of the latest run."""
+_CASE = "op", "n_rows", "n_cols", "dtype"
 
 
 class Goal(NamedTuple):
@@ -28,12 +29,19 @@ class Goal(NamedTuple):
 
 
 def of_device(directory: Path) -> list[Goal]:
-    saved: Saved = {}
+    cases: dict[tuple, list[dict]] = {}
     for path in sorted(directory.glob("*.jsonl")):
         for record in results.load(path):
-            key = tuple(record[name] for name in ("op", "n_rows", "n_cols", "dtype"))
-            saved.setdefault(key, {})[record["provider"]] = record
+            key = tuple(record[name] for name in (*_CASE, "n_features") if name in record)
+            cases.setdefault(key, []).append(record)
+    saved = {key: _of_the_latest_run(records) for key, records in cases.items()}
     return list((_on_cpu if directory.name.startswith("cpu-") else _on_gpu)(saved))
+
+
+def _of_the_latest_run(records: list[dict]) -> dict[str, dict]:
+    """Files keep what a run with fewer providers, or with other threads, has not replaced."""
+    latest = max(record["date"] for record in records)
+    return {record["provider"]: record for record in records if record["date"] == latest}
 
 
 def summary(goals: list[Goal]) -> str:
@@ -137,8 +145,8 @@ def _times(saved: Saved, key: tuple, rival: str, wanted: float, ours: str = OURS
 
 
 def _of_the_layer(saved: Saved, shape: tuple[int, int, int], dtype: str, rival: str, peak: float) -> Iterator[Goal]:
-    n_rows, _, n_cols = shape
-    of_case = saved.get((layer.OP, n_rows, n_cols, dtype), {})
+    n_rows, n_features, n_cols = shape
+    of_case = saved.get((layer.OP, n_rows, n_cols, dtype, n_features), {})
     theirs, ours = of_case.get(rival, {}), of_case.get(OURS, {})
     what = f"{layer.OP} {'x'.join(map(str, shape))} {dtype}"
     yield Goal(f"{what}: {rival}'s time over ours", 1, _ratio(theirs.get("median_ms"), ours.get("median_ms")))

@@ -28,6 +28,7 @@ from benchmarks import (
 )
 from benchmarks.cases import OPS, Case
 from benchmarks.measure import Effort
+from benchmarks.providers import OURS
 from gpusoftmax import _replay
 
 QUICK = Effort(attempts=1, samples=3, seconds=0.01)
@@ -390,6 +391,34 @@ def test_goals_are_reached_missed_or_not_measured(tmp_path):
     assert goals.summary(list(found.values())) == f"1 reached of 2 that were measured; {len(found) - 2} were not"
     rows = goals.lines(list(found.values()))
     assert [faster.what, "at least 1.7", "1.75", "yes"] in rows and [odd.what, "at most 1.15", "1.50", "no"] in rows
+
+
+@pytest.mark.parametrize("later", [{"threads": 4}, {"threads": 2}])
+def test_goals_compare_what_one_run_has_measured(later, tmp_path):
+    """A later run without torch says nothing about torch, whose time of an earlier run is kept in the file."""
+    shape, day = {"n_rows": 4096, "n_cols": 1024}, "2026-11-2{}T03:00:00+00:00"
+    runs = [{**record(OURS, 4.0, **shape), **later, "date": day.format(3)}, record("torch", 7.0, **shape)]
+    results.save(runs, tmp_path)
+    (found,) = (
+        one.found
+        for one in goals.of_device(tmp_path / "cpu-x")
+        if one.what.startswith("softmax 4096x1024 float32: torch")
+    )
+    assert found is None
+    results.save([{**record("torch", 8.0, **shape), **later, "date": day.format(3)}], tmp_path)
+    assert goals.of_device(tmp_path / "cpu-x")[0].found == 2
+
+
+def test_goals_of_a_layer_are_for_its_number_of_features(tmp_path):
+    n_rows, n_features, n_cols = layer.SHAPES["cpu"]
+    of_layer = {"op": layer.OP, "n_rows": n_rows, "n_cols": n_cols}
+    for features, milliseconds in ((n_features, 1.0), (2 * n_features, 3.0)):
+        both = record(OURS, milliseconds, **of_layer), record("torch", 2.0, **of_layer)
+        results.save([{**one, "n_features": features, "peak_bytes": 1} for one in both], tmp_path)
+    (time,) = (
+        one for one in goals.of_device(tmp_path / "cpu-x") if f"x{n_features}x" in one.what and "time" in one.what
+    )
+    assert time.found == 2
 
 
 def test_the_suites_measure_every_goal_that_is_theirs():
