@@ -192,13 +192,21 @@ def _answer(child, deadline: float) -> dict:
 # ---------------------------------------------------------------- what follows from them
 
 
+def _has_no_compiler(disable_jit: str) -> bool:
+    """As Numba reads it: what is no integer counts as not given."""
+    try:
+        return int(disable_jit) != 0
+    except ValueError:
+        return False
+
+
 def _path(facts: dict) -> dict[str, str | None]:
     """Which processor calls run on, and, where it is not the GPU, the first obstacle and what removes it."""
     packages, broken = facts["packages"], facts["broken"]
     if "numba" not in packages or "numba" in broken:
         why = f"numba {'does not import: ' + broken['numba'] if 'numba' in broken else 'is not installed'}"
         return {"device": None, "why": why, "fix": "pip install --force-reinstall numba"}
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+    if _has_no_compiler(os.environ.get("NUMBA_DISABLE_JIT", "0")):
         why = "NUMBA_DISABLE_JIT switches Numba's compiler off, which compiles all kernels"
         return {"device": None, "why": why, "fix": "unset NUMBA_DISABLE_JIT"}
     for why, fix in _obstacles(facts["driver"], packages, broken):

@@ -109,7 +109,9 @@ def test_obstacles(machine, why, fix):
     assert why in decided["why"] and fix in decided["fix"]
 
 
-@pytest.mark.parametrize("given, device", [("1", None), ("0", "cuda"), ("", "cuda")])
+@pytest.mark.parametrize(
+    "given, device", [("1", None), ("0", "cuda"), ("", "cuda"), ("00", "cuda"), ("true", "cuda"), (" 2 ", None)]
+)
 def test_without_numbas_compiler_nothing_runs(given, device, monkeypatch):
     monkeypatch.setenv("NUMBA_DISABLE_JIT", given)
     decided = path()
