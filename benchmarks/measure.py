@@ -47,8 +47,9 @@ def on_cpu(case: Case, providers: dict[str, Calls], effort: Effort, report: Repo
                 errors[name] = _checked(case, name, call())
                 calls[name] = call
         if case.op in BESIDE:
-            other = BESIDE[case.op]
-            calls[f"{OURS}.{other}"] = providers[OURS][other](arrays.on_cpu(case, "numpy"))
+            other = case._replace(op=BESIDE[case.op])
+            name, call = f"{OURS}.{other.op}", providers[OURS][other.op](arrays.on_cpu(case, "numpy"))
+            errors[name], calls[name] = _checked(other, OURS, call()), call
         calls[COPY] = _copy_on_cpu(case.bytes_moved // 2)
         seconds, medians = timing.interleaved(calls, effort.attempts, effort.samples, effort.seconds)
     return _records(case, "cpu", seconds, medians, errors, {"threads": effort.threads})
