@@ -524,9 +524,9 @@ def top_k(value) -> int:
         number = None
     if number is None or isinstance(value, bool):
         raise TypeError(f"top_k is {_short(value)}, expected an int")
-    if not 1 <= number < 2**63:
+    if number < 1:
         raise ValueError(f"top_k is {number}, expected at least 1; None keeps all")
-    return number
+    return min(number, 2**63 - 1)  # kernels take 64 bits, and no row has more logits
 
 
 def top_p(value) -> float:

@@ -164,6 +164,7 @@ LIMITS = {
     "top_k": {"top_k": 5},
     "top_k 1": {"top_k": 1},
     "all of top_k": {"top_k": 10**9},
+    "all of top_k beyond 64 bits": {"top_k": 2**64},
     "top_p": {"top_p": 0.7},
     "a tiny top_p": {"top_p": 1e-30},
     "top_p 1": {"top_p": 1.0},
