@@ -101,7 +101,7 @@ def _top_logprobs(
     if labels is not None:
         _checks.same_shape(labels, batch_shape, "target", f"to match logits {x.shape} without axis {axis}")
     if k > _ON_CHIP and x.kind != "device" and x.transform is None:  # logits would be sorted as they were given
-        return _sorted(logits, target, k, x, axes[0], ignore_index, arrays, transform)
+        return _sorted(logits, labels, k, x, axes[0], ignore_index, arrays, transform)
     shape = (*batch_shape, k if labels is None else 1 + k)
     logprobs, tokens = _arrays.empty(x, shape, dtype), _arrays.empty(x, shape, "int64")
     kernel = _arrays.kernels(x.place, "top_logprobs").top_logprobs
@@ -123,23 +123,28 @@ def _top_logprobs(
     return _arrays.result(logprobs), _arrays.result(tokens)
 
 
-def _sorted(logits, target, k, x, axis, ignore_index, arrays, transform):
+def _sorted(logits, labels, k, x, axis, ignore_index, arrays, transform):
     """What `top_logprobs` returns, by sorting in the library of the arrays."""
-    rows = x.owner[0] if x.kind == "jax" else x.owner
+    rows = _in_library(x)
     library = array_api_compat.array_namespace(rows)
     rows = library.moveaxis(rows, axis, -1)
     tokens = library.argsort(rows, axis=-1, descending=True, stable=True)[..., :k]
     tokens = library.where(library.any(library.isnan(rows), axis=-1)[..., None], -1, tokens)
     no_index = -(2**63)  # a token is never ignored here
     logprobs = _tokens.token_logprobs(logits, tokens, *arrays, axis, no_index, *_NOTHING_ELSE, *transform)[0]
-    if target is None:
+    if labels is None:
         return logprobs, tokens
+    target = _in_library(labels)  # what the caller gave may be of no library: of DLPack alone
     given = _tokens.token_logprobs(logits, target, *arrays, axis, ignore_index, *_NOTHING_ELSE, *transform)[0]
     of_target = library.asarray(target)[..., None], library.asarray(given)[..., None]
     return (
         library.concat([of_target[1], logprobs], axis=-1),
         library.concat([library.astype(of_target[0], tokens.dtype), tokens], axis=-1),
     )
+
+
+def _in_library(array):
+    return array.owner[0] if array.kind == "jax" else array.owner
 
 
 _NOTHING_ELSE = (False,) * 5

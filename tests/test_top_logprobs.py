@@ -214,6 +214,19 @@ def test_an_ignored_class_is_a_token_like_others():
         assert top.logprob[0, 0] == 0 and top.logprob[0, 1] < 0
 
 
+class OfDlpackAlone:
+    def __init__(self, array):
+        self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+
+@pytest.mark.parametrize("k", [2, 100])
+def test_targets_of_no_array_library(k):
+    logits, tokens = inputs.make("spread", (3, 100), np.float32), np.array([5, 0, 99])
+    top = gpusoftmax.top_logprobs(OfDlpackAlone(logits), k, OfDlpackAlone(tokens))
+    expected = gpusoftmax.top_logprobs(logits, k, tokens)
+    assert np.array_equal(top.token, expected.token) and np.array_equal(top.logprob, expected.logprob)
+
+
 def test_one_row_and_no_rows(target):
     logits = inputs.make("spread", (40,), np.float32)
     top = run(target, logits, 3)
