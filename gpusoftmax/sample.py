@@ -75,7 +75,8 @@ def sample(
         but -inf; and for one whose number in an array is none that could be given for all: a temperature of -1.
     Sample
         Instead, where more is asked for: a named tuple of that array as `index`, of `logprob` and of `entropy`, each
-        in nats, float32 (float64 for float64 logits), of the same shape, or None. NaN where the column is -1.
+        in nats, float32 (float64 for float64 logits), of the same shape, or None. Where the column is -1 the
+        log-probability is NaN, and the entropy too unless only a limit of the row is to blame: a `top_p` of 2.
 
     Raises
     ------

@@ -312,6 +312,11 @@ def test_numbers_that_are_none(target):
         assert 0 <= ids[0] < n_cols and ids[1:].tolist() == [-1] * 9
         ids = target.get(gpusoftmax.sample(target.array(logits), rng=3, temperature=given["temperature"]))
         assert (ids[4:] >= 0).all() and ids[1:4].tolist() == [-1] * 3
+        known = {"return_logprob": True, "return_entropy": True}
+        drawn = target.get(gpusoftmax.sample(target.array(logits), rng=3, **given, **known))
+        assert np.isnan(drawn.logprob).tolist() == [False] + [True] * 9
+        # Limits do not touch the entropy, not even those that are none.
+        assert np.isnan(drawn.entropy).tolist() == [False] + [True] * 3 + [False] * 6
 
 
 def test_own_numbers_change_a_replayed_call():
