@@ -51,4 +51,4 @@ def run(attempts: int, save: bool, report: Report, cases: tuple[Case, ...] = CAS
 
 def seconds_of_a_process(case: Case) -> float:
     command = [sys.executable, "-c", _CHILD, case.op, json.dumps(case)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)

@@ -152,10 +152,6 @@ def _calls(dtype, out_dtype, shape, axis):
     for soft in (few, _Array(shape, dtype)):
         yield "cross_entropy_with_grad", (x, soft, weight), like
         yield "cross_entropy_backward", (x, soft, *(_Array(batch, row_dtype) for _ in range(2)), weight), like
-    if axis == -1:
-        for soft, label_smoothing in ((target, 0.1), (few, 0.0), (_Array(shape, dtype), 0.0)):
-            options = {"temperature": 0.7, "label_smoothing": label_smoothing}
-            yield "cross_entropy_with_grad", (x, soft, weight), {**options, **like}
     yield "kl_div", (x, _Array(shape, dtype)), {"axis": axis, "row_weight": _Array(batch, dtype)}
     yield "kl_div_with_grad", (x, _Array(shape, dtype)), {**like, "target_grad": True}
     yield "top_logprobs", (x, min(8, n_cols)), {"axis": axis}
@@ -263,6 +259,23 @@ def transformed_specialisations():
                 getattr(gpusoftmax, function)(*arguments, **options)
         found.update(dict.fromkeys(recorded, dtype.name))
     return tuple(Specialisation(*key, dtype) for key, dtype in found.items() if "|" in " ".join(key[1]))
+
+
+def tempered_specialisations():
+    """The kernels of losses at one temperature, which others have none for, along rows of either length."""
+    found = {}
+    for dtype in (np.dtype(np.float32), inputs.BFLOAT16):
+        with _recorded() as recorded:
+            for shape, _ in SPLITS[:2]:
+                n_rows, n_cols = shape
+                few = _Array((n_rows, 5), np.int64), _Array((n_rows, 5), np.float32)
+                for target in (_Array((n_rows,), np.int64), few, _Array(shape, dtype)):
+                    options = {"temperature": 0.7, "label_smoothing": 0.1}
+                    gpusoftmax.cross_entropy_with_grad(
+                        _Array(shape, dtype), target, _Array((n_cols,), dtype), **options
+                    )
+        found.update(dict.fromkeys((key for key in recorded if "cross_entropy" in key[0]), dtype.name))
+    return tuple(Specialisation(*key, dtype) for key, dtype in found.items())
 
 
 def kernels_on_disk():

@@ -171,6 +171,14 @@ def test_whole_matrix(kernel, arch):
     check_everything(kernel, arch, codegen.LINKED[arch], CROWDED_MAY_SPILL if is_crowded else 0)
 
 
+TEMPERED = codegen.tempered_specialisations()
+
+
+@pytest.mark.parametrize("kernel", TEMPERED, ids=str)
+def test_losses_at_a_temperature(kernel):
+    check_everything(kernel, "sm_90", ["sm_90"])
+
+
 TRANSFORMED = codegen.transformed_specialisations()
 MAY_SPILL = 148
 """Bytes of a thread, with temperature, bias, softcap, mask and n_valid all at once: 128 registers are what two blocks

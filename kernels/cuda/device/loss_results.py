@@ -49,12 +49,6 @@ def loss_of_row(found, s, mass, distances, looked, all_weights, smoothed, loss, 
 
 
 @device
-def tell_if_wanted(array, row, rows, value):
-    if not is_null(array.pointer):
-        store(row_of(array, row, rows).pointer, 0, value)
-
-
-@device
 def tell(row, rows, value, s, found, source, results, loss, params, row_weight):
     """Writes the numbers of a row that counts."""
     half, log, log_low, _ = found
@@ -67,11 +61,13 @@ def tell(row, rows, value, s, found, source, results, loss, params, row_weight):
         if loss.z_loss != z:
             z = mul(mul(mul(s, loss.z_loss), lse), lse)
         value = unless_empty(mul(add(value, z), factor), half, log_low, source.through)
-        tell_if_wanted(results.losses, row, rows, value)
+        if not is_null(results.losses.pointer):
+            store(row_of(results.losses, row, rows).pointer, 0, value)
         if not is_null(results.z_losses.pointer):
             z = unless_empty(mul(z, factor), half, log_low, source.through)
             store(row_of(results.z_losses, row, rows).pointer, 0, z)
-        tell_if_wanted(results.lse, row, rows, lse)
+        if not is_null(results.lse.pointer):
+            store(row_of(results.lse, row, rows).pointer, 0, lse)
 
 
 @device
@@ -81,9 +77,11 @@ def tell_unused(row, rows, status, results, like, row_weight):
     if row_weight is None:
         store(row_of(results.losses, row, rows).pointer, 0, value)
     else:
-        tell_if_wanted(results.losses, row, rows, value)
-        tell_if_wanted(results.z_losses, row, rows, value)
-        tell_if_wanted(results.lse, row, rows, value)
+        if not is_null(results.losses.pointer):  # it may have another format than the others
+            store(row_of(results.losses, row, rows).pointer, 0, value)
+        for array in (results.z_losses, results.lse):
+            if not is_null(array.pointer):
+                store(row_of(array, row, rows).pointer, 0, value)
         if results.correct.pointer != 0:
             store_integer(results.correct.pointer, row_offset(results.correct, row, rows), 0)
 
