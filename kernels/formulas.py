@@ -320,32 +320,33 @@ def where_finite(a: Arithmetic, of, x, otherwise):
 
 
 def distance(a: Arithmetic, x, max, scale):
-    """(max - x) scale."""
+    """(max - x) scale. Halved in between: they may lie further apart than the largest number."""
     max = reference(a, max)
     return a.mul(a.fma(x, a.number(-0.5), a.mul(max, a.number(0.5))), a.mul(scale, a.number(2)))
 
 
+def _bounded(a: Arithmetic, distance):
+    """A distance, or a finite one where it is infinite: its exponential is 0."""
+    return a.minimum(distance, a.number(2.0**100))
+
+
 def weighted(a: Arithmetic, e, distance):
-    """e times a distance, and 0 where e is: an infinite distance has the exponential 0."""
-    return a.mul(e, a.minimum(distance, a.number(2.0**100)))
+    """e times a distance, and 0 where e is."""
+    return a.mul(e, _bounded(a, distance))
 
 
 def weighted_distance(a: Arithmetic, e, x, max, scale, scale_low):
     """weighted(e, (max - x) scale) for the exponential e of x. scale_low None: the scale is 1."""
     if scale_low is None:
         return weighted(a, e, a.sub(max, x))
-    # Halved: x and the maximum may lie further apart than the largest number.
-    half = a.fma(x, a.number(-0.5), a.mul(max, a.number(0.5)))
-    return weighted(a, e, a.mul(half, a.mul(scale, a.number(2))))
+    return weighted(a, e, distance(a, x, max, scale))
 
 
 def finite_distance(a: Arithmetic, x, shift, floor, max, scale, scale_low):
     """(max - x) scale, and some finite number where the exponential of x, see exp_from, is 0."""
-    max = reference(a, max)
     if scale_low is None:  # shift is 0 or the maximum: nothing is rounded twice
-        return a.sub(a.sub(max, shift), a.larger(floor, a.sub(x, shift)))
-    half = a.fma(x, a.number(-0.5), a.mul(max, a.number(0.5)))
-    return a.minimum(a.mul(half, a.mul(scale, a.number(2))), a.number(2.0**100))
+        return a.sub(a.sub(reference(a, max), shift), a.larger(floor, a.sub(x, shift)))
+    return _bounded(a, distance(a, x, max, scale))
 
 
 def distance_of_mass(a: Arithmetic, mass, x, max):
