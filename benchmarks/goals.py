@@ -140,7 +140,8 @@ def _on_gpu(saved: Saved) -> Iterator[Goal]:
 
 def _times(saved: Saved, key: tuple, rival: str, wanted: float, ours: str = OURS) -> Goal:
     op, n_rows, n_cols, dtype = key
-    what = f"{op} {n_rows}x{n_cols} {dtype}: {rival}'s time over {'ours' if ours == OURS else ours + chr(39) + 's'}"
+    whose = "ours" if ours == OURS else f"{ours}'s"
+    what = f"{op} {n_rows}x{n_cols} {dtype}: {rival}'s time over {whose}"
     return Goal(what, wanted, _ratio(_ms(saved, key, rival), _ms(saved, key, ours)))
 
 
