@@ -394,3 +394,24 @@ def test_many_labels_cost_little():
             np.testing.assert_allclose(gpu.get(dlogits), expected, rtol=1e-5, atol=1e-6)
             executed.append(max(sum(stats.warp_instructions.values()) for stats in gpu.stats))
     assert executed[1] - executed[0] < 22000
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_probs"),
+    [(inputs.BFLOAT16, inputs.BFLOAT16), (inputs.BFLOAT16, np.float32), (np.float32, np.float32)],
+    ids=["bfloat16", "bfloat16 and float32", "float32"],
+)
+def test_probabilities_come_by_granules_which_are_on_their_way(dtype, of_probs):
+    """Sixteen bytes of each lane, once for the loss and once for the gradient, and each line is asked for before."""
+    n_cols = 8192
+    logits = inputs.make("spread", (1, n_cols), dtype)
+    probs = oracle.softmax(inputs.make("spread", (1, n_cols), np.float32, seed=1)).astype(of_probs)
+    with emulated_gpu("sm_90") as gpu:
+        held = gpu.array(probs)
+        gpusoftmax.cross_entropy_with_grad(gpu.array(logits), held, reduction="none")
+        (stats,) = (stats for stats in gpu.stats if held._allocation.start in stats.traffic)
+        stats.settle()
+        loads = stats.traffic[held._allocation.start].requests["ld"]
+        fetches = stats.warp_instructions["prefetch.global.L2"]
+    assert loads == 2 * probs.nbytes / (32 * 16)
+    assert fetches >= probs.nbytes / (32 * 128)

@@ -32,7 +32,7 @@ from gpusoftmax.kernels.cuda.device.loss_target import (
     mass_of_label,
     number_at,
     only_label,
-    start_of_probs,
+    row_of_probs,
     status_of,
     tempered,
     unused,
@@ -45,6 +45,15 @@ from gpusoftmax.kernels.cuda.device.row_state import above_anchor, begin_row, fi
 from gpusoftmax.kernels.cuda.device.row_writer import row_writer
 from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.split import is_long
+from gpusoftmax.kernels.cuda.device.staging import hidden
+
+
+@device
+def anew(row):
+    """The row. The compiler does not know that it is the same one: what follows from it is computed again where it is
+    needed, and has no registers in between.
+    """
+    return row + int64(hidden(int32(0)))
 
 
 def losses_with(has_mass, is_soft):
@@ -82,9 +91,9 @@ def losses_with(has_mass, is_soft):
         )  # fmt: skip
         # 1. the sums of the row
         row = row if exists else int64(0)
-        begin = start_of_probs(row, rows, loss.probs)
+        probs = row_of_probs(row, rows, loss.probs)
         if has_mass:
-            asked = Asked(loss, begin, is_wanted(results.correct))
+            asked = Asked(loss, probs, is_wanted(results.correct))
             found, distances, mass, column = numbers_and_masses(source, asked, n_cols, team, split, params)
         else:
             sums = of_cheap(params)
@@ -93,7 +102,7 @@ def losses_with(has_mass, is_soft):
             distances, mass, column = zero, zero, int32(-1)
         half, log, log_low, inverse = found
         all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))
-        s, mass = all_mass(s, mass, all_weights, begin, n_cols, loss, team, split, loss.probs)
+        s, mass = all_mass(s, mass, all_weights, n_cols, loss, team, split, probs)
         if counts and writes_loss:
             value = loss_of_row(
                 found, s, mass, distances, looked, all_weights, has_mass, loss, scale, loss.shares, loss.probs
@@ -117,13 +126,15 @@ def losses_with(has_mass, is_soft):
             half = halved(row_max)
             if is_soft:
                 numbers = (
-                    row, begin, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params,
+                    row, probs, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params,
                     source.through,
                 )  # fmt: skip
             else:
                 numbers = (
                     label, half, exponent, lowest, on_probs, on_share, on_mass, loss.weight, params, source.through,
                 )  # fmt: skip
+            if has_mass:
+                target = row_of(dlogits, anew(row), rows)
             write_gradients(target, (source,), n_cols, team, split, numbers, scale)
 
     return losses_of_rows
@@ -154,7 +165,7 @@ def backward_with(is_soft):
         s = mass_of_label(label, row, counts, rows, loss, team, split, scale, loss.shares, loss.probs)
         row = row if exists else int64(0)
         all_weights = number_at(loss.weight_sum, 0, number(scale, rows.n_cols))
-        s, mass = all_mass(s, zero, all_weights, int64(0), n_cols, loss, team, split, loss.probs)
+        s, mass = all_mass(s, zero, all_weights, n_cols, loss, team, split, loss.probs)
         of_row = load(row_of(lse, row, rows).pointer, 0, scale)
         exponent = anchor(of_row, params[2])
         lowest = lowest_of(exponent, params[2])
@@ -168,7 +179,7 @@ def backward_with(is_soft):
         half = halved(of_row)
         if is_soft:
             numbers = (
-                row, int64(0), half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params,
+                row, loss.probs, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params,
                 source.through,
             )  # fmt: skip
         else:

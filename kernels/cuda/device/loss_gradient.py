@@ -3,8 +3,8 @@
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import fma, mul, number, sub
 from gpusoftmax.kernels.cuda.device.exponential import cheap_exp_from, cheap_exp_gap
-from gpusoftmax.kernels.cuda.device.loss_target import less_shares, less_shares_of_run, mass_at, number_at
-from gpusoftmax.kernels.cuda.device.memory import store
+from gpusoftmax.kernels.cuda.device.loss_target import less_shares, less_shares_of_run, masses_of_run, number_at
+from gpusoftmax.kernels.cuda.device.memory import granule_numbers, store
 from gpusoftmax.kernels.cuda.device.piece_state import is_near
 from gpusoftmax.kernels.cuda.device.rows import number_or
 from gpusoftmax.kernels.cuda.device.split import split_lanes
@@ -90,12 +90,13 @@ def gradients_with(has_mass):
 def soft_gradients_with(less_shares):
     @device
     def soft_gradients(values, others, col, width, numbers):
-        row, start, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params, through = numbers
+        row, probs, half, exponent, lowest, on_probs, on_share, on_mass, (loss, rows), params, through = numbers
         to_exponentials(values, others, width, half, exponent, lowest, on_probs, params)
         less_shares(values, col, width, row, rows, loss, on_share, half, loss.shares)
+        masses = granule_numbers(half)
+        masses_of_run(masses, col, width, width, loss, probs)
         for k in range(width):
-            mass = mass_at(col + k, start, loss, loss.probs, half)
-            values[k] = pulled_back(sub(values[k], mul(on_mass, mass)), others[k], through)
+            values[k] = pulled_back(sub(values[k], mul(on_mass, masses[k])), others[k], through)
 
     return soft_gradients
 

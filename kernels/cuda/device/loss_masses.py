@@ -9,60 +9,77 @@ from numpy import int32
 
 from gpusoftmax.kernels.cuda.device._cuda import device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, distance_of_mass, mul, number
-from gpusoftmax.kernels.cuda.device.loss_target import Loss, mass_at, tempered
-from gpusoftmax.kernels.cuda.device.memory import element_size
+from gpusoftmax.kernels.cuda.device.granules import granule_sum, granules_with
+from gpusoftmax.kernels.cuda.device.loss_target import Loss, masses_of_run, tempered
+from gpusoftmax.kernels.cuda.device.memory import LINE_BYTES, element_size, granule_numbers, prefetch
+from gpusoftmax.kernels.cuda.device.pieces import piece_of
 from gpusoftmax.kernels.cuda.device.reduce import warp_min, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import NO_COLUMN, numbers_beside_with, saved_beside, saved_max
 from gpusoftmax.kernels.cuda.device.split import is_one_chunk, split_chunks, split_lanes
-from gpusoftmax.kernels.cuda.device.staging import staged
-from gpusoftmax.kernels.cuda.device.transform import transformed
-from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 
 class Asked(NamedTuple):
     """What is asked for of a row besides its state."""
 
     loss: Loss
-    start: int  # where the row begins in `probs`
+    probs: object  # the row of probs, or None
     is_found: bool  # the first column of the maximum
 
 
 @device
-def mass_of_column(k, column, source, at, piece, largest, asked):
-    """(distance, mass, column) of column k of a piece; `column`: the first with the maximum, if that is asked."""
-    col = piece.first + k
-    x = staged(source.pointer, int32(at + (source.shift + k) * element_size(source.pointer)), largest)
-    x = transformed(x, col, source.through)
-    mass = mass_at(col, asked.start, asked.loss, asked.loss.probs, largest)
-    if asked.is_found and x == largest:
-        column = min(column, int32(col))
-    return distance_of_mass(tempered(mass, asked.loss.per_logit), x, largest), mass, column
+def fetch_masses(k, asked, n_cols, team, split, like):
+    fetch_probs(k, asked.probs, n_cols, team, split, like)
+
+
+@device
+def fetch_probs(k, probs, n_cols, team, split, like):
+    """Starts to read the probabilities of piece k, if there is one. They are not staged: who needs them would wait for
+    memory at each granule.
+    """
+    if probs is None:
+        return
+    line = LINE_BYTES // element_size(probs.pointer)
+    if k < team.n_pieces and probs.stride == 1:
+        piece = piece_of(k, n_cols, team, split, like)
+        if team.lane * line < piece.count:
+            prefetch(probs.pointer, piece.first + team.lane * line)
+
+
+@device
+def add_masses(result, values, col, width, source, split, numbers):
+    """The masses of a granule, which lose little in a plain sum, and their distances."""
+    distances, low, total, total_low, column = result
+    end, largest, asked = numbers
+    masses = granule_numbers(largest)
+    masses_of_run(masses, col, width, int32(end - int32(col)), asked.loss, asked.probs)
+    if asked.is_found:
+        for k in range(width):
+            if values[k] == largest:
+                column = min(column, int32(col + k))
+    for k in range(width):
+        values[k] = distance_of_mass(tempered(masses[k], asked.loss.per_logit), values[k], largest)
+    zero = number(largest, 0.0)
+    distances, low = add_pair(distances, low, granule_sum(values, width), zero)
+    total, total_low = add_pair(total, total_low, granule_sum(masses, width), zero)
+    return distances, low, total, total_low, column
+
+
+masses_of_granules = granules_with(add_masses)
 
 
 @device
 def masses_of_piece(source, at, piece, largest, asked, team, split, params):
     """(distances, mass, first column of the maximum): sum_c g_c (max - x_c) / T and sum_c g_c of a piece.
 
-    The columns come from the slot again, one at a time: with all of a lane's masses beside all of its logits, registers
-    run out.
+    The columns come from the slot again, a granule at a time: with all of a lane's masses beside all of its logits,
+    registers run out.
     """
     zero = number(largest, 0.0)
-    distances, low, total, total_low, column = zero, zero, zero, zero, int32(NO_COLUMN)
+    nothing, numbers = (zero, zero, zero, zero, int32(NO_COLUMN)), (int32(piece.first + piece.count), largest, asked)
+    found = masses_of_granules(nothing, source, at, piece, team, split, numbers, largest)
+    distances, low, total, total_low, column = found
     lanes = split_lanes(split)
-    k = team.lane
-    while k < piece.count:
-        # Of a few columns, which lose little in a plain sum and whose masses are loaded together.
-        distance, part, step = zero, zero, int32(lanes * GROUP)
-        if int32(k + step - lanes) < piece.count:
-            for j in range(GROUP):
-                one, mass, column = mass_of_column(int32(k + j * lanes), column, source, at, piece, largest, asked)
-                distance, part = add(distance, one), add(part, mass)
-        else:
-            distance, part, column = mass_of_column(k, column, source, at, piece, largest, asked)
-            step = lanes
-        distances, low = add_pair(distances, low, distance, zero)
-        total, total_low = add_pair(total, total_low, part, zero)
-        k = int32(k + step)
     if asked.is_found:
         column = warp_min(column, lanes)
     return warp_sum(add(distances, low), lanes), warp_sum(add(total, total_low), lanes), column
@@ -99,7 +116,7 @@ def merged_masses(row_max, loss, team, split):
     return add(total, low), add(all_mass, all_low)
 
 
-numbers_beside = numbers_beside_with(masses_of_piece, joined_masses)
+numbers_beside = numbers_beside_with(fetch_masses, masses_of_piece, joined_masses)
 
 
 @device

@@ -20,7 +20,16 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
     number,
     sub,
 )
-from gpusoftmax.kernels.cuda.device.memory import is_null, load, load_label, row_offset
+from gpusoftmax.kernels.cuda.device.memory import (
+    advance,
+    is_null,
+    load,
+    load_label,
+    load_vector,
+    misalignment,
+    row_offset,
+    vector_bits,
+)
 from gpusoftmax.kernels.cuda.device.reduce import first_lane, lanes_where, warp_max, warp_sum
 from gpusoftmax.kernels.cuda.device.rows import number_or, row_of
 from gpusoftmax.kernels.cuda.device.split import split_lanes
@@ -229,24 +238,49 @@ def less_shares_of_run(values, col, width, row, rows, loss, on_share, like, shar
 
 
 @device
-def start_of_probs(row, rows, probs):
-    """Where a row begins in them, in elements."""
+def row_of_probs(row, rows, probs):
     if probs is None:
-        return int64(0)
-    return int64(row_offset(probs, row, rows))
+        return None
+    return row_of(probs, row, rows)
 
 
 @device
-def mass_at(col, start, loss, probs, like):
-    """g_c but for the label's part: eps/V w_c, or ((1 - eps) q_c + eps/V) w_c."""
-    return mul(share_at(col, start, loss, probs, like), number_at(loss.weight, col, number(like, 1.0)))
+def masses_of_run(masses, col, width, left, loss, probs):
+    """masses[:width] = g_c of the columns col, col + 1, ... but for the label's part: eps/V w_c, or
+    ((1 - eps) q_c + eps/V) w_c; 0 from column `left` of the run on.
+    """
+    if probs is None:
+        for k in range(width):
+            masses[k] = loss.share
+    else:
+        load_run(masses, probs, col, width, left)
+        for k in range(width):
+            masses[k] = fma(masses[k], loss.confidence, loss.share)
+    if not is_null(loss.weight):
+        for k in range(width):
+            if k < left:
+                masses[k] = mul(masses[k], load(loss.weight, col + k, masses[k]))
+    if left < width:
+        for k in range(width):
+            if k >= left:
+                masses[k] = number(masses[k], 0.0)
 
 
 @device
-def share_at(col, start, loss, probs, like):
-    if probs is None:
-        return loss.share
-    return fma(load(probs.pointer, start + col * probs.col_stride, like), loss.confidence, loss.share)
+def load_run(values, source, col, width, left):
+    """values[:width] = a row's columns col, col + 1, ..., by granules where they are some; none from column `left` of
+    the run on.
+    """
+    bits = vector_bits(source.pointer)
+    # Not source.shift: kept over the second look at a row, it would be a register too many.
+    behind = int32(int32(col) + int32(misalignment(source.pointer))) & int32((1 << bits) - 1)
+    if source.stride == 1 and behind == 0 and width >= 1 << bits and left >= width:
+        for j in range(width >> bits):
+            load_vector(source.pointer, col + (j << bits), advance(values, j << bits))
+    else:
+        for k in range(width):
+            if k < left:
+                values[k] = load(source.pointer, (col + k) * source.stride, values[k])
 
 
 # ---------------------------------------------------------------- all of the mass
@@ -276,15 +310,15 @@ def looked_up(label, row, counts, writes_loss, source, rows, loss, team, split, 
 
 
 @device
-def all_mass(s, mass, all_weights, start, n_cols, loss, team, split, probs):
+def all_mass(s, mass, all_weights, n_cols, loss, team, split, probs):
     """(S, G), of which one is known. n_cols: 0 in a row that does not count."""
     if probs is None:
         return s, fma(loss.share, all_weights, mul(loss.confidence, s))
-    return sum_of_probs(mass, all_weights, start, n_cols, loss, team, split, probs, loss.z_loss), mass
+    return sum_of_probs(mass, all_weights, n_cols, loss, team, split, probs, loss.z_loss), mass
 
 
 @device
-def sum_of_probs(mass, all_weights, start, n_cols, loss, team, split, probs, z_loss):
+def sum_of_probs(mass, all_weights, n_cols, loss, team, split, probs, z_loss):
     """S, which z alone takes: from G, or read anew where smoothing leaves little of it in G, or nothing. Of one half a
     bit is lost; 1 - eps = 1/1000 had a loss 4e-6 off.
     """
@@ -295,6 +329,6 @@ def sum_of_probs(mass, all_weights, start, n_cols, loss, team, split, probs, z_l
         return div(sub(mass, mul(loss.share, all_weights)), loss.confidence)
     total, low = zero, zero
     for col in range(int64(team.lane), int64(n_cols), split_lanes(split)):
-        q = load(probs.pointer, start + col * probs.col_stride, mass)
+        q = load(probs.pointer, col * probs.stride, mass)
         total, low = add_pair(total, low, mul(q, number_at(loss.weight, col, number(mass, 1.0))), zero)
     return warp_sum(add(total, low), split_lanes(split))

@@ -12,7 +12,7 @@ from gpusoftmax.kernels.cuda.plan import WARP_SIZE, values_per_lane
 from gpusoftmax.kernels.operands import ONE_VALUE
 
 GLOBAL_SPACE, SHARED_SPACE = 1, 3
-VECTOR_BYTES = 16
+VECTOR_BYTES, LINE_BYTES = 16, 128
 MAX_RUNS = 8  # values_per_lane numbers of the computation format
 STORED_DTYPE = {types.int16: "float16", types.uint16: "bfloat16", types.float32: "float32", types.float64: "float64"}
 

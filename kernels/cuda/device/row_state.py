@@ -279,11 +279,12 @@ def first_pass_with(second_looks, leaves_transformed=False, keep=keep_nothing):
 NO_COLUMN = 2**31 - 1
 
 
-def numbers_beside_with(beside_piece, joined_beside):
+def numbers_beside_with(fetch_beside, beside_piece, joined_beside):
     """A device function for the first pass, over a row that has begun, of an op that sums two more numbers, and may
     look for the first column of the maximum.
 
-    beside_piece(source, at, piece, largest, asked, team, split, params) -> (one, two, column) of a piece, from its
+    fetch_beside(k, asked, n_cols, team, split, like) starts to read what beside_piece needs besides the logits of piece
+    k; beside_piece(source, at, piece, largest, asked, team, split, params) -> (one, two, column) of a piece, from its
     slot, since beside a whole piece registers run out. joined_beside(one, state, other, other_state, row_max, asked,
     params) -> (one, two) of both parts of a row, given their states and the larger maximum.
 
@@ -299,10 +300,12 @@ def numbers_beside_with(beside_piece, joined_beside):
         state, beside = (least, zero, zero, zero), (zero, zero)
         best, column = least, int32(0)
         last_piece = int32((1 << split_piece_bits(split)) - 1)
+        fetch_beside(int32(0), asked, n_cols, team, split, zero)
         meet(split)
         k = int32(0)
         while k < team.n_pieces:
             wait_for_piece(k, team, split)
+            fetch_beside(int32(k + 1), asked, n_cols, team, split, zero)
             piece = read_logits(held, source, k, n_cols, team, split, params)
             largest, total = state_of_piece(held, sums, piece, source, split, params)
             ties, rest = zero, zero

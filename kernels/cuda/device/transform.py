@@ -32,6 +32,7 @@ from gpusoftmax.kernels.cuda.device.exponential import (
     softcap,
 )
 from gpusoftmax.kernels.cuda.device.memory import (
+    LINE_BYTES,
     advance,
     granule_numbers,
     load,
@@ -49,7 +50,6 @@ from gpusoftmax.kernels.cuda.device.memory import (
 from gpusoftmax.kernels.cuda.device.staging import hidden
 
 VERY_MANY = 1 << 30  # columns: more than a piece has
-LINE_BYTES = 128
 
 
 class Through(NamedTuple):
