@@ -41,12 +41,24 @@ _WITHOUT_CASES = {
     "transforms": lambda arguments: importlib.import_module("benchmarks.transforms").run(print, arguments.op),
 }
 _COMPILED = "torch.compile"
+_MEASURED = "provider", "attempts", "threads", "budget", "save"
+_OPTIONS = {
+    "cpu": ("quick", *_MEASURED),
+    "gpu": ("quick", *_MEASURED),
+    **dict.fromkeys(OPS, ("target", "shape", "dtype", *_MEASURED)),
+    "alignment": ("attempts", "threads", "save"),
+    "cold_start": ("attempts", "save"),
+    "layer": ("target", "shape", "attempts", "threads", "save"),
+    "predict": ("op",),
+    "transforms": ("op",),
+}
+"""What each command takes; the others nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if problem := _misfit(arguments):
+    if problem := _misfit(arguments, parser):
         parser.error(problem)
     if arguments.what in _WITHOUT_CASES:
         _WITHOUT_CASES[arguments.what](arguments)
@@ -98,14 +110,15 @@ def _layer_shape(arguments: argparse.Namespace) -> tuple[int, int, int] | None:
     return arguments.shape[0] if arguments.shape else None
 
 
-def _misfit(arguments: argparse.Namespace) -> str | None:
+def _misfit(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
     """What was given that would be ignored, or fits nothing, after hours of measuring perhaps."""
     what = arguments.what
-    if arguments.op and what not in ("predict", "transforms"):
-        return f"--op is for predict and transforms; of {what} it names nothing"
+    for name, given in vars(arguments).items():
+        if name not in ("what", *_OPTIONS.get(what, ())) and given != parser.get_default(name):
+            commands = [command for command in ("cpu", "gpu", *_WITHOUT_CASES) if name in _OPTIONS.get(command, ())]
+            takers = [*commands, *(["an OP"] if name in _OPTIONS[OPS[0]] else [])]
+            return f"{what} takes no --{name}: it is for {', '.join(takers)}"
     sizes = 3 if what == "layer" else 2
-    if arguments.shape and what not in ("layer", *OPS):
-        return f"--shape is for an op or layer; {what} has its own"
     if any(len(shape) != sizes for shape in arguments.shape or ()):
         return f"--shape of {what} has {sizes} sizes"
     if what == "layer" and arguments.shape and len(arguments.shape) > 1:
