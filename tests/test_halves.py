@@ -1,5 +1,8 @@
-"""float16 by its bits, as CPUs without instructions for it have it, against NumPy's conversions."""
+"""Half types as the CPU kernels convert them, against NumPy's conversions: float16 by its bits, as CPUs without
+instructions for it have it, and bfloat16 by an instruction that knows no subnormal numbers.
+"""
 
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -71,3 +74,29 @@ def test_narrowed(converted, dtype):
         up, down = (np.nextafter(exact, np.array(end, dtype)) for end in (np.inf, -np.inf))
         numbers = np.concatenate([exact, up, down, bits])
         assert _same(converted(numbers, np.float16), numbers.astype(np.float16))
+
+
+@pytest.mark.parametrize("by_instruction", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_narrowed_to_bfloat16(monkeypatch, by_instruction, mixed):
+    """Every bfloat16, its neighbours, what lies halfway to the next one and the neighbours of that; subnormal numbers
+    in vectors of their own, or between others.
+    """
+    if by_instruction and not halves.HAS_BFLOAT16:
+        pytest.skip("the CPU has no instruction for it")
+    monkeypatch.setattr(halves, "HAS_BFLOAT16", by_instruction)
+    upper = np.arange(2**16, dtype=np.uint32)[:, None] << 16
+    numbers = (upper + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).ravel().view(np.float32)
+    if mixed:
+        numbers = np.random.default_rng(0).permutation(numbers)
+    target = np.empty(numbers.shape, np.uint16)
+    compiled = numba.njit(_convert)
+    compiled(numbers, target, np.float32(0), np.uint16(0), np.float32(0))
+    with np.errstate(all="ignore"):
+        expected = numbers.astype(ml_dtypes.bfloat16)
+    got = target.view(ml_dtypes.bfloat16)
+    is_nan = np.isnan(numbers)
+    assert np.array_equal(np.isnan(got), is_nan)
+    assert np.array_equal(target[~is_nan], expected.view(np.uint16)[~is_nan])
+    assert np.array_equal(np.signbit(got), np.signbit(numbers))
+    assert ("vcvtne2ps2bf16" in "".join(compiled.inspect_asm().values())) == by_instruction

@@ -1,5 +1,10 @@
-"""float16 on CPUs without instructions for it (x86 before F16C): widened and narrowed by its bits. LLVM would call
+"""Half types as the CPU has them.
+
+float16 on CPUs without instructions for it (x86 before F16C) is widened and narrowed by its bits: LLVM would call
 functions of its runtime library, which are in no process of Python, and end the process.
+
+bfloat16 is narrowed by one instruction where there is one (AVX512_BF16) and lanes are columns. It takes subnormal
+numbers for 0: vectors that hold one are narrowed by their bits, as all are elsewhere.
 """
 
 from llvmlite import ir
@@ -12,14 +17,13 @@ _WORD, _HALF_WORD = ir.IntType(32), ir.IntType(16)
 _SIGN, _INFINITY = 0x80000000, 0x7F800000
 _SHORTER = 13  # bits that the mantissa of a float16 has less than that of a float32
 _SMALLEST = 2.0**-14  # of the normal numbers of float16
-
-
-def _has_instructions() -> bool:
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple.startswith(("aarch64", "arm64")) or not {"+f16c", "+avx512f"}.isdisjoint(features.split(","))
-
-
-HAS_INSTRUCTIONS = _has_instructions()
+_LANES = 16  # of float32 in a register of AVX-512
+_LANE_NUMBERS = ir.VectorType(_WORD, _LANES)
+_SUBNORMAL = 0x20  # as VFPCLASSPS asks for it
+_TRIPLE, _, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
+_FEATURES = set(_FEATURES.split(","))
+HAS_INSTRUCTIONS = _TRIPLE.startswith(("aarch64", "arm64")) or bool({"+f16c", "+avx512f"} & _FEATURES)
+HAS_BFLOAT16 = {"+avx512bf16", "+avx512dq"} <= _FEATURES
 
 
 def widen(builder: ir.IRBuilder, value, dtype: str, compute: ir.Type):
@@ -40,7 +44,38 @@ def narrow(builder: ir.IRBuilder, value, dtype: str):
     """conversion.narrow."""
     if dtype == "float16" and not HAS_INSTRUCTIONS:
         return _narrowed(builder, conversion.to_float(builder, value))
+    if dtype == "bfloat16" and HAS_BFLOAT16 and getattr(value.type, "count", 1) == 2 * _LANES:
+        return _narrowed_at_once(builder, conversion.to_float(builder, value))
     return conversion.narrow(builder, value, dtype)
+
+
+def _narrowed_at_once(builder, value):
+    """Of two registers."""
+    lower, upper = (
+        builder.shuffle_vector(value, value, ir.Constant(_LANE_NUMBERS, list(range(first, first + _LANES))))
+        for first in (0, _LANES)
+    )
+    mask = ir.VectorType(ir.IntType(1), _LANES)
+    fpclass = _intrinsic(builder, "llvm.x86.avx512.fpclass.ps.512", mask, [lower.type, _WORD])
+    found = [builder.call(fpclass, [one, ir.Constant(_WORD, _SUBNORMAL)]) for one in (lower, upper)]
+    found = builder.bitcast(builder.or_(*found), _HALF_WORD)
+    pair = ir.VectorType(_HALF_WORD, 2 * _LANES)
+    narrow = _intrinsic(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", pair, [lower.type, lower.type])
+    with builder.if_else(builder.icmp_unsigned("!=", found, ir.Constant(_HALF_WORD, 0)), likely=False) as (some, none):
+        with some:
+            by_bits, has_some = conversion.narrow(builder, value, "bfloat16"), builder.block
+        with none:
+            at_once, has_none = builder.call(narrow, [upper, lower]), builder.block
+    result = builder.phi(pair)
+    result.add_incoming(by_bits, has_some)
+    result.add_incoming(at_once, has_none)
+    return result
+
+
+def _intrinsic(builder, name, result, arguments):
+    """One of LLVM's for this CPU. Those with bfloat as a type of its own take words of 16 bits too."""
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
 
 
 def _widened(builder, half):
