@@ -226,6 +226,19 @@ def _from_protocol(x, name: str) -> Array:
     return _from_numpy(array, name)
 
 
+def with_shape(given, name: str):
+    """A number or an array: of one that has a protocol alone, and no shape to be told from a number by, that of NumPy
+    or CuPy.
+    """
+    if type(given) in _NUMBERS or hasattr(given, "shape"):
+        return given
+    is_array = hasattr(given, "__dlpack__") or hasattr(given, "__cuda_array_interface__")
+    return wrap(given, name).owner if is_array else given
+
+
+_NUMBERS = frozenset((int, float, type(None)))
+
+
 def _from_dlpack(x, name: str) -> np.ndarray:
     try:
         return np.from_dlpack(x)

@@ -494,7 +494,7 @@ def _seed(part, value):
         if not -(2**63) <= part < 2**64:
             raise ValueError(f"rng is {_short(value)}, expected 64-bit integers")
         return int(part)
-    if not hasattr(part, "dtype") or not hasattr(part, "shape"):
+    if not hasattr(part, "__dlpack__") and not (hasattr(part, "dtype") and hasattr(part, "shape")):
         raise TypeError(f"rng is {_short(value)}, expected a seed or (seed, step): ints or arrays of integers")
     return part
 

@@ -21,17 +21,21 @@ class CrossEntropy(NamedTuple):
 
 def split_target(target: Any) -> tuple[Any, Any]:
     """(target, shares): a pair of arrays is labels with their shares."""
-    if isinstance(target, tuple) and len(target) == 2 and all(len(getattr(part, "shape", ())) for part in target):
-        return target
-    return target, None
+    if not isinstance(target, tuple) or len(target) != 2:
+        return target, None
+    parts = tuple(_arrays.with_shape(part, f"target[{k}]") for k, part in enumerate(target))
+    return parts if all(len(getattr(part, "shape", ())) for part in parts) else (target, None)
 
 
 def split_normalizer(normalizer: Any) -> tuple[Any, float | None]:
     """(array, number), one of them None."""
+    normalizer = _arrays.with_shape(normalizer, "normalizer")
     if normalizer is None or isinstance(normalizer, np.generic) or not hasattr(normalizer, "shape"):
         return None, _checks.normalizer(normalizer)
-    is_integer = _arrays.wrap(normalizer, "normalizer").dtype in _checks.INTEGERS
-    return normalizer * 1.0 if is_integer else normalizer, None  # by its own library
+    array = _arrays.wrap(normalizer, "normalizer")
+    if array.dtype not in _checks.INTEGERS:
+        return normalizer, None
+    return (array.owner if array.kind == "numpy" else normalizer) * 1.0, None  # by its own library, if it is known
 
 
 def normalizer_array(given: Any, x: Array, x_name: str, dtype: str, gradient: Array | None) -> Array:

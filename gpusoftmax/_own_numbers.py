@@ -7,8 +7,9 @@ from gpusoftmax._arrays import Array
 from gpusoftmax.kernels.operands import Labels, one_value
 
 
-def split(given: Any) -> tuple[Any, Any]:
+def split(given: Any, name: str) -> tuple[Any, Any]:
     """(array, None), or (None, what is given for all rows)."""
+    given = _arrays.with_shape(given, name)
     return (given, None) if getattr(given, "shape", ()) else (None, given)
 
 

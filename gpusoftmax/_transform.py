@@ -17,6 +17,7 @@ def split(
 ) -> tuple[tuple, tuple]:
     """(arrays, options), as a call that is replayed has them apart."""
     temperatures, valid_of_rows = None, None
+    temperature, n_valid = _arrays.with_shape(temperature, "temperature"), _arrays.with_shape(n_valid, "n_valid")
     if getattr(temperature, "shape", ()):
         temperature, temperatures = 1.0, temperature
     if getattr(n_valid, "shape", ()):

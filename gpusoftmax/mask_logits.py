@@ -105,8 +105,8 @@ def top_p_mask_logits(
 
 def _masked(logits, out, mask, n_valid, axis, temperature, top_k, top_p):
     (_, _, mask, valid), transform = _transform.split(1.0, None, None, mask, n_valid)
-    given = (_own_numbers.split(one) for one in (temperature, top_k, top_p))
-    arrays, of_all = zip(*given, strict=True)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    arrays, of_all = zip(*(_own_numbers.split(one, name) for name, one in given.items()), strict=True)
     return _replay.call(_mask, (logits, out, mask, valid, *arrays), axis, *of_all, *transform)
 
 

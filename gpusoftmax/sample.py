@@ -139,7 +139,8 @@ def _drawn(logits, axis, temperature, top_k, top_p, min_p, rng, beside, transfor
     seed, step = _checks.rng(rng)
     if type(logits) is np.ndarray:  # an array is no option: what differs by it alone is replayed
         seed, step = (np.asarray(_signed(one)) if type(one) is int else one for one in (seed, step))
-    arrays, of_all = zip(*(_own_numbers.split(one) for one in (temperature, top_k, top_p, min_p)), strict=True)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    arrays, of_all = zip(*(_own_numbers.split(one, name) for name, one in given.items()), strict=True)
     if int in (type(seed), type(step)):
         return _sample(logits, seed, step, *arrays, *beside, axis, *of_all, *transform)
     return _replay.call(_sample, (logits, seed, step, *arrays, *beside), axis, *of_all, *transform)

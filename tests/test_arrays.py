@@ -473,6 +473,37 @@ def test_host_memory_of_another_library_gives_numpy():
     assert same_bits(gpusoftmax.softmax(OnlyDlpack(read_only)), expected)
 
 
+OPTIONS_OF_DLPACK = {
+    "temperature": (gpusoftmax.softmax, np.array([0.5, 1, 2], F32)),
+    "one temperature": (gpusoftmax.softmax, np.array(0.5)),
+    "n_valid": (gpusoftmax.softmax, np.array([1, 2, 3])),
+    "rng": (gpusoftmax.sample, np.array([7, 8, 9])),
+    "temperature of samples": (gpusoftmax.sample, np.array([0.5, 1, 2], F32)),
+    "top_k": (gpusoftmax.sample, np.array([1, 2, 3])),
+    "top_p": (gpusoftmax.sample, np.array([0.5, 0.6, 0.7])),
+    "min_p": (gpusoftmax.sample, np.array([0.5, 0.6, 0.7])),
+    "normalizer": (gpusoftmax.cross_entropy, np.array([3])),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS_OF_DLPACK)
+def test_options_of_dlpack_alone(case):
+    """They have no shape to tell them from a number by."""
+    function, array = OPTIONS_OF_DLPACK[case]
+    name = case.removesuffix(" of samples").removeprefix("one ")
+    others = {gpusoftmax.sample: {"rng": 1}, gpusoftmax.cross_entropy: {"target": [1, 2, 3]}}.get(function, {})
+    expected = function(X, **{**others, name: array})
+    assert same_bits(function(X, **{**others, name: OnlyDlpack(array)}), expected)
+
+
+def test_pairs_of_dlpack_alone():
+    seeds, labels, shares = np.array([7, 8, 9]), np.array([[1], [2], [3]]), np.full((3, 1), 0.5, F32)
+    drawn = gpusoftmax.sample(X, rng=(OnlyDlpack(seeds), OnlyDlpack(seeds)))
+    assert same_bits(drawn, gpusoftmax.sample(X, rng=(seeds, seeds)))
+    loss = gpusoftmax.cross_entropy(X, (OnlyDlpack(labels), OnlyDlpack(shares)))
+    assert loss == gpusoftmax.cross_entropy(X, (labels, shares))
+
+
 @pytest.mark.parametrize("protocol", [OnlyCudaArrayInterface, lambda array: OnlyDlpack(array, (2, 0))])
 def test_device_memory_of_another_library_needs_cupy(gpu, monkeypatch, protocol):
     class NotInstalled:
