@@ -6,7 +6,7 @@ import numpy as np
 
 from gpusoftmax import _arrays, _checks
 from gpusoftmax._arrays import Array
-from gpusoftmax.kernels.operands import NO_BAD_LABEL, Labels, Rows
+from gpusoftmax.kernels.operands import LABELS, NO_BAD_LABEL, TOO_LARGE, Labels, Rows
 
 
 def are_checked(x: Array, validate: bool | None) -> bool:
@@ -18,10 +18,16 @@ def check(x: Array, rows: Rows, labels: Labels, ignore_index: int) -> None:
     """IndexError naming the first of all labels (see _rows.all_labels) that is neither a class nor ignore_index."""
     bad_row, bad_label = _arrays.empty(x, (1,), "int64"), _arrays.empty(x, (1,), "int64")
     kernels = _arrays.kernels(x.place, "batch")
-    kernels.find_bad_label(rows, labels, _arrays.numbers(bad_row), _arrays.numbers(bad_label), ignore_index, x.place)
+    found = _arrays.numbers(bad_row), _arrays.numbers(bad_label)
+    kernels.find_bad_label(rows, labels, *found, index_as_read(ignore_index, LABELS[labels.code]), x.place)
     row = _arrays.to_python(bad_row)
     if row != NO_BAD_LABEL:
         raise _checks.bad_label(row, _arrays.to_python(bad_label), rows.n_cols, ignore_index)
+
+
+def index_as_read(ignore_index: int, dtype: str) -> int:
+    """ignore_index beside labels of this dtype as the kernels read them: where these may be TOO_LARGE, -1 is none."""
+    return -1 if ignore_index == TOO_LARGE and dtype == "uint64" else ignore_index
 
 
 def idle_rows(labels: Array, ignore_index: int, row_weight: Array | None) -> Any | None:

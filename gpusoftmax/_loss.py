@@ -184,6 +184,8 @@ def _checked(
         all_rows, all_labels, held = _rows.all_labels(labels, n_cols)
         _labels.check(x, all_rows, all_labels, ignore_index)
         del held  # a copy of the labels, perhaps: held until here
+    if labels is not None:
+        ignore_index = _labels.index_as_read(ignore_index, labels.dtype)
     weight, row_weight = (None if one is None else _rows.contiguous(one, dtype) for one in (weight, row_weight))
     if shares is not None and shares.dtype != dtype:
         shares = _rows.contiguous(shares, dtype)

@@ -84,7 +84,7 @@ def checked(logits, target, axis, ignore_index, validate, needs_target=True):
         rows, all_labels, memory = _rows.all_labels(labels, n_cols)
         _labels.check(x, rows, all_labels, ignore_index)
         del memory  # a copy of the labels, perhaps: held until here
-    return x, labels, axes, ignore_index
+    return x, labels, axes, _labels.index_as_read(ignore_index, labels.dtype)
 
 
 def nothing(name: str, dtype: str) -> Operand | Labels:

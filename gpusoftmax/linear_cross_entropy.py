@@ -309,6 +309,7 @@ def _checked_loss(
     if _labels.are_checked(x, validate):
         all_rows, all_labels, _ = _rows.all_labels(labels, n_classes)
         _labels.check(x, all_rows, all_labels, ignore_index)
+    ignore_index = _labels.index_as_read(ignore_index, labels.dtype)
     if weight is not None:
         weight = _rows.contiguous(weight, dtype)
     if row_weight is not None:

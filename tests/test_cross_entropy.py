@@ -403,6 +403,16 @@ def test_huge_uint64_label_is_not_the_largest_ignore_index(target):
     assert loss[0] > 0 and np.isnan(loss[1]) and loss[2] == 0
 
 
+def test_huge_uint64_label_is_not_the_smallest_ignore_index(target):
+    logits, labels, options = np.zeros((2, 5), np.float32), np.array([1, 2**63], np.uint64), {"ignore_index": -(2**63)}
+    loss, dlogits = run(target, logits, labels, reduction="none", validate=False, **options)
+    assert loss[0] > 0 and np.isnan(loss[1]) and np.isnan(dlogits[1]).all()
+    logprob = gpusoftmax.token_logprobs(target.array(logits), target.array(labels), validate=False, **options).logprob
+    assert np.isnan(target.get(logprob)[1])
+    with pytest.raises(IndexError, match=r"is above 2\^63 - 1, .*ignore_index \(-9223372036854775808\)"):
+        gpusoftmax.cross_entropy(target.array(logits), target.array(labels), validate=True, **options)
+
+
 def test_good_calls_after_bad_labels_are_unchanged(target):
     logits, labels = inputs.make("spread", (3, 40), np.float32), np.array([1, 2, 3])
     before = run(target, logits, labels)
