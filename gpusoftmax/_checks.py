@@ -72,8 +72,12 @@ def some_columns(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> No
 def temperature(value) -> float:
     if type(value) is float and 0.0 < value < math.inf:
         return value
+    if isinstance(value, list | tuple):
+        raise TypeError(
+            f"temperature is {_short(value)}, expected one number, or, where rows may have their own, an array of these"
+        )
     is_array = type(value) is not int and getattr(value, "ndim", 0)
-    if is_array or isinstance(value, bool | list | tuple | str | bytes):
+    if is_array or isinstance(value, bool | str | bytes):
         raise TypeError(f"temperature is {_short(value)}, expected one number")
     number = scalar(value, "temperature")
     if not (0 < number < math.inf):

@@ -199,7 +199,7 @@ CASES = {
     ),
     "several temperatures": (
         TypeError,
-        "temperature is [1.0, 2.0, 3.0], expected one number",
+        "temperature is [1.0, 2.0, 3.0], expected one number, or, where rows may have their own, an array of these",
         lambda a: softmax(a.x, temperature=[1.0, 2.0, 3.0], out=a.out),
     ),
     "a temperature for each column": (
@@ -767,7 +767,7 @@ CASES = {
     ),
     "a layer with a temperature for each row": (
         TypeError,
-        "temperature is [1.0, 2.0, 3.0], expected one number",
+        "temperature is [1.0, 2.0, 3.0], expected one number, or, where rows may have their own, an array of these",
         lambda a: linear(a.x, a.x, a.labels, temperature=[1.0, 2.0, 3.0]),
     ),
     "a layer with a softcap of 0": (
