@@ -508,7 +508,12 @@ def written(given) -> None:
 def _to_jax(array: Array):
     jax = importlib.import_module("jax")
     if array.place.target == "cpu":
-        return jax.device_put(array.library_array, next(iter(array.owner[0].devices())))
+        like = array.owner[0]
+        (device,) = like.devices()
+        if like.committed:
+            return jax.device_put(array.library_array, device)
+        with jax.default_device(device):  # free to be combined with arrays of other devices, as the input was
+            return jax.device_put(array.library_array)
     # JAX knows no current stream: its own work must not start before this result is there, nor reuse what it was read
     # from.
     importlib.import_module("cupy").cuda.get_current_stream(array.place.device).synchronize()

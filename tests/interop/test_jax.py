@@ -198,6 +198,20 @@ def run_on_two_devices(program):
     assert completed.stdout == "done\n", completed.stderr
 
 
+def test_results_are_committed_to_a_device_where_the_input_is():
+    """JAX moves those that are not to the device of what they are combined with."""
+    run_on_two_devices("""
+        x, labels = jax.numpy.zeros((2, 3)), jax.numpy.array([1, 2])
+        there = jax.device_put(x, two)
+        for result in (gpusoftmax.softmax(x), gpusoftmax.cross_entropy_with_grad(x, labels)[1]):
+            assert result.devices() == {one} and not result.committed
+            assert (result + there).devices() == {two}
+        assert gpusoftmax.softmax(there).committed
+        with jax.default_device(two):
+            assert gpusoftmax.softmax(x).devices() == {one}
+    """)
+
+
 def test_several_devices():
     """Results stay on the device of the input; arrays of two devices do not mix, and one on both is refused."""
     run_on_two_devices("""
