@@ -21,7 +21,16 @@ import jax.numpy as jnp
 import gpusoftmax
 from gpusoftmax import _checks
 from gpusoftmax import _jax_rows as rows
-from gpusoftmax._jax_transform import IDENTITY, NOTHING, Arrays, Numbers, is_nothing, options_of, transformed
+from gpusoftmax._jax_transform import (
+    IDENTITY,
+    NOTHING,
+    Arrays,
+    Numbers,
+    is_nothing,
+    on_one_device,
+    options_of,
+    transformed,
+)
 
 
 class Given(NamedTuple):
@@ -50,12 +59,14 @@ class Loss(NamedTuple):
     transform: Numbers
 
 
-def _arguments(given: Given, loss: Loss) -> dict[str, Any]:
-    """Of the core's functions, the logits left out."""
+def _arguments(logits: jax.Array, given: Given, loss: Loss) -> dict[str, Any]:
+    """Of the core's functions."""
+    logits, given = on_one_device(logits, given)
     *arrays, normalizer, _ = given
     options = loss._asdict()
     divide_by, numbers = options.pop("divide_by"), options.pop("transform")
     return {
+        "logits": logits,
         **dict(zip(Given._fields, arrays, strict=False)),
         **options,
         "normalizer": divide_by if normalizer is None else normalizer,
@@ -74,13 +85,13 @@ def of_transformed(logits: jax.Array, given: Given, loss: Loss) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def cross_entropy(logits, given, loss):
-    return gpusoftmax.cross_entropy(logits, **_arguments(given, loss))
+    return gpusoftmax.cross_entropy(**_arguments(logits, given, loss))
 
 
 def _forward(logits, given, loss):
     if isinstance(logits, jax.core.Tracer):  # the gradient is to be differentiated
         return cross_entropy(logits, given, loss), (logits, given, None)
-    value, dlogits = gpusoftmax.cross_entropy_with_grad(logits, **_arguments(given, loss))
+    value, dlogits = gpusoftmax.cross_entropy_with_grad(**_arguments(logits, given, loss))
     return value, (logits, given, dlogits)
 
 
@@ -115,7 +126,7 @@ def of_soft_target(logits, given, loss):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _soft_cross_entropy(logits, soft, given, loss):
-    return gpusoftmax.cross_entropy(logits, **_arguments(_with_soft(given, soft), loss))
+    return gpusoftmax.cross_entropy(**_arguments(logits, _with_soft(given, soft), loss))
 
 
 def _soft_forward(logits, soft, given, loss):

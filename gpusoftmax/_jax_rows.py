@@ -13,11 +13,21 @@ import jax.numpy as jnp
 
 import gpusoftmax
 from gpusoftmax import _checks
-from gpusoftmax._jax_transform import NOTHING, is_mask, is_temperature, left_of, options_of, pulled_back, wide
+from gpusoftmax._jax_transform import (
+    NOTHING,
+    is_mask,
+    is_temperature,
+    left_of,
+    on_one_device,
+    options_of,
+    pulled_back,
+    wide,
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def softmax(x, arrays, numbers, axis):
+    x, arrays = on_one_device(x, arrays)
     return gpusoftmax.softmax(x, axis, empty_row=numbers.empty_row, **options_of(arrays, numbers))
 
 
@@ -40,7 +50,7 @@ softmax.defvjp(_softmax_forward, _softmax_gradient)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _softmax_backward(probs, dprobs, axis, temperature):
-    return gpusoftmax.softmax_backward(probs, dprobs, axis, temperature=temperature)
+    return gpusoftmax.softmax_backward(*on_one_device(probs, dprobs), axis, temperature=temperature)
 
 
 def _softmax_backward_forward(probs, dprobs, axis, temperature):
@@ -60,6 +70,7 @@ _softmax_backward.defvjp(_softmax_backward_forward, _softmax_backward_gradient)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def log_softmax(x, arrays, numbers, axis):
+    x, arrays = on_one_device(x, arrays)
     return gpusoftmax.log_softmax(x, axis, empty_row=numbers.empty_row, **options_of(arrays, numbers))
 
 
@@ -91,7 +102,7 @@ def _unless_empty(dz, log_probs, axis):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _log_softmax_backward(log_probs, dlog_probs, axis, temperature):
-    return gpusoftmax.log_softmax_backward(log_probs, dlog_probs, axis, temperature=temperature)
+    return gpusoftmax.log_softmax_backward(*on_one_device(log_probs, dlog_probs), axis, temperature=temperature)
 
 
 def _log_softmax_backward_forward(log_probs, dlog_probs, axis, temperature):
@@ -112,6 +123,7 @@ _log_softmax_backward.defvjp(_log_softmax_backward_forward, _log_softmax_backwar
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def logsumexp(x, arrays, numbers, axis, keepdims):
+    x, arrays = on_one_device(x, arrays)
     return gpusoftmax.logsumexp(x, axis, keepdims=keepdims, **options_of(arrays, numbers))
 
 

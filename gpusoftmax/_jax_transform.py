@@ -62,6 +62,20 @@ def options_of(arrays: Arrays, numbers: Numbers) -> dict[str, Any]:
     }
 
 
+def on_one_device(*given: Any) -> tuple:
+    """Arrays, or trees of them: what is committed to no device comes to where the rest is, as in JAX's own operations.
+    Gradients of sums, for instance, JAX makes on its default device.
+    """
+    arrays = jax.tree.leaves(given)
+    if any(isinstance(one, jax.core.Tracer) for one in arrays):
+        return given
+    devices = next((one for one in arrays if one.committed), arrays[0]).devices()
+    if len(devices) > 1 or all(one.devices() == devices for one in arrays):
+        return given
+    (device,) = devices
+    return jax.tree.map(lambda one: one if one.committed else jax.device_put(one, device), given)
+
+
 def is_nothing(arrays: Arrays, numbers: Numbers) -> bool:
     return is_temperature(arrays, numbers) and numbers.temperature == 1
 

@@ -212,6 +212,31 @@ def test_results_are_committed_to_a_device_where_the_input_is():
     """)
 
 
+def test_gradients_on_another_device():
+    """JAX makes what comes from above, and what is given as numbers or arrays of NumPy, on its default device."""
+    run_on_two_devices("""
+        import numpy as np
+        import gpusoftmax.jax as ours
+
+        x, labels = jax.device_put(np.zeros((2, 3), np.float32), two), np.array([1, 2])
+        options = {"bias": np.ones(3, np.float32), "mask": np.ones(3, bool), "n_valid": labels + 1}
+        loss = lambda x, **given: ours.cross_entropy(x, labels, **given)
+        for function in (ours.softmax, ours.log_softmax, ours.logsumexp, loss):
+            first = jax.grad(lambda x, **given: function(x, **given).sum())
+            for given in ({}, options):
+                assert first(x, **given).devices() == {two}
+                assert jax.grad(lambda x: first(x, **given)[0, 0])(x).devices() == {two}
+        committed = jax.device_put(labels, two)
+        assert ours.cross_entropy(np.zeros((2, 3), np.float32), committed).devices() == {two}
+        try:
+            ours.cross_entropy(x, jax.device_put(labels, one))
+        except TypeError as error:
+            assert "expected both from one library on one device" in str(error)
+        else:
+            raise AssertionError("no error")
+    """)
+
+
 def test_several_devices():
     """Results stay on the device of the input; arrays of two devices do not mix, and one on both is refused."""
     run_on_two_devices("""
