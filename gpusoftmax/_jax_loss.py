@@ -91,23 +91,43 @@ def cross_entropy(logits, given, loss):
 def _forward(logits, given, loss):
     if isinstance(logits, jax.core.Tracer):  # the gradient is to be differentiated
         return cross_entropy(logits, given, loss), (logits, given, None)
+    if loss.reduction == "none" and _is_half(logits):  # the gradient waits for what comes from above
+        return cross_entropy(logits, given, loss), (logits, given, None)
     value, dlogits = gpusoftmax.cross_entropy_with_grad(**_arguments(logits, given, loss))
     return value, (logits, given, dlogits)
 
 
 def _gradient(loss, saved, dloss):
     (logits, given, dlogits), dloss = saved, jnp.asarray(dloss)
-    if dlogits is None or isinstance(dloss, jax.core.Tracer):
+    if isinstance(logits, jax.core.Tracer) or isinstance(dloss, jax.core.Tracer):
         if is_nothing(given.transform, loss.transform):
             return _graph_of_dlogits(logits, dloss, given, loss), None
         return *jax.vjp(lambda logits: of_transformed(logits, given, loss), logits)[1](dloss), None
     if loss.reduction == "none":
         if given.has_labels:
             dloss = jnp.where(_is_ignored(given.target, loss.ignore_index), 0, dloss)
+        if _is_half(logits):
+            return _anew(logits, given, loss, dloss), None
         dloss = jnp.expand_dims(dloss, loss.axis)
     elif _on_cpu(dloss) and dloss == 1:  # as a rule, and a look waits for nobody
         return dlogits, None
+    elif _is_half(logits) and jnp.isfinite(dloss):
+        return _anew(logits, given, loss, dloss), None
     return (dlogits * dloss).astype(logits.dtype), None
+
+
+def _is_half(logits):
+    return jnp.finfo(logits.dtype).bits < 32
+
+
+def _anew(logits, given, loss, dloss):
+    """The gradient from above dloss: in float16 small ones have vanished before they meet a loss scale."""
+    arguments = _arguments(logits, given, loss)
+    if loss.reduction != "none":
+        return gpusoftmax.cross_entropy_with_grad(**arguments, grad_scale=float(dloss))[1]
+    row_weight = arguments["row_weight"]
+    arguments["row_weight"] = dloss if row_weight is None else jnp.where(row_weight == 0, 0, row_weight * dloss)
+    return gpusoftmax.cross_entropy_with_grad(**arguments)[1]
 
 
 cross_entropy.defvjp(_forward, _gradient)
