@@ -40,6 +40,7 @@ def split(
     temperature: Any, bias: Any, softcap: float | None, mask: Any, n_valid: Any, empty_row: str
 ) -> tuple[Arrays, Numbers]:
     """The transform that the arguments of an operation stand for."""
+    without_gradient(softcap=softcap)
     temperatures = valid = None
     if hasattr(temperature, "shape"):
         temperature, temperatures = 1.0, jnp.asarray(temperature)
@@ -51,15 +52,27 @@ def split(
     return Arrays(temperatures, bias, mask, valid), numbers
 
 
+def without_gradient(**given: Any) -> None:
+    for name, value in given.items():
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(f"{name} is traced by jax, and gets no gradient: pass jax.lax.stop_gradient({name})")
+
+
 def options_of(arrays: Arrays, numbers: Numbers) -> dict[str, Any]:
     """The arguments of the core's functions."""
+    temperature = numbers.temperature if arrays.temperature is None else arrays.temperature
     return {
-        "temperature": numbers.temperature if arrays.temperature is None else arrays.temperature,
+        "temperature": temperature if _is_array(temperature) else _checks.temperature(temperature),
         "bias": arrays.bias,
         "softcap": numbers.softcap,
         "mask": arrays.mask,
         "n_valid": numbers.n_valid if arrays.n_valid is None else arrays.n_valid,
     }
+
+
+def _is_array(temperature: Any) -> bool:
+    """Not one number, whose value can be asked for."""
+    return jnp.ndim(temperature) > 0 or isinstance(temperature, jax.core.Tracer)
 
 
 def on_one_device(*given: Any) -> tuple:

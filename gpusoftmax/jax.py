@@ -191,9 +191,8 @@ def cross_entropy(
     >>> print(dlogits)
     [[ 0.25  0.25 -0.75  0.25]]
     """
-    for name, value in (("weight", weight), ("row_weight", row_weight), ("normalizer", normalizer)):
-        if isinstance(value, jax.core.Tracer):
-            raise TypeError(f"{name} is traced by jax, and gets no gradient: pass jax.lax.stop_gradient({name})")
+    _jax_transform.without_gradient(weight=weight, row_weight=row_weight, normalizer=normalizer)
+    _jax_transform.without_gradient(label_smoothing=label_smoothing, z_loss=z_loss)
     target = tuple(map(jnp.asarray, target)) if isinstance(target, tuple) else jnp.asarray(target)
     weight, row_weight = (None if one is None else jnp.asarray(one) for one in (weight, row_weight))
     divide_by = None

@@ -88,6 +88,7 @@ def softmax(
         return result
     transform = temperature, bias, softcap, mask, n_valid, empty_row
     try:
+        temperature = _transform.number(temperature, "temperature")
         if _checks.is_zero(temperature) and _arrays.logits(x, "x").size:
             # Of the columns up to the first of the largest, none but this one is as large. A row without has none.
             arrays, options = _transform.split(1.0, bias, softcap, mask, n_valid)

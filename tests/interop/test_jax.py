@@ -138,6 +138,12 @@ def test_traced_arrays(transformed, function):
     assert message.startswith("x is traced by jax") and "jit" in message and "jax.nn" in message
 
 
+def test_traced_temperature():
+    for function in ROW_OPS:
+        with pytest.raises(TypeError, match="^temperature is traced by jax"):
+            jax.jit(lambda temperature, function=function: function(jnp.asarray(X), temperature=temperature))(0.5)
+
+
 def test_traced_labels():
     x = jnp.asarray(X)
     with pytest.raises(TypeError, match="^target is traced by jax"):

@@ -384,6 +384,25 @@ def test_class_weights_have_no_gradient():
         jax.grad(lambda weight: ours.cross_entropy(x, target, weight))(jnp.ones(4))
 
 
+@pytest.mark.parametrize("option", ["softcap", "label_smoothing", "z_loss"])
+def test_options_without_gradient(option):
+    with pytest.raises(TypeError, match=f"^{option} is traced by jax.*stop_gradient"):
+        jax.grad(lambda value: ours.cross_entropy(random(3, 4), jnp.arange(3), **{option: value}))(0.5)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_temperature_0_has_no_gradient(name):
+    """Whatever kind of number it is."""
+    others = [jnp.arange(3)] if name == "cross_entropy" else []
+    for zero in (0.0, np.float32(0), jnp.zeros(())):
+        function = partial(getattr(ours, name), random(3, 4), *others)
+        slope = jax.grad(lambda temperature, function=function: function(temperature=temperature).sum())
+        # For the gradient of a temperature, losses divide in operations of JAX.
+        for call in [lambda zero, function=function: function(temperature=zero)] + [slope] * (name != "cross_entropy"):
+            with pytest.raises(ValueError, match=r"^temperature is 0\.0, expected a finite number above 0"):
+                call(zero)
+
+
 def test_errors_are_those_of_the_core():
     x = random(3, 4)
     with pytest.raises(IndexError, match=r"^target\[1\] .* is 4"):
