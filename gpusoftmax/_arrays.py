@@ -401,6 +401,10 @@ def recording(note_read: Callable[[Array, Any], None]) -> Iterator[Made]:
         _recorder.made, _recorder.note_read = None, None
 
 
+def is_recording() -> bool:
+    return _recorder.made is not None
+
+
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """A new C-contiguous array of the same kind on the same device. Its contents are whatever was there."""
     array = _empty(like, shape, dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
-from gpusoftmax import _memory
+from gpusoftmax import _arrays, _replay_torch
 from gpusoftmax.cross_entropy import _with_divisor
 
 _LIBRARY = torch.library.Library("gpusoftmax", "FRAGMENT")
@@ -23,7 +23,9 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
     """Makes a function an operator of its name, on the CPU and on GPUs. `fake` makes empty results.
 
     Where the dispatcher would do nothing but call it, it is called at once: the way through the dispatcher takes 7 us
-    for a loss. An operator that writes to its arguments takes it always, for the version counters.
+    for a loss. On the CPU a call that was made before is replayed as one of the core's is, if all tensors come first:
+    the function must write to what it returns by calls of the core alone. An operator that writes to its arguments
+    takes the dispatcher always, for the version counters.
     """
 
     def defined(function: Callable) -> Callable:
@@ -37,9 +39,26 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
         def call(*given: Any) -> Any:
             return unrecorded(*given) if is_eager(given) and not _is_watched() else operator(*given)
 
-        return operator if operator._schema.is_mutable else call
+        n_tensors = _leading_tensors(operator._schema)
+
+        def replayed(*given: Any) -> Any:
+            if torch.compiler.is_compiling() or _is_watched() or not given[0].is_cpu:
+                return call(*given)
+            return _replay_torch.call(unrecorded, given[:n_tensors], given[n_tensors:], call)
+
+        if operator._schema.is_mutable:
+            return operator
+        return replayed if n_tensors else call
 
     return defined
+
+
+def _leading_tensors(schema: torch.FunctionSchema) -> int:
+    """How many arguments are tensors, if these come first and results are tensors too; else 0."""
+    is_tensor = ["Tensor" in str(argument.type) for argument in schema.arguments]
+    count = sum(is_tensor)
+    only_tensors = all(str(result.type) == "Tensor" for result in schema.returns)
+    return count if only_tensors and all(is_tensor[:count]) else 0
 
 
 def _unrecorded(function: Callable) -> Callable:
@@ -69,20 +88,26 @@ def is_eager(given: Sequence[Any]) -> bool:
         or torch.jit.is_tracing()
     ):
         return False
-    return all(map(_is_in_memory, [one for one in given if isinstance(one, Tensor)]))
-
-
-def _is_in_memory(tensor: Tensor) -> bool:
-    if type(tensor) not in _ORDINARY or torch._C._functorch.is_legacy_batchedtensor(tensor):
-        return False
-    if tensor._is_zerotensor() or torch._is_functional_tensor(tensor):
-        return False
-    return tensor.is_cpu or tensor.is_cuda
+    for one in given:
+        if isinstance(one, Tensor) and (
+            type(one) not in _ORDINARY
+            or not (one.is_cpu or one.is_cuda)
+            or torch._C._functorch.is_legacy_batchedtensor(one)
+            or one._is_zerotensor()
+            or torch._is_functional_tensor(one)
+        ):
+            return False
+    return True
 
 
 def _is_watched() -> bool:
     """Whether somebody is told of every operator: a mode that may put another function in its place, or a profiler."""
-    return torch._C._len_torch_function_stack() > 0 or torch.autograd._profiler_enabled()
+    return (
+        torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -134,10 +159,12 @@ def log_softmax_backward(
 
 def room_for(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A new tensor of the shape of x for a result; in huge pages, as the results that the core makes."""
-    room = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if room.is_cpu and type(room) is Tensor:
-        _memory.in_huge_pages(room.data_ptr(), room.nbytes)
-    return room
+    return _new(x, x.shape, dtype)
+
+
+def _new(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    name = str(dtype).removeprefix("torch.")
+    return _arrays.result(_arrays.empty(_arrays.wrap(x, "an argument"), shape, name))
 
 
 def axis_of(dim: Sequence[int]) -> tuple[int, ...] | int:
@@ -170,8 +197,8 @@ def _fake_loss(logits, target, reduction):
 
 def _new_divisor(logits: Tensor, reduction: str) -> Tensor:
     """Where "mean" writes what it divides by; the other reductions divide by 1."""
-    make = torch.empty if reduction == "mean" else torch.ones
-    return make(1, dtype=row_dtype(logits.dtype), device=logits.device)
+    dtype = row_dtype(logits.dtype)
+    return _new(logits, (1,), dtype) if reduction == "mean" else torch.ones(1, dtype=dtype, device=logits.device)
 
 
 def _fake_cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, validate):

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpusoftmax
 import gpusoftmax.torch as ours
-from gpusoftmax import _torch_warnings
+from gpusoftmax import _torch_ops, _torch_warnings
 from gpusoftmax.kernels.cpu import run
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -1065,6 +1065,10 @@ class Replaced(TorchFunctionMode):
 def test_operators_are_heard_by_who_listens():
     """Where nobody does, functions are called at once; in a graph that would be a constant."""
     x, other, target = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5), torch.tensor([1, 2, 3])
+    ours.softmax(x, -1).sum().backward()  # what was done before is replayed, and found as quickly
+    for given in (x, other):
+        ours.cross_entropy(given, target)
+        ours.log_softmax(given, -1)
     with Heard() as heard:
         ours.softmax(x, -1).sum().backward()
         ours.cross_entropy(x, target).backward()
@@ -1080,6 +1084,24 @@ def test_operators_are_heard_by_who_listens():
     assert {"gpusoftmax::softmax", "gpusoftmax::softmax_backward"} <= {event.key for event in profile.key_averages()}
 
 
+def test_operators_are_replayed(monkeypatch):
+    """Of forward and backward that were done before kernels are started, and no function of the core is called."""
+    x, target = random(3, 5, dtype=torch.float32), torch.tensor([0, 4, 2])
+
+    def gradients():
+        made = [function(x, -1) for function in (ours.softmax, ours.log_softmax, ours.logsumexp)]
+        return [torch.autograd.grad(one.sum(), x)[0] for one in (*made, ours.cross_entropy(x, target))]
+
+    expected = gradients()
+    for name in ("softmax", "softmax_backward", "log_softmax", "log_softmax_backward", "logsumexp"):
+        monkeypatch.setattr(gpusoftmax, name, lambda *_, **__: pytest.fail("not replayed"))
+    monkeypatch.setattr(_torch_ops, "_with_divisor", lambda *_: pytest.fail("not replayed"))
+    assert all(map(same_bits, gradients(), expected))
+    with pytest.raises(IndexError, match=r"^target\[1\] .* is 5"):
+        monkeypatch.undo()
+        ours.cross_entropy(x, torch.tensor([0, 5, 2]))
+
+
 @pytest.mark.parametrize("mode", ["real", "fake"])
 def test_traced_before_the_dispatcher(mode):
     """As torch.export does it: the modes of that have a stack of their own."""
@@ -1088,6 +1110,7 @@ def test_traced_before_the_dispatcher(mode):
     def function(x):
         return ours.softmax(x, -1), ours.cross_entropy(x, target)
 
+    function(x)
     traced = make_fx(function, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
     targets = [node.target for node in traced.graph.nodes]
     assert OPS.softmax.default in targets and OPS.cross_entropy.default in targets
@@ -1099,6 +1122,8 @@ def test_tensors_without_memory():
     """torch has zeros that take none, and what is to become functions of others; the dispatcher makes them ordinary."""
     x, target = random(3, 5, dtype=torch.float32), torch.tensor([0, 4, 2])
     zeros = torch._efficientzerotensor(3, 5)
+    ours.softmax(x, -1).backward(torch.zeros(3, 5))
+    ours.cross_entropy(x.detach(), target)
     assert torch.equal(ours.softmax(zeros, -1), ours.softmax(torch.zeros(3, 5), -1))
     assert ours.cross_entropy(zeros, target) == ours.cross_entropy(torch.zeros(3, 5), target)
     ours.softmax(x, -1).backward(zeros)
