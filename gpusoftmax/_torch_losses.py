@@ -120,6 +120,9 @@ _CrossEntropyInForwardMode = rows.in_forward_mode(
 )
 
 
+ops.differentiate("cross_entropy", _CrossEntropy, lambda inputs: (*inputs[:3], Loss(*inputs[3:])))
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, loss: Loss) -> Tensor:

@@ -1,13 +1,14 @@
 """The operators of torch's dispatcher, torch.ops.gpusoftmax: what gpusoftmax.torch calls and torch.compile sees.
 
-Each is a call of the core, and says without one what shapes and dtypes it returns. None of them records a gradient: the
-autograd functions of _torch_rows.py and _torch_losses.py are around them, which is quicker than torch.library.custom_op
-(2026-11-26, a recorded softmax of 8 x 16 on the CPU: 42 us around the core's call, and 59). None waits for the device.
+Each is a call of the core, and says without one what shapes and dtypes it returns. None of them needs to record a
+gradient: the autograd functions of _torch_rows.py and _torch_losses.py are around them, which is quicker than
+torch.library.custom_op (2026-11-26, a recorded softmax of 8 x 16 on the CPU: 42 us around the core's call, and 59).
+Programs that torch.export has made call the operators without them; see `differentiate`. None waits for the device.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
         def call(*given: Any) -> Any:
             return unrecorded(*given) if is_eager(given) and not _is_watched() else operator(*given)
 
+        if operator._schema.is_mutable:
+            return operator
+        _register_gradient(name)
         n_tensors = _leading_tensors(operator._schema)
 
         def replayed(*given: Any) -> Any:
@@ -46,11 +50,49 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
                 return call(*given)
             return _replay_torch.call(unrecorded, given[:n_tensors], given[n_tensors:], call)
 
-        if operator._schema.is_mutable:
-            return operator
         return replayed if n_tensors else call
 
     return defined
+
+
+class Formula(NamedTuple):
+    """How an operator is differentiated that is called by its name, as exported programs call it."""
+
+    setup: Callable
+    backward: Callable
+
+
+_formulas: dict[str, Formula] = {}
+
+
+def differentiate(name: str, function: type, arguments: Callable[[tuple], tuple] = lambda inputs: inputs) -> None:
+    """As a function of autograd is, whose arguments are made of those of the operator."""
+
+    def setup(ctx: Any, inputs: tuple, made: Any) -> None:
+        ctx.n_inputs = len(inputs)
+        function.setup_context(ctx, arguments(inputs), made)
+
+    def backward(ctx: Any, *upstream: Any) -> tuple:
+        gradients = function.backward(ctx, *upstream)
+        return *gradients, *[None] * (ctx.n_inputs - len(gradients))
+
+    _formulas[name] = Formula(setup, backward)
+
+
+def _register_gradient(name: str) -> None:
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        if name in _formulas:
+            _formulas[name].setup(ctx, inputs, output)
+
+    def backward(ctx: Any, *upstream: Any) -> tuple:
+        if name not in _formulas:
+            raise NotImplementedError(
+                f"the operator gpusoftmax.{name} has no gradient by itself, as in an exported program: differentiate "
+                f"the functions of gpusoftmax.torch, and export what is to be differentiated no more"
+            )
+        return _formulas[name].backward(ctx, *upstream)
+
+    torch.library.register_autograd(f"gpusoftmax::{name}", backward, setup_context=setup, lib=_LIBRARY)
 
 
 def _leading_tensors(schema: torch.FunctionSchema) -> int:

@@ -341,3 +341,9 @@ def _logsumexp_tangent(ctx: Any, saved: list, tangent: Tensor, *_: None) -> Tens
 
 
 _LogSumExpInForwardMode = in_forward_mode(_LogSumExp, lambda given, lse: given[:1], _logsumexp_tangent)
+
+ops.differentiate("softmax", _Softmax)
+ops.differentiate("log_softmax", _LogSoftmax)
+ops.differentiate("logsumexp", _LogSumExp)
+ops.differentiate("softmax_backward", _SoftmaxBackward)
+ops.differentiate("log_softmax_backward", _LogSoftmaxBackward)

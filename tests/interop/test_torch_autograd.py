@@ -1039,6 +1039,44 @@ def test_exported(strict):
         torch.testing.assert_close(got, expected)
 
 
+def test_exported_and_trained():
+    """An exported program has operators and no functions of autograd around them; gradients had been None."""
+    model, given = Model(), (torch.randn(3, 5), torch.tensor([0, 6, 2]))
+    exported = torch.export.export(model, given).module()
+    gradients = []
+    for function in (exported, model):
+        loss, probs = function(*given)
+        parameters = [function.get_parameter(name) for name in ("layer.weight", "layer.bias")]
+        gradients.append(torch.autograd.grad(loss + probs.square().sum(), parameters))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("operator", "n_tensors", "options"),
+    [
+        (OPS.softmax, 1, ([1], 2.0, None)),
+        (OPS.log_softmax, 1, ([1], 2.0, None)),
+        (OPS.logsumexp, 1, ([1], True, 2.0)),
+        (OPS.softmax_backward, 2, ([1], 2.0, torch.float64)),
+        (OPS.log_softmax_backward, 2, ([1], 2.0, torch.float64)),
+        (OPS.cross_entropy, 1, (torch.tensor([0, 4, 2]), None, -100, "mean", 0.1, None)),
+    ],
+)
+def test_operators_called_by_name(operator, n_tensors, options):
+    def function(*given):
+        made = operator(*given, *options)
+        return made[0] if isinstance(made, tuple) else made
+
+    given = tuple(random(3, 5, seed=seed) for seed in range(n_tensors))
+    assert gradcheck(function, given) and gradgradcheck(function, given)
+
+
+def test_operators_without_a_gradient():
+    made = OPS.token_logprobs(random(3, 5), torch.tensor([0, 4, 2]), 1, 1.0, -100, *[False] * 4, None)
+    with pytest.raises(NotImplementedError, match="^the operator gpusoftmax.token_logprobs has no gradient by itself"):
+        made[0].sum().backward()
+
+
 class Heard(TorchDispatchMode):
     def __init__(self):
         super().__init__()
