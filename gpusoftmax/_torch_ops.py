@@ -34,8 +34,8 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
         _LIBRARY.define(name + arguments, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, unrecorded, key)
-        torch.library.register_fake(f"gpusoftmax::{name}", fake, lib=_LIBRARY)
         operator = getattr(torch.ops.gpusoftmax, name).default
+        torch.library.register_fake(f"gpusoftmax::{name}", _on_one_device(operator._schema, fake), lib=_LIBRARY)
 
         def call(*given: Any) -> Any:
             return unrecorded(*given) if is_eager(given) and not _is_watched() else operator(*given)
@@ -53,6 +53,23 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
         return replayed if n_tensors else call
 
     return defined
+
+
+def _on_one_device(schema: torch.FunctionSchema, fake: Callable) -> Callable:
+    """Where one tensor is on "meta", fake results are made of all, which were memory that nobody had filled."""
+
+    def checked(*given: Any) -> Any:
+        pairs = zip(schema.arguments, given, strict=True)
+        (first, device), *others = [(argument.name, one.device) for argument, one in pairs if isinstance(one, Tensor)]
+        for name, other in others:
+            if other != device:
+                raise TypeError(
+                    f"{first} is on device {device} and {name} on {other}, expected both on one device: move one of "
+                    f"them first"
+                )
+        return fake(*given)
+
+    return checked
 
 
 class Formula(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -1168,6 +1169,20 @@ def test_tensors_without_memory():
     assert torch.equal(x.grad, torch.zeros(3, 5))
     functional = ours.softmax(torch._to_functional_tensor(x.detach()), -1)
     assert torch.equal(torch._from_functional_tensor(functional), ours.softmax(x, -1))
+
+
+def test_tensors_on_two_devices():
+    """Beside a tensor on "meta" results had been memory that nobody had filled."""
+    x, target = random(3, 5), torch.tensor([0, 4, 2])
+    for logits in (x, x.detach()):
+        for given in ((logits, target.to("meta")), (logits.to("meta"), target), (logits, target, x[0].to("meta"))):
+            with pytest.raises(TypeError, match="^logits is on device .* expected both on one device"):
+                ours.cross_entropy(given[0], given[1], *(one.detach() for one in given[2:]))
+    with pytest.raises(TypeError, match="^x is on device cpu and mask on meta"):
+        ours.softmax(x, -1, mask=x.to("meta") > 0)
+    with FakeTensorMode() as mode, pytest.raises(TypeError, match="^logits is on device cpu and target on cuda"):
+        ours.cross_entropy(mode.from_tensor(x), torch.zeros(3, dtype=torch.int64, device="cuda"))
+    assert ours.cross_entropy(x.to("meta"), target.to("meta")).is_meta
 
 
 def test_traced_by_make_fx():
