@@ -313,6 +313,7 @@ def _from_torch(x, name: str) -> Array:
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise RequiresGrad(name)
+    _checks.not_nested(x.is_nested, name)
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}, expected a dense tensor: call .to_dense()")
     if not (x.is_cpu or x.is_cuda):

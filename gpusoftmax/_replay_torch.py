@@ -56,7 +56,8 @@ def _with_options(function: Callable[..., Any], options: tuple) -> Callable[...,
 def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tuple[tuple, list, list[int]] | None:
     """What decides what a call does, the tensors and their addresses; None where the function has to look closer:
 
-    at tensors that are traced, differentiated, vectorised, negated, sparse, elsewhere or of a class of their own.
+    at tensors that are traced, differentiated, vectorised, negated, sparse, nested, elsewhere or of a class of their
+    own.
     """
     if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return None
@@ -72,7 +73,9 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
             continue
         if type(array) is not torch.Tensor and type(array) is not torch.nn.Parameter:
             return None
-        if not array.is_cpu or array.layout is not torch.strided or array.is_neg() or array.requires_grad and recorded:
+        if not array.is_cpu or array.layout is not torch.strided or array.is_nested or array.is_neg():
+            return None
+        if array.requires_grad and recorded:
             return None
         try:
             address = array.data_ptr()

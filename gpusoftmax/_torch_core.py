@@ -226,3 +226,4 @@ def _tensors(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a torch tensor as the other arguments are")
+        _checks.not_nested(value.is_nested, name)

@@ -659,6 +659,7 @@ def _in_autocast(*layer: Any) -> tuple:
 def _tensor(given: Any, name: str) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} is a {type(given).__name__}, expected a torch tensor: gpusoftmax takes other arrays")
+    _checks.not_nested(given.is_nested, name)
 
 
 def _dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:

@@ -492,6 +492,10 @@ def test_traced_tensors():
         torch.jit.trace(lambda x: gpusoftmax.softmax(x), tensor(X))
 
 
+def nested(layout):
+    return torch.nested.nested_tensor([torch.ones(3), torch.ones(4)], layout=layout)
+
+
 REFUSED = {
     "int64": (lambda: torch.ones(3, 4, dtype=torch.int64), "^x has dtype int64, expected one of"),
     "bool": (lambda: torch.ones(3, 4, dtype=torch.bool), "^x has dtype bool"),
@@ -499,11 +503,13 @@ REFUSED = {
     "float8": (lambda: torch.ones(3, 4).to(torch.float8_e4m3fn), "^x has dtype float8_e4m3fn"),
     "sparse": (lambda: torch.ones(3, 4).to_sparse(), r"^x has layout torch.sparse_coo, .* \.to_dense\(\)"),
     "csr": (lambda: torch.ones(3, 4).to_sparse_csr(), r"^x has layout torch.sparse_csr, .* \.to_dense\(\)"),
+    "nested": (lambda: nested(torch.strided), r"^x is a nested tensor, .* \.values\(\)"),
+    "jagged": (lambda: nested(torch.jagged), r"^x is a nested tensor, .* \.to_padded_tensor\(-math.inf\)"),
     "meta": (lambda: torch.ones(3, 4, device="meta"), "^x is on device meta, expected cpu or cuda"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     make, message = REFUSED[case]

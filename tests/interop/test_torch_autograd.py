@@ -1203,11 +1203,16 @@ def test_checkpointed():
     assert same_bits(got, torch.autograd.grad(function(x), x)[0])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_errors():
     x, target = random(3, 4, dtype=torch.float32), torch.tensor([0, 1, 2])
+    nested = torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged)
     for error, message, call in (
         (TypeError, "^input is a ndarray, expected a torch tensor", lambda: ours.softmax(np.zeros(3), 0)),
         (TypeError, "^logits is a list, expected a torch tensor", lambda: ours.sample([1.0], rng=0)),
+        (TypeError, "^input is a nested tensor", lambda: ours.softmax(nested, -1)),
+        (TypeError, "^target is a nested tensor", lambda: ours.cross_entropy(x, nested)),
+        (TypeError, "^input is a nested tensor", lambda: ours.linear_cross_entropy(nested, x, target)),
         (TypeError, "^input has dtype int64, expected one of", lambda: ours.softmax(target, 0)),
         (TypeError, "^input has dtype complex64", lambda: ours.softmax(x.cfloat(), 0, torch.float32)),
         (IndexError, "axis 2 is out of bounds", lambda: ours.softmax(x, 2)),
