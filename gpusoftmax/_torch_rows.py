@@ -326,7 +326,8 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, dlse: Tensor) -> tuple:
         (x,), (dim, _, temperature) = ctx.saved_tensors, ctx.options
         per_row = [1 if axis in dim else size for axis, size in enumerate(x.shape)]
-        scale = dlse.reshape(per_row) / temperature
+        scale = dlse.reshape(per_row)
+        scale = scale if temperature == 1 else scale / temperature
         probs = softmax(x, dim, temperature, dlse.dtype)
         # In place where nobody else has seen the probabilities: a large array less.
         dx = probs * scale if recorded(probs, scale) else probs.mul_(scale)
