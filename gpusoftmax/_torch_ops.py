@@ -36,21 +36,22 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
             _LIBRARY.impl(name, unrecorded, key)
         operator = getattr(torch.ops.gpusoftmax, name).default
         torch.library.register_fake(f"gpusoftmax::{name}", _on_one_device(operator._schema, fake), lib=_LIBRARY)
-
-        def call(*given: Any) -> Any:
-            return unrecorded(*given) if is_eager(given) and not _is_watched() else operator(*given)
-
         if operator._schema.is_mutable:
             return operator
         _register_gradient(name)
         n_tensors = _leading_tensors(operator._schema)
 
-        def replayed(*given: Any) -> Any:
-            if torch.compiler.is_compiling() or _is_watched() or not given[0].is_cpu:
-                return call(*given)
-            return _replay_torch.call(unrecorded, given[:n_tensors], given[n_tensors:], call)
+        def called_at_once(*given: Any) -> Any:
+            return unrecorded(*given) if is_eager(given) else operator(*given)
 
-        return replayed if n_tensors else call
+        def call(*given: Any) -> Any:
+            if torch.compiler.is_compiling() or _is_watched():
+                return operator(*given)
+            if n_tensors and given[0].is_cpu:
+                return _replay_torch.call(unrecorded, given[:n_tensors], given[n_tensors:], called_at_once)
+            return called_at_once(*given)
+
+        return call
 
     return defined
 
