@@ -128,6 +128,7 @@ def _some(layer: Layer) -> list[Tensor]:
     "float? divide_by, float temperature, float? softcap, bool return_z_loss, bool return_lse, bool return_correct, "
     "bool? validate, int? chunk_size, bool[] wanted) -> Tensor[]",
     _fake,
+    is_of_core=False,  # products of matrices are not
 )
 def linear_cross_entropy_with_grad(
     input: Tensor,

@@ -20,12 +20,12 @@ from gpusoftmax.cross_entropy import _with_divisor
 _LIBRARY = torch.library.Library("gpusoftmax", "FRAGMENT")
 
 
-def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]:
+def defined_as(arguments: str, fake: Callable, is_of_core: bool = True) -> Callable[[Callable], Callable]:
     """Makes a function an operator of its name, on the CPU and on GPUs. `fake` makes empty results.
 
     Where the dispatcher would do nothing but call it, it is called at once: the way through the dispatcher takes 7 us
-    for a loss. On the CPU a call that was made before is replayed as one of the core's is, if all tensors come first:
-    the function must write to what it returns by calls of the core alone. An operator that writes to its arguments
+    for a loss. On the CPU a call that was made before is replayed as one of the core's is, if all tensors come first
+    and, is_of_core, what is returned is written by calls of the core alone. An operator that writes to its arguments
     takes the dispatcher always, for the version counters.
     """
 
@@ -39,7 +39,7 @@ def defined_as(arguments: str, fake: Callable) -> Callable[[Callable], Callable]
         if operator._schema.is_mutable:
             return operator
         _register_gradient(name)
-        n_tensors = _leading_tensors(operator._schema)
+        n_tensors = _leading_tensors(operator._schema) if is_of_core else 0
 
         def called_at_once(*given: Any) -> Any:
             return unrecorded(*given) if is_eager(given) else operator(*given)
@@ -114,11 +114,10 @@ def _register_gradient(name: str) -> None:
 
 
 def _leading_tensors(schema: torch.FunctionSchema) -> int:
-    """How many arguments are tensors, if these come first and results are tensors too; else 0."""
+    """How many arguments are tensors, if these come first; else 0."""
     is_tensor = ["Tensor" in str(argument.type) for argument in schema.arguments]
     count = sum(is_tensor)
-    only_tensors = all(str(result.type) == "Tensor" for result in schema.returns)
-    return count if only_tensors and all(is_tensor[:count]) else 0
+    return count if all(is_tensor[:count]) else 0
 
 
 def _unrecorded(function: Callable) -> Callable:
@@ -373,12 +372,12 @@ def fake_token_logprobs(logits, target, dim, temperature, ignore_index, lse, ent
 )
 def token_logprobs(
     logits: Tensor, target: Tensor, dim: int, temperature: float, ignore_index: int, *wanted: Any
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """What was asked for of TokenLogprobs, in that order."""
     names = "return_lse", "return_entropy", "return_rank", "return_argmax", "validate"
     options = {"axis": dim, "temperature": temperature, "ignore_index": ignore_index}
     fields = gpusoftmax.token_logprobs(logits, target, **options, **dict(zip(names, wanted, strict=True)))
-    return [field for field in fields if field is not None]
+    return tuple([field for field in fields if field is not None])
 
 
 def _batch_of_token_logprobs(

@@ -1129,10 +1129,12 @@ def test_operators_are_replayed(monkeypatch):
 
     def gradients():
         made = [function(x, -1) for function in (ours.softmax, ours.log_softmax, ours.logsumexp)]
-        return [torch.autograd.grad(one.sum(), x)[0] for one in (*made, ours.cross_entropy(x, target))]
+        made += [ours.cross_entropy(x, target), ours.token_logprobs(x, target, return_entropy=True).entropy]
+        return [torch.autograd.grad(one.sum(), x)[0] for one in made]
 
     expected = gradients()
-    for name in ("softmax", "softmax_backward", "log_softmax", "log_softmax_backward", "logsumexp"):
+    names = "softmax", "softmax_backward", "log_softmax", "log_softmax_backward", "logsumexp"
+    for name in (*names, "token_logprobs", "token_logprobs_backward"):
         monkeypatch.setattr(gpusoftmax, name, lambda *_, **__: pytest.fail("not replayed"))
     monkeypatch.setattr(_torch_ops, "_with_divisor", lambda *_: pytest.fail("not replayed"))
     assert all(map(same_bits, gradients(), expected))
