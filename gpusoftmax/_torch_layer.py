@@ -10,6 +10,7 @@ all logits are held. So is the loss in forward mode and under torch.func, and wh
 the classes have further axes.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -226,8 +227,15 @@ def _graph_of_gradients(ctx: Any, layer: Layer, given: Given, dloss: Tensor) -> 
         layer = Layer(*(None if tensor is None else tensor.view_as(tensor) for tensor in layer))
         loss = _of_all_logits(layer, given, silent)
     wanted = [tensor for tensor, is_wanted in zip(layer, ctx.wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=is_kept))
+    with _without_autocast(layer.input):
+        found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=is_kept))
     return tuple(next(found) if is_wanted else None for is_wanted in ctx.wanted)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """For torch's own products, to be in the format that the layer has come in: autocast would take float16 there."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def _of_all_logits(layer: Layer, given: Given, options: Options) -> Tensor | CrossEntropy:
@@ -255,9 +263,10 @@ def _of_all_logits(layer: Layer, given: Given, options: Options) -> Tensor | Cro
         row_weight = row_weight.reshape(-1)
     if idle is not None:  # such rows take no part whatever they hold; in the product a NaN would
         features = torch.where(idle.reshape(*batch, n_of_axes).all(-1, keepdim=True), 0, features)
-    logits = torch.nn.functional.linear(
-        features, weight.reshape(-1, weight.shape[-1]), None if bias is None else bias.reshape(-1)
-    )
+    with _without_autocast(features):
+        logits = torch.nn.functional.linear(
+            features, weight.reshape(-1, weight.shape[-1]), None if bias is None else bias.reshape(-1)
+        )
     told = full.full_cross_entropy(
         by_rows(logits),
         full.Target(by_rows(target) if is_soft else target.reshape(-1), None, given.weight, row_weight),

@@ -180,6 +180,22 @@ def test_autocast(dtype, input_dtype):
     torch.testing.assert_close(tuple(got), torch.autograd.grad(expected, (w, bias)), **close)
 
 
+@pytest.mark.parametrize("function", [linear_cross_entropy, gpusoftmax.linear_cross_entropy], ids=["torch", "core"])
+def test_all_logits_inside_autocast(function):
+    """Where they are held they are in float32 too: float16 would round them, and make infinities of large ones."""
+    x, w, _, target = tensors(torch.float32)
+    probabilities = torch.softmax(torch.randn(N_ROWS, N_CLASSES, generator=torch.Generator().manual_seed(1)), -1)
+
+    def results():
+        of_probabilities = function(300 * x, 300 * w, probabilities)
+        (again,) = torch.autograd.grad(function(x, 300 * w, target, reduction="sum"), w, create_graph=True)
+        return of_probabilities, again
+
+    expected = results()
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(results(), expected)
+
+
 def test_compiled_whole():
     x, w, bias, target = tensors(torch.float32)
 
