@@ -61,6 +61,9 @@ def can_be_in_place(logits: Tensor, *others: Tensor | None) -> bool:
     if rows.is_transforming():
         warn_once("cross_entropy(..., inplace=True) leaves the logits alone in forward mode and under torch.func")
         return False
+    if logits.is_neg():
+        warn_once("cross_entropy(..., inplace=True) takes memory of its own for the gradient of a lazily negated view")
+        return False
     memory = logits if logits._base is None else logits._base
     if memory.is_leaf and memory.requires_grad:
         raise ValueError(

@@ -243,7 +243,7 @@ def cross_entropy(
         differentiated once, and torch reports whoever else needs the logits. float16 gradients are rounded before they
         meet the scale of a GradScaler. Compiled code, which plans its memory itself, ignores it; so do, with a warning,
         forward mode, torch.func, and what no kernel does so: z_loss, row_weight, normalizer, return_z_loss, return_lse,
-        return_correct, and probabilities.
+        return_correct, probabilities, and logits that are a lazily negated view.
 
     Returns
     -------

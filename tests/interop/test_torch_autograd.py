@@ -720,8 +720,10 @@ def test_what_is_in_place_can_be_used_once():
     [
         lambda x, t: ours.cross_entropy(x * 1, t, z_loss=0.1, inplace=True),
         lambda x, t: torch.func.grad(lambda one: ours.cross_entropy(one * 1, t, inplace=True))(x.detach()),
+        lambda x, t: ours.cross_entropy(torch._neg_view(x * 1), t, inplace=True),
+        lambda x, t: ours.cross_entropy(torch._neg_view(x * 1), t, temperature=0.5, inplace=True),
     ],
-    ids=["options", "torch.func"],
+    ids=["options", "torch.func", "negated", "negated and divided"],
 )
 def test_a_warning_where_the_gradient_is_not_in_place(call):
     x, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 1])
