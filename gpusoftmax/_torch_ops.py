@@ -222,6 +222,9 @@ def room_for(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _new(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """On the CPU made by the core, which notes it where a call is recorded."""
+    if not x.is_cpu:
+        return torch.empty(shape, dtype=dtype, device=x.device)
     name = str(dtype).removeprefix("torch.")
     return _arrays.result(_arrays.empty(_arrays.wrap(x, "an argument"), shape, name))
 
