@@ -313,7 +313,7 @@ def _from_torch(x, name: str) -> Array:
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise RequiresGrad(name)
-    _checks.not_nested(x.is_nested, name)
+    not_nested(x, name)
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}, expected a dense tensor: call .to_dense()")
     if not (x.is_cpu or x.is_cuda):
@@ -322,6 +322,14 @@ def _from_torch(x, name: str) -> Array:
     place = CPU if x.is_cpu else _cuda(x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
     dtype = str(x.dtype).removeprefix("torch.")
     return Array(x, _torch_pointer(x), "torch", dtype, tuple(x.shape), tuple(x.stride()), place, True)
+
+
+def not_nested(tensor, name: str) -> None:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, expected a dense one: pass its .values(), or where rows have different "
+            f"lengths its .to_padded_tensor(-math.inf)"
+        )
 
 
 def _torch_pointer(tensor) -> int:

@@ -277,14 +277,6 @@ def targets(array, batch_shape: tuple[int, ...], reason: str) -> None:
         raise ValueError(f"target has shape {array.shape}, expected {batch_shape} or {(*batch_shape, 'K')} {reason}")
 
 
-def not_nested(is_nested: bool, name: str) -> None:
-    if is_nested:
-        raise TypeError(
-            f"{name} is a nested tensor, expected a dense one: pass its .values(), or where rows have different "
-            f"lengths its .to_padded_tensor(-math.inf)"
-        )
-
-
 def same_home(one, two, one_name: str, two_name: str) -> None:
     """One array library and one device for all arguments of a call: nothing is copied behind the caller's back."""
     if one.kind != two.kind or one.place[:2] != two.place[:2]:

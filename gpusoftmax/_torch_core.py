@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gpusoftmax
-from gpusoftmax import _checks, _torch_expected, _torch_kl, _torch_layer, _torch_losses, _torch_rows
+from gpusoftmax import _arrays, _checks, _torch_expected, _torch_kl, _torch_layer, _torch_losses, _torch_rows
 from gpusoftmax import _torch_full_loss as full
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._torch_ops import row_dtype
@@ -226,4 +226,4 @@ def _tensors(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a torch tensor as the other arguments are")
-        _checks.not_nested(value.is_nested, name)
+        _arrays.not_nested(value, name)

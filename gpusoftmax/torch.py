@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from gpusoftmax import _checks, _torch_core, _torch_losses, _torch_ops, _torch_rows
+from gpusoftmax import _arrays, _checks, _torch_core, _torch_losses, _torch_ops, _torch_rows
 from gpusoftmax import _torch_transformed as transformed
 from gpusoftmax._loss import split_target
 from gpusoftmax._torch_chunks import chunk_size_of
@@ -659,7 +659,7 @@ def _in_autocast(*layer: Any) -> tuple:
 def _tensor(given: Any, name: str) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} is a {type(given).__name__}, expected a torch tensor: gpusoftmax takes other arrays")
-    _checks.not_nested(given.is_nested, name)
+    _arrays.not_nested(given, name)
 
 
 def _dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
