@@ -122,12 +122,11 @@ def _is_half(logits):
 
 def _anew(logits, given, loss, dloss):
     """The gradient from above dloss: in float16 small ones have vanished before they meet a loss scale."""
-    arguments = _arguments(logits, given, loss)
     if loss.reduction != "none":
-        return gpusoftmax.cross_entropy_with_grad(**arguments, grad_scale=float(dloss))[1]
-    row_weight = arguments["row_weight"]
-    arguments["row_weight"] = dloss if row_weight is None else jnp.where(row_weight == 0, 0, row_weight * dloss)
-    return gpusoftmax.cross_entropy_with_grad(**arguments)[1]
+        return gpusoftmax.cross_entropy_with_grad(**_arguments(logits, given, loss), grad_scale=float(dloss))[1]
+    if given.row_weight is not None:
+        dloss = jnp.where(given.row_weight == 0, 0, given.row_weight.astype(dloss.dtype) * dloss)
+    return gpusoftmax.cross_entropy_with_grad(**_arguments(logits, given._replace(row_weight=dloss), loss))[1]
 
 
 cross_entropy.defvjp(_forward, _gradient)

@@ -232,6 +232,8 @@ def test_gradients_on_another_device():
             for given in ({}, options):
                 assert first(x, **given).devices() == {two}
                 assert jax.grad(lambda x: first(x, **given)[0, 0])(x).devices() == {two}
+        half = jax.grad(lambda x: ours.cross_entropy(x, labels, reduction="none").sum())(x.astype(np.float16))
+        assert half.devices() == {two}
         committed = jax.device_put(labels, two)
         assert ours.cross_entropy(np.zeros((2, 3), np.float32), committed).devices() == {two}
         try:

@@ -126,14 +126,15 @@ def test_first_gradients_are_those_of_the_kernels(dtype):
 def test_loss_scales_come_in_before_half_types_are_rounded(reduction, dtype):
     """Gradients of one of many rows lie below what float16 can tell from 0."""
     x, target = 3 * random(50, 40).astype(dtype), jnp.arange(50) % 40
-    options = {"reduction": reduction, "row_weight": jnp.linspace(0, 2.0**-17, 50)}
+    options = {"reduction": reduction, "row_weight": jnp.linspace(0, 2.0**-17, 50).astype(dtype)}
     options.update({"normalizer": 1.0} if reduction == "mean" else {})
-    upstream = 65536.0 if reduction == "mean" else 65536.0 * jnp.abs(random(50, seed=1))
+    upstream = 65536.0 if reduction == "mean" else 65536.0 * jnp.abs(random(50, dtype=np.float32, seed=1))
 
     def scaled(x, cross_entropy=ours.cross_entropy):
         return (cross_entropy(x, target, **options) * upstream).sum()
 
-    gradient = jax.grad(scaled)(x)
+    with jax.numpy_dtype_promotion("strict"):
+        gradient = jax.grad(scaled)(x)
     exact = jax.grad(partial(scaled, cross_entropy=their_whole_cross_entropy))(x.astype(jnp.float64)).astype(dtype)
     assert gradient.dtype == dtype and (gradient == exact).mean() > 0.99
     limits = {"rtol": float(jnp.finfo(dtype).eps), "atol": float(jnp.finfo(dtype).smallest_subnormal)}
