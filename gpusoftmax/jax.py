@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpusoftmax import _jax_loss, _jax_rows, _jax_transform
 
@@ -193,7 +194,7 @@ def cross_entropy(
     """
     _jax_transform.without_gradient(weight=weight, row_weight=row_weight, normalizer=normalizer)
     _jax_transform.without_gradient(label_smoothing=label_smoothing, z_loss=z_loss)
-    target = tuple(map(jnp.asarray, target)) if isinstance(target, tuple) else jnp.asarray(target)
+    target = tuple(map(_as_target, target)) if isinstance(target, tuple) else _as_target(target)
     weight, row_weight = (None if one is None else jnp.asarray(one) for one in (weight, row_weight))
     divide_by = None
     if not hasattr(normalizer, "shape"):
@@ -206,6 +207,17 @@ def cross_entropy(
     if isinstance(_probabilities(target), jax.core.Tracer):
         function = _jax_loss.of_soft_target
     return function(jnp.asarray(logits), given, loss)
+
+
+def _as_target(given: Any) -> jax.Array:
+    """Without 64 bits JAX would take the labels 1 and 2^32 + 1 of NumPy for one class."""
+    target = jnp.asarray(given)
+    is_narrowed = isinstance(given, np.ndarray) and given.dtype.kind in "iu" and target.dtype != given.dtype
+    if is_narrowed and not np.array_equal(target, given):
+        raise IndexError(
+            f"target holds labels that {target.dtype} does not, which JAX makes of them: set jax_enable_x64"
+        )
+    return target
 
 
 def _probabilities(target: Any) -> Any:

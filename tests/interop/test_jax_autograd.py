@@ -344,6 +344,19 @@ def test_bytes_as_labels(n_cols, label):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("label", [2**32 + 1, 2**32 - 100, 2**40])
+def test_labels_that_jax_would_narrow(label):
+    """Not to a class, nor to ignore_index."""
+    x, labels = random(3, 4, dtype=np.float32), np.array([0, label, 1])
+    with jax.enable_x64(False):
+        for target in (labels, (labels[:, None], np.ones((3, 1), np.float32))):
+            with pytest.raises(IndexError, match="^target holds labels that int32 does not.*jax_enable_x64"):
+                ours.cross_entropy(x, target)
+        assert ours.cross_entropy(x, np.array([0, -100, 1])) == ours.cross_entropy(x, jnp.array([0, -100, 1]))
+    with pytest.raises(IndexError, match=rf"^target\[1\] .* is {label}"):
+        ours.cross_entropy(x, labels)
+
+
 @pytest.mark.parametrize("ignore_index", [-(2**63), 2**40])
 def test_an_index_that_no_label_can_be(ignore_index):
     with jax.enable_x64(False):
