@@ -65,8 +65,8 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
         return None
     recorded = torch.is_grad_enabled()
     key = [function, options, *map(type, options)]
-    is_large = _replay_cpu.add_schedule(key, arrays[0].numel())
     given, addresses = [], []
+    n_logits = 0  # of whichever tensor has most: logits do not come first everywhere
     for array in arrays:
         if array is None:
             key.append(None)
@@ -86,8 +86,9 @@ def _layout(torch: Any, function: Callable, arrays: tuple, options: tuple) -> tu
         given.append(array)
         addresses.append(address)
         key += array.dtype, array.shape, array.stride(), addresses.index(address)
-        if is_large:
-            key.append(address % _replay_cpu.LINE_BYTES)
+        n_logits = max(n_logits, array.numel())
+    if _replay_cpu.add_schedule(key, n_logits):
+        key += [address % _replay_cpu.LINE_BYTES for address in addresses]
     return tuple(key), given, addresses
 
 

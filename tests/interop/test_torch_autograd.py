@@ -1145,6 +1145,23 @@ def test_operators_are_replayed(monkeypatch):
         ours.cross_entropy(x, torch.tensor([0, 5, 2]))
 
 
+def test_operators_are_replayed_on_as_many_threads(monkeypatch):
+    """As a call that was not made before takes: of the divisor, which comes first, one number says nothing about it."""
+    logits, target = torch.randn(4, 2**16), torch.zeros(4, dtype=torch.long)
+    taken, play = [], run.parallel.play
+
+    def noted(program, *others):
+        taken.append(program.n_threads)
+        return play(program, *others)
+
+    monkeypatch.setattr(run.parallel, "play", noted)
+    for n_threads in (1, 2, 1, 2):
+        monkeypatch.setattr(run.parallel, "thread_count", lambda count=n_threads: count)
+        taken.clear()
+        _torch_ops.cross_entropy_backward(torch.ones(1), logits, target, None, -100, 0.0, torch.float32)
+        assert max(taken) == n_threads
+
+
 @pytest.mark.parametrize("mode", ["real", "fake"])
 def test_traced_before_the_dispatcher(mode):
     """As torch.export does it: the modes of that have a stack of their own."""
