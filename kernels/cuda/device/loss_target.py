@@ -272,7 +272,7 @@ def load_run(values, source, col, width, left):
     the run on.
     """
     bits = vector_bits(source.pointer)
-    # Not source.shift: kept over the second look at a row, it would be a register too many.
+    # Not source.shift, the same number: with it a few loads of a warp came in two parts (float32: 131 instead of 128).
     behind = int32(int32(col) + int32(misalignment(source.pointer))) & int32((1 << bits) - 1)
     if source.stride == 1 and behind == 0 and width >= 1 << bits and left >= width:
         for j in range(width >> bits):
