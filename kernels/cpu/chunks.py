@@ -158,29 +158,69 @@ def plus_product(beside, value, more):
 
 
 @device
-def sum_stripe(term, here, arguments, first, count, phase, is_coarse, beside):
-    """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), the others, what is beside."""
+def plus_term(term, here, arguments, col, left, part, others, beside):
+    """A part of a sum, the others and what is beside, with the vector of a column."""
+    value, others, more = term(col, left, others, here, arguments)
+    return add(part, value), others, plus_product(beside, value, more)
+
+
+@device
+def sum_strips(term, here, arguments, first, count, is_coarse, beside):
+    """sum_stripe along a row. A strip is straight code here; where rows are short, what that takes of registers is
+    spilled around them.
+    """
     zero = here.zeros
     stripe = stripe_of(zero)
     strip = STRIP * stripe
-    whole = count - count % stripe
+    total, error, others = zero, zero, zero
+    in_strips, whole = count - count % strip, count - count % stripe
+    for k in range(first, first + in_strips, strip):
+        part = zero
+        for m in range(STRIP):
+            part, others, beside = plus_term(term, here, arguments, k + m * stripe, None, part, others, beside)
+        total, error = accumulate(total, error, part, is_coarse)
+    if in_strips == count:
+        return total, error, others, beside
+    part = zero
+    for k in range(first + in_strips, first + whole, stripe):
+        part, others, beside = plus_term(term, here, arguments, k, None, part, others, beside)
+    if whole < count:
+        part, others, beside = plus_term(
+            term, here, arguments, first + whole, count - whole, part, others, beside
+        )  # fmt: skip
+    if count < strip:
+        return part, error, others, beside
+    total, error = accumulate(total, error, part, is_coarse)
+    return total, error, others, beside
+
+
+@device
+def sum_stripe(term, here, arguments, first, count, phase, least, is_coarse, beside):
+    """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), the others, what is beside.
+
+    least: of the columns that fill vectors, so many are there at least. Where LLVM knows that a loop is entered, it
+    takes what stays the same in it, the constants of an exponential among that, out of the loop over rows around it.
+    """
+    zero = here.zeros
+    stripe = stripe_of(zero)
+    strip = STRIP * stripe
+    whole = max(count - count % stripe, least)
     total, error, others = zero, zero, zero
     part = zero
     last = phase + strip - stripe
     for k in range(phase, whole, stripe):
-        value, others, more = term(first + k, None, others, here, arguments)
-        beside = plus_product(beside, value, more)
-        part = add(part, value)
+        part, others, beside = plus_term(term, here, arguments, first + k, None, part, others, beside)
         if k == last:
             total, error = accumulate(total, error, part, is_coarse)
             part = zero
             last += strip
     if whole < count:
-        value = zero
         if whole + phase < count:
-            value, others, more = term(first + whole + phase, count - whole - phase, others, here, arguments)
-            beside = plus_product(beside, value, more)
-        part = add(part, value)
+            part, others, beside = plus_term(
+                term, here, arguments, first + whole + phase, count - whole - phase, part, others, beside
+            )  # fmt: skip
+        else:
+            part = add(part, zero)
     if count < strip:
         total = part
     elif count % strip != 0:
@@ -195,25 +235,40 @@ def has_errors(here, count):
 
 
 def _sum_along(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
-    total, error, others, beside = sum_stripe(term, here, arguments, first, count, 0, is_coarse, beside)
+    total, error, others, beside = sum_strips(term, here, arguments, first, count, is_coarse, beside)
     return sum_per_row(total), negative(sum_per_row(error)), sum_per_row(others), sum_per_row(beside)
 
 
 def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
+    zero = here.zeros
+    stripe = stripe_of(zero)
     has_low = has_errors(here, count)
     save_lanes(here.stage, arguments)
-    for k in range(here.n_rows):
-        of_row = saved_lane(here.stage, k, arguments)
-        total, error, others, products = sum_stripe(term, row_in(here, k), of_row, first, count, 0, is_coarse, beside)
-        save_sum(register_in(here, SUMS, k), total)
-        save_sum(register_in(here, BESIDE, k), products)
-        if has_low:
-            save_sum(register_in(here, LOWS, k), error)
-        if has_others:
-            save_sum(register_in(here, OTHERS, k), others)
+    if count < stripe:
+        for k in range(here.n_rows):
+            total, others, products = plus_term(
+                term, row_in(here, k), saved_lane(here.stage, k, arguments), first, count, zero, zero, beside
+            )
+            save_sums(here, k, total, zero, others, products, False, has_others)
+    else:
+        for k in range(here.n_rows):
+            total, error, others, products = sum_stripe(
+                term, row_in(here, k), saved_lane(here.stage, k, arguments), first, count, 0, stripe, is_coarse, beside
+            )
+            save_sums(here, k, total, error, others, products, has_low, has_others)
     low = negative(sums_of_rows(here, LOWS, here.zero)) if has_low else here.zero
     others = sums_of_rows(here, OTHERS, here.zero) if has_others else here.zero
     return sums_of_rows(here, SUMS, here.zero), low, others, sums_of_rows(here, BESIDE, unless_none(beside, here.zero))
+
+
+@device
+def save_sums(here, k, total, error, others, products, has_low, has_others):
+    save_sum(register_in(here, SUMS, k), total)
+    save_sum(register_in(here, BESIDE, k), products)
+    if has_low:
+        save_sum(register_in(here, LOWS, k), error)
+    if has_others:
+        save_sum(register_in(here, OTHERS, k), others)
 
 
 @device
@@ -240,7 +295,7 @@ def _sum_across(term, here, arguments, first, count, is_coarse=False, has_others
             products = plus_product(beside, total, more)
         else:
             total, error, more_others, products = sum_stripe(
-                term, here, arguments, first, count, phase, is_coarse, beside
+                term, here, arguments, first, count, phase, 0, is_coarse, beside
             )
             others = add(others, more_others)
             if has_low:
