@@ -40,6 +40,8 @@ _WITHOUT_CASES = {
     "report": lambda _: report.write(),
     "transforms": lambda arguments: importlib.import_module("benchmarks.transforms").run(print, arguments.op),
 }
+_ATTEMPTS = {"cpu": 15, "gpu": 5}
+"""On a CPU that others share, some may be of quiet seconds."""
 _COMPILED = "torch.compile"
 _MEASURED = "provider", "attempts", "threads", "budget", "save"
 _OPTIONS = {
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for dtype in arguments.dtype
             for shape in arguments.shape or [(4096, 1024)]
         ]
-    effort = Effort(arguments.attempts or (2 if arguments.quick else 5), threads=arguments.threads)
+    effort = Effort(arguments.attempts or (2 if arguments.quick else _ATTEMPTS[target]), threads=arguments.threads)
     budget = arguments.budget or (_GPU_BUDGET[arguments.quick] if arguments.what == "gpu" else float("inf"))
     run(target, cases, effort, budget, arguments.provider, arguments.save)
 
@@ -86,24 +88,28 @@ def run(target: str, cases: Sequence[Case], effort: Effort, budget: float, names
     if target == "gpu":
         library = "torch" if "torch" in providers else "cupy"
         clock = gpu_timing.torch_clock() if library == "torch" else gpu_timing.cupy_clock()
-    for number, case in enumerate(cases):
+    side_by_side = measure.SIDE_BY_SIDE if target == "cpu" else 1
+    for first in range(0, len(cases), side_by_side):
+        some = cases[first : first + side_by_side]
+        which = ", ".join(map(str, some))
         spent = (time.monotonic() - start) / budget
         if spent > 1:
-            print(f"{case} is not measured: the {budget:.0f} seconds are over")
+            print(f"{which}: not measured, the {budget:.0f} seconds are over")
             continue
-        if _COMPILED in providers and spent > 0.1 + number / len(cases):
-            print(f"{case}: {_COMPILED} is left out: its compilations take too much of the {budget:.0f} seconds")
+        if _COMPILED in providers and spent > 0.1 + first / len(cases):
+            print(f"{which}: {_COMPILED} is left out: its compilations take too much of the {budget:.0f} seconds")
             taking_part = {name: calls for name, calls in providers.items() if name != _COMPILED}
         else:
             taking_part = providers
         if target == "cpu":
-            records = measure.on_cpu(case, taking_part, effort, print)
+            measured = measure.on_cpu(some, taking_part, effort, print)
         else:
-            records = measure.on_gpu(case, taking_part, effort, clock, library, print)
-        for line in measure.line(records):
-            print(line, flush=True)
-        if save:
-            results.save(records)
+            measured = [measure.on_gpu(case, taking_part, effort, clock, library, print) for case in some]
+        for records in measured:
+            for line in measure.line(records):
+                print(line, flush=True)
+            if save:
+                results.save(records)
 
 
 def _layer_shape(arguments: argparse.Namespace) -> tuple[int, int, int] | None:
@@ -153,7 +159,11 @@ def _parser() -> argparse.ArgumentParser:
         "--provider", nargs="+", choices=PROVIDERS, default=[], help="these beside gpusoftmax instead of all"
     )
     parser.add_argument("--op", nargs="+", default=[], help="what is predicted or counted (default: all)")
-    parser.add_argument("--attempts", type=_positive, help="the quietest of so many is reported (default 5, quick 2)")
+    parser.add_argument(
+        "--attempts",
+        type=_positive,
+        help="the quietest of so many is reported (default 15 on the CPU, 5 on a GPU, quick 2)",
+    )
     parser.add_argument("--threads", type=_positive, default=2, help="of every provider on the CPU (default 2)")
     parser.add_argument("--budget", type=float, help="seconds after which no further case is begun")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/<op>.jsonl")

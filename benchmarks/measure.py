@@ -16,6 +16,9 @@ from benchmarks.providers import BESIDE, COPY, ONE_NUMBER, OURS, PROVIDERS, Call
 
 Report = Callable[[str], None]
 
+SIDE_BY_SIDE = 16
+"""Cases whose attempts take turns on the CPU: one or two minutes for fifteen of each, and gigabytes of arrays."""
+
 
 class Effort(NamedTuple):
     """How long to measure. `seconds` is what one call may take of one attempt."""
@@ -38,21 +41,33 @@ def available(target: str, report: Report) -> dict[str, Calls]:
     return found
 
 
-def on_cpu(case: Case, providers: dict[str, Calls], effort: Effort, report: Report) -> list[dict]:
-    calls, errors = {}, {}
+def on_cpu(cases: Sequence[Case], providers: dict[str, Calls], effort: Effort, report: Report) -> list[list[dict]]:
+    """The records of each case. The attempts of the cases take turns, so that those of one case are seconds apart."""
     with threads(effort.threads):
-        for name, ops in _taking_part(case, providers):
-            call = ops[case.op](arrays.on_cpu(case, PROVIDERS[name].library["cpu"]))
-            with _reported(case, name, report):
-                errors[name] = _checked(case, name, call())
-                calls[name] = call
-        if case.op in BESIDE:
-            other = case._replace(op=BESIDE[case.op])
-            name, call = f"{OURS}.{other.op}", providers[OURS][other.op](arrays.on_cpu(case, "numpy"))
-            errors[name], calls[name] = _checked(other, OURS, call()), call
-        calls[COPY] = _copy_on_cpu(case.bytes_moved // 2)
-        seconds, medians = timing.interleaved(calls, effort.attempts, effort.samples, effort.seconds)
-    return _records(case, "cpu", seconds, medians, errors, {"threads": effort.threads})
+        calls, errors = zip(*(_calls_on_cpu(case, providers, report) for case in cases), strict=True)
+        attempts = [timing.attempts_at(of_case, effort.samples, effort.seconds) for of_case in calls]
+        taken = [[next(of_case) for of_case in attempts] for _ in range(effort.attempts)]
+    timed = (timing.quietest(of_case) for of_case in zip(*taken, strict=True))
+    return [
+        _records(case, "cpu", seconds, medians, of_case, {"threads": effort.threads})
+        for case, (seconds, medians), of_case in zip(cases, timed, errors, strict=True)
+    ]
+
+
+def _calls_on_cpu(case: Case, providers: dict[str, Calls], report: Report) -> tuple[dict[str, Callable], dict]:
+    """What is timed, and how far each answer is off."""
+    calls, errors = {}, {}
+    for name, ops in _taking_part(case, providers):
+        call = ops[case.op](arrays.on_cpu(case, PROVIDERS[name].library["cpu"]))
+        with _reported(case, name, report):
+            errors[name] = _checked(case, name, call())
+            calls[name] = call
+    if case.op in BESIDE:
+        other = case._replace(op=BESIDE[case.op])
+        name, call = f"{OURS}.{other.op}", providers[OURS][other.op](arrays.on_cpu(case, "numpy"))
+        errors[name], calls[name] = _checked(other, OURS, call()), call
+    calls[COPY] = _copy_on_cpu(case.bytes_moved // 2)
+    return calls, errors
 
 
 def _copy_on_cpu(size: int) -> Callable[[], object]:

@@ -1,18 +1,24 @@
 """Times calls side by side, in one process, so that whatever else the machine does hits all of them alike.
 
 One attempt times every call several times, in turns of changing order: a call finds in the caches what another one left
-there, and no call should always follow the same one. What is reported is the quietest of several attempts.
+there, and no call should always follow the same one. What is reported is the quietest of several attempts. A neighbour
+on the machine is busy for seconds or minutes: attempts that follow each other at once may all be of one such time.
 """
 
+import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 _SAMPLE_SECONDS = 300e-6
 """Shorter calls are repeated within a sample, so that reading the clock (some 50 ns) does not count."""
 _LEAST_SAMPLES = 3
+
+
+Attempt = dict[str, list[float]]
+"""Seconds per call: what each call took, several times."""
 
 
 def interleaved(
@@ -21,8 +27,18 @@ def interleaved(
     samples: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds per call: each call's samples in the quietest attempt, and its median in every attempt.
+) -> tuple[Attempt, Attempt]:
+    """What `quietest` says of so many attempts."""
+    return quietest(list(itertools.islice(attempts_at(calls, samples, seconds, clock), attempts)))
+
+
+def attempts_at(
+    calls: dict[str, Callable[[], object]],
+    samples: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Attempt]:
+    """One attempt after the other, each made when it is asked for.
 
     No attempt spends more than about `seconds` on one call; a slow one is sampled less often, three times at least.
     """
@@ -33,16 +49,19 @@ def interleaved(
         repeats[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-9)))
         wanted[name] = max(_LEAST_SAMPLES, min(samples, int(seconds / (once * repeats[name]))))
     order = random.Random(0)
-    rounds = []
-    for _ in range(attempts):
-        taken: dict[str, list[float]] = {name: [] for name in calls}
+    while True:
+        taken: Attempt = {name: [] for name in calls}
         for turn in range(samples):
             for name in order.sample(list(calls), len(calls)):
                 if turn < wanted[name]:
                     taken[name].append(_per_call(calls[name], repeats[name], clock))
-        rounds.append(taken)
-    medians = {name: [statistics.median(taken[name]) for taken in rounds] for name in calls}
-    return rounds[_quietest(list(medians.values()))], medians
+        yield taken
+
+
+def quietest(attempts: Sequence[Attempt]) -> tuple[Attempt, Attempt]:
+    """Each call's samples in the quietest attempt, and its median in every attempt."""
+    medians = {name: [statistics.median(taken[name]) for taken in attempts] for name in attempts[0]}
+    return attempts[_quietest(list(medians.values()))], medians
 
 
 def _per_call(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:

@@ -245,21 +245,40 @@ def test_a_rival_with_a_wrong_answer_is_left_out_and_named():
         "NumPy": {"softmax": lambda a: lambda: np.zeros_like(a.logits)},
     }
     said = []
-    records = measure.on_cpu(Case("softmax", 4, 8, "float32"), rivals, QUICK, said.append)
+    (records,) = measure.on_cpu([Case("softmax", 4, 8, "float32")], rivals, QUICK, said.append)
     assert [record["provider"] for record in records] == ["gpusoftmax", "copy"]
     assert len(said) == 1 and "softmax 4x8 float32: NumPy is left out: ValueError: its answer is wrong" in said[0]
+
+
+def test_attempts_of_cases_take_turns(monkeypatch):
+    """Each is of another time: attempts at once would all be of the same."""
+    turns = []
+
+    def attempts_at(calls, *_):
+        while True:
+            turns.append(calls["gpusoftmax"])
+            yield {name: [1.0, float(len(turns))] for name in calls}
+
+    monkeypatch.setattr(timing, "attempts_at", attempts_at)
+    ours = {"gpusoftmax": providers.PROVIDERS["gpusoftmax"].calls()}
+    given = [Case("softmax", 4, 8, "float32"), Case("softmax", 3, 8, "float32")]
+    short, long = measure.on_cpu(given, ours, QUICK._replace(attempts=3), pytest.fail)
+    assert turns == turns[:2] * 3 and turns[0] != turns[1]
+    assert [record["n_rows"] for record in (short[0], long[0])] == [4, 3]
+    assert short[0]["attempts_ms"] == [1e3, 2e3, 3e3] and long[0]["attempts_ms"] == [1.5e3, 2.5e3, 3.5e3]
+    assert short[0]["median_ms"] == 1e3 and long[0]["median_ms"] == 1.5e3
 
 
 def test_our_own_wrong_answer_ends_the_run():
     ours = {"gpusoftmax": {"softmax": lambda a: lambda: np.zeros_like(a.logits)}}
     with pytest.raises(ValueError, match="answer is wrong"):
-        measure.on_cpu(Case("softmax", 4, 8, "float32"), ours, QUICK, pytest.fail)
+        measure.on_cpu([Case("softmax", 4, 8, "float32")], ours, QUICK, pytest.fail)
 
 
 def test_what_the_budget_leaves_out_is_named(capsys, monkeypatch):
     monkeypatch.setattr(measure, "on_cpu", lambda *_: pytest.fail("measured after the deadline"))
     command.run("cpu", [Case("softmax", 4, 8, "float32")], QUICK, 1e-12, [], False)
-    assert "softmax 4x8 float32 is not measured" in capsys.readouterr().out
+    assert "softmax 4x8 float32: not measured" in capsys.readouterr().out
 
 
 def test_newer_results_replace_older_ones_of_the_same_case(tmp_path):
@@ -564,14 +583,15 @@ def test_arguments_that_would_be_ignored_or_fit_nothing(arguments, message, monk
 def test_torch_compile_gives_way_when_time_runs_short(monkeypatch, capsys):
     seen = []
 
-    def on_cpu(case, taking_part, *_):
+    def on_cpu(cases, taking_part, *_):
         seen.append(sorted(taking_part))
         time.sleep(0.3)
-        return [record("gpusoftmax", 1.0)]
+        return [[record("gpusoftmax", 1.0)] for _ in cases]
 
     monkeypatch.setattr(measure, "available", lambda target, say: {"gpusoftmax": {}, "torch.compile": {}})
     monkeypatch.setattr(measure, "on_cpu", on_cpu)
+    monkeypatch.setattr(measure, "SIDE_BY_SIDE", 1)
     command.run("cpu", [Case("softmax", 4, n, "float32") for n in range(9)], QUICK, 1.0, [], False)
     assert seen[0] == ["gpusoftmax", "torch.compile"] and seen[1] == ["gpusoftmax"]
     text = capsys.readouterr().out
-    assert "softmax 4x1 float32: torch.compile is left out" in text and "softmax 4x8 float32 is not measured" in text
+    assert "softmax 4x1 float32: torch.compile is left out" in text and "softmax 4x8 float32: not measured" in text
