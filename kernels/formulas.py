@@ -44,11 +44,17 @@ def add_pair(a: Arithmetic, high, low, x, x_low):
     return s, finite_or_zero(a, a.add(a.add(low, x_low), error), s)
 
 
-def compensated_add(a: Arithmetic, total, error, term):
-    """Kahan's sum: (total, error) and one more term, where the true sum is total - error."""
+def kahan_add(a: Arithmetic, total, error, term):
+    """Kahan's sum: (total, error) and one more term, where the true sum is total - error. Infinities become NaN."""
     corrected = a.sub(term, error)
     updated = a.add(total, corrected)
-    return updated, finite_or_zero(a, a.sub(a.sub(updated, total), corrected), updated)
+    return updated, a.sub(a.sub(updated, total), corrected)
+
+
+def compensated_add(a: Arithmetic, total, error, term):
+    """kahan_add, of which an infinite sum survives."""
+    updated, error = kahan_add(a, total, error, term)
+    return updated, finite_or_zero(a, error, updated)
 
 
 # ---------------------------------------------------------------- one logit

@@ -23,6 +23,7 @@ from gpusoftmax.kernels.cpu.arithmetic import (
     finite_distance,
     floor,
     fma,
+    kahan_add,
     maximum,
     negative,
     power_of_two_ratio,
@@ -68,6 +69,9 @@ from gpusoftmax.kernels.cpu.vector import (
 # 8 KiB of float32: a chunk, its exponentials and what is prefetched of the next ones fit a 32 KiB L1 cache.
 CHUNK_COLS = 2048
 STRIP = 4
+# What becomes of a sum's rounding errors: they are left behind, for results of sixteen bits, which show none of a sum
+# in float32; or carried along, where terms are finite or NaN, as exponentials are; or where they may be anything.
+COARSE, FINITE, ANY = range(3)
 # What is left of the columns of the rows of a block: a register of each row for each of these.
 SUMS, LOWS, OTHERS, BESIDE, REGISTERS = range(5)
 
@@ -143,10 +147,12 @@ chunk_max_and_above = by_way(_max_and_above_of_row, _max_and_above_of_row, _max_
 
 
 @device
-def accumulate(total, error, part, is_coarse):
-    """total - error with one more part: its rounding errors are carried along unless the sum is coarse."""
-    if is_coarse:
+def accumulate(total, error, part, terms):
+    """total - error with one more part."""
+    if terms == COARSE:
         return add(total, part), error
+    if terms == FINITE:
+        return kahan_add(total, error, part)
     return compensated_add(total, error, part)
 
 
@@ -165,7 +171,7 @@ def plus_term(term, here, arguments, col, left, part, others, beside):
 
 
 @device
-def sum_strips(term, here, arguments, first, count, is_coarse, beside):
+def sum_strips(term, here, arguments, first, count, terms, beside):
     """sum_stripe along a row. A strip is straight code here; where rows are short, what that takes of registers is
     spilled around them.
     """
@@ -178,7 +184,7 @@ def sum_strips(term, here, arguments, first, count, is_coarse, beside):
         part = zero
         for m in range(STRIP):
             part, others, beside = plus_term(term, here, arguments, k + m * stripe, None, part, others, beside)
-        total, error = accumulate(total, error, part, is_coarse)
+        total, error = accumulate(total, error, part, terms)
     if in_strips == count:
         return total, error, others, beside
     part = zero
@@ -190,12 +196,12 @@ def sum_strips(term, here, arguments, first, count, is_coarse, beside):
         )  # fmt: skip
     if count < strip:
         return part, error, others, beside
-    total, error = accumulate(total, error, part, is_coarse)
+    total, error = accumulate(total, error, part, terms)
     return total, error, others, beside
 
 
 @device
-def sum_stripe(term, here, arguments, first, count, phase, least, is_coarse, beside):
+def sum_stripe(term, here, arguments, first, count, phase, least, terms, beside):
     """The terms of the columns phase, phase + stripe, ... of a chunk, as (total, error), the others, what is beside.
 
     least: of the columns that fill vectors, so many are there at least. Where LLVM knows that a loop is entered, it
@@ -211,7 +217,7 @@ def sum_stripe(term, here, arguments, first, count, phase, least, is_coarse, bes
     for k in range(phase, whole, stripe):
         part, others, beside = plus_term(term, here, arguments, first + k, None, part, others, beside)
         if k == last:
-            total, error = accumulate(total, error, part, is_coarse)
+            total, error = accumulate(total, error, part, terms)
             part = zero
             last += strip
     if whole < count:
@@ -224,7 +230,7 @@ def sum_stripe(term, here, arguments, first, count, phase, least, is_coarse, bes
     if count < strip:
         total = part
     elif count % strip != 0:
-        total, error = accumulate(total, error, part, is_coarse)
+        total, error = accumulate(total, error, part, terms)
     return total, error, others, beside
 
 
@@ -234,12 +240,12 @@ def has_errors(here, count):
     return count > STRIP * stripe_of(here.zeros)
 
 
-def _sum_along(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
-    total, error, others, beside = sum_strips(term, here, arguments, first, count, is_coarse, beside)
+def _sum_along(term, here, arguments, first, count, terms=ANY, has_others=False, beside=None):
+    total, error, others, beside = sum_strips(term, here, arguments, first, count, terms, beside)
     return sum_per_row(total), negative(sum_per_row(error)), sum_per_row(others), sum_per_row(beside)
 
 
-def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
+def _sum_in_block(term, here, arguments, first, count, terms=ANY, has_others=False, beside=None):
     zero = here.zeros
     stripe = stripe_of(zero)
     has_low = has_errors(here, count)
@@ -253,7 +259,7 @@ def _sum_in_block(term, here, arguments, first, count, is_coarse=False, has_othe
     else:
         for k in range(here.n_rows):
             total, error, others, products = sum_stripe(
-                term, row_in(here, k), saved_lane(here.stage, k, arguments), first, count, 0, stripe, is_coarse, beside
+                term, row_in(here, k), saved_lane(here.stage, k, arguments), first, count, 0, stripe, terms, beside
             )
             save_sums(here, k, total, error, others, products, has_low, has_others)
     low = negative(sums_of_rows(here, LOWS, here.zero)) if has_low else here.zero
@@ -280,7 +286,7 @@ def sums_of_rows(here, which, like):
     return load(result, 0, like)
 
 
-def _sum_across(term, here, arguments, first, count, is_coarse=False, has_others=False, beside=None):
+def _sum_across(term, here, arguments, first, count, terms=ANY, has_others=False, beside=None):
     zero, partials = here.zeros, here.partials
     if count == 0:  # nothing would be stored of what is loaded at the end
         return zero, zero, zero, beside
@@ -295,7 +301,7 @@ def _sum_across(term, here, arguments, first, count, is_coarse=False, has_others
             products = plus_product(beside, total, more)
         else:
             total, error, more_others, products = sum_stripe(
-                term, here, arguments, first, count, phase, 0, is_coarse, beside
+                term, here, arguments, first, count, phase, 0, terms, beside
             )
             others = add(others, more_others)
             if has_low:
@@ -323,7 +329,7 @@ def fold_partial(partials, one, other, zero):
 
 # (sum, low, others, beside) over the columns of a chunk.
 # term(col, left, others, here, arguments) -> a vector, the others counted so far, and more, a vector or None.
-# is_coarse: a constant. For results of sixteen bits, which show no rounding error of a sum in float32.
+# terms: a constant, COARSE, FINITE or ANY.
 # has_others: a constant. Whether `term` counts any.
 # beside: zeros where a second sum, of the terms times `more`, is taken along, coarsely; None where there is none.
 sum_chunk = by_way(_sum_along, _sum_across, _sum_in_block)
@@ -360,13 +366,15 @@ def sum_of_exponentials(
     """What sum_chunk gives of a chunk's exponentials, relative to the anchor of its maximum `largest`, with the ties.
 
     is_kept: a constant, whether the exponentials are left in here.home until results are written. ties_of: the maximum
-    again, if logits that equal it are to be counted instead of added, or None. is_coarse: a constant, see sum_chunk.
-    is_written: a constant, whether there will be a result for each column although no exponentials are kept.
+    again, if logits that equal it are to be counted instead of added, or None. is_coarse: a constant, whether results
+    have sixteen bits. is_written: a constant, whether there will be one for each column although no exponentials are
+    kept.
     """
     shift, exponent = anchor(largest, scale)
     is_written = is_kept or is_written
     arguments = ties_of, shift, exponent, floor(exponent), scale, scale_low, is_kept, is_written, is_coarse
-    sums = sum_chunk(exponential, here, arguments, first, count, is_coarse, ties_of is not None)
+    terms = COARSE if is_coarse else FINITE
+    sums = sum_chunk(exponential, here, arguments, first, count, terms, ties_of is not None)
     return with_ties(sums, here, count, ties_of)
 
 
@@ -396,7 +404,7 @@ def sum_of_distances(here, largest, first, count, scale, scale_low):
     """What sum_chunk gives of a chunk's exponentials, ties apart, and beside it the sum of exponential_and_distance."""
     shift, exponent = anchor(largest, scale)
     arguments = largest, shift, exponent, floor(exponent), scale, scale_low, False, False, False
-    sums = sum_chunk(exponential_and_distance, here, arguments, first, count, False, True, here.zeros)
+    sums = sum_chunk(exponential_and_distance, here, arguments, first, count, ANY, True, here.zeros)
     return with_ties(sums, here, count, largest)
 
 
