@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _recipe, _replay_cpu, _replay_torch
+from gpusoftmax import _arrays, _compilers, _recipe, _replay_cpu, _replay_torch
 from gpusoftmax.kernels.operands import Place
 
 if TYPE_CHECKING:
@@ -49,8 +49,11 @@ _recipes: dict[tuple, _OnGpu | None] = {}
 """None: cannot be replayed."""
 
 
+@_compilers.opaque
 def call(function: Callable[..., Any], arrays: tuple, *options: Any) -> Any:
     """Returns function(*arrays, *options), or what it would return. An array that was not given is None."""
+    if _compilers.follows():
+        return _compilers.unfollowed(function, *arrays, *options)
     if type(arrays[0]) is np.ndarray:
         return _replay_cpu.call(function, arrays, options)
     if _arrays.is_torch_on_cpu(arrays[0]):

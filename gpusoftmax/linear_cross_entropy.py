@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusoftmax import _arrays, _checks, _gradients, _labels, _layer, _loss, _loss_rows, _rows, _transform
+from gpusoftmax import _arrays, _checks, _compilers, _gradients, _labels, _layer, _loss, _loss_rows, _rows, _transform
 from gpusoftmax._arrays import Array
 from gpusoftmax._loss import CrossEntropy
 from gpusoftmax._loss_rows import LossRows
@@ -228,6 +228,7 @@ def linear_cross_entropy_with_grad(
     return _linear_cross_entropy(*placed, *options, grad_scale, wanted)
 
 
+@_compilers.left_alone
 def _linear_cross_entropy(
     input, linear_weight, target, linear_bias, weight, row_weight, normalizer, ignore_index, reduction, label_smoothing,
     z_loss, temperature, softcap, told, validate, chunk_size, grad_scale, wanted,

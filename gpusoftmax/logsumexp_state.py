@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gpusoftmax import _arrays, _checks, _rows
+from gpusoftmax import _arrays, _checks, _compilers, _rows
 from gpusoftmax.kernels.operands import STATE_COLS, STATE_NUMBERS
 
 
@@ -69,6 +69,7 @@ class LogSumExpState:
         self._parts = parts
 
     @classmethod
+    @_compilers.left_alone
     def empty(cls, n_rows: int, *, like: Any, temperature: float = 1.0) -> "LogSumExpState":
         """A state of rows without columns, whose log-sum-exp is -inf.
 
@@ -100,6 +101,7 @@ class LogSumExpState:
         return cls(n_rows, temperature, [_Part(0, 0, table, 0)])
 
     @classmethod
+    @_compilers.left_alone
     def from_table(
         cls, table: Any, columns: tuple[tuple[int, int], ...], *, temperature: float = 1.0
     ) -> "LogSumExpState":
@@ -158,6 +160,7 @@ class LogSumExpState:
                 joined.append((part.first, part.stop))
         return tuple(joined)
 
+    @_compilers.left_alone
     def update(self, columns: Any, first_col: int = 0) -> None:
         """Takes columns of the rows, which are read once.
 
@@ -196,6 +199,7 @@ class LogSumExpState:
             )
         self._add([_Part(first, stop, _arrays.result(table), 0)])
 
+    @_compilers.left_alone
     def merge(self, other: "LogSumExpState") -> None:
         """Takes the columns of another state of the same rows, which stays as it is.
 
@@ -219,6 +223,7 @@ class LogSumExpState:
             _checks.new_columns(self.columns, first, stop, STATE_COLS, "other has")
         self._add(other._parts)
 
+    @_compilers.left_alone
     def logsumexp(self) -> Any:
         """The log-sum-exp of the columns that the state has, in nats.
 
@@ -240,6 +245,7 @@ class LogSumExpState:
         return _arrays.result(lse)
 
     @property
+    @_compilers.left_alone
     def table(self) -> Any:
         if len(self._parts) > 1:
             home, parts = self._home(), self._parts

@@ -492,6 +492,39 @@ def test_traced_tensors():
         torch.jit.trace(lambda x: gpusoftmax.softmax(x), tensor(X))
 
 
+def of_a_state(x):
+    state, others = (gpusoftmax.LogSumExpState.empty(3, like=x) for _ in range(2))
+    others.update(x)
+    state.merge(gpusoftmax.LogSumExpState.from_table(others.table, others.columns))
+    return state.logsumexp()
+
+
+COMPILED = {  # of logits and labels
+    "softmax": lambda x, t: gpusoftmax.softmax(x),
+    "cross_entropy": gpusoftmax.cross_entropy,
+    "cross_entropy_with_grad": gpusoftmax.cross_entropy_with_grad,
+    "linear_cross_entropy": lambda x, t: gpusoftmax.linear_cross_entropy(x, torch.ones(40, 40), t),
+    "LogSumExpState": lambda x, t: of_a_state(x),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_around(name):
+    """torch.compile made code of its own of what it found in a call, which ended in a segmentation fault."""
+    torch.compiler.reset()
+    function, target = COMPILED[name], torch.tensor([0, 3, 39])
+    compiled = torch.compile(lambda x: function(x * 2, target), backend="eager")
+    for rows in X, X + 1:
+        x = tensor(rows)
+        got, expected = (one if isinstance(one, tuple) else (one,) for one in (compiled(x), function(x * 2, target)))
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    whole = torch.compile(lambda x: function(x, target), backend="eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="the functions of gpusoftmax.torch inside of torch.compile"
+    ):
+        whole(tensor(X))
+
+
 def nested(layout):
     return torch.nested.nested_tensor([torch.ones(3), torch.ones(4)], layout=layout)
 
