@@ -183,28 +183,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tensors = input, linear_weight, linear_bias, target, weight, row_weight, normalizer
         ctx.options, ctx.wanted = options, tuple(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*tensors)
         of_rows = options.reduction == "none"
         loss, *made = _operator(*tensors, None, *options, _NO_GRADIENTS if of_rows else ctx.wanted)
-        ctx.gradients = None if of_rows else made[:3]
+        gradients = None if of_rows else made[:3]
+        # Beside what is saved, compiled autograd does not find what a compiled forward has kept.
+        ctx.gradients, saved = (None, gradients or ()) if torch.compiler.is_compiling() else (gradients, ())
+        ctx.save_for_backward(*tensors, *saved)
         ctx.mark_non_differentiable(*made[3:])
         return loss, *made[3:]
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple:
         saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
-        layer, given = Layer(*saved[:3]), Given(*saved[3:])
+        layer, given = Layer(*saved[:3]), Given(*saved[3:7])
         if rows.recorded(*(tensor for tensor in layer if tensor is not None), dloss):
             return *_graph_of_gradients(ctx, layer, given, dloss), *[None] * 5
         # Handed out once: whoever gets them may write into them. The next backward of a retained graph goes over the
         # chunks again.
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients = saved[7:] or ctx.gradients, None
         of_rows = ctx.options.reduction == "none"
         if gradients is None:
             gradients = _gradients(layer, given, dloss.contiguous() if of_rows else None, ctx.options, ctx.wanted)
         if not of_rows and not (can_look(dloss) and float(dloss) == 1):
-            for gradient in gradients:
-                gradient.mul_(dloss)
+            if torch.compiler.is_compiling():  # what is saved stays as it is, and memory is not planned here
+                gradients = [gradient * dloss for gradient in gradients]
+            else:
+                for gradient in gradients:
+                    gradient.mul_(dloss)
         found = (gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))
         return *found, *[None] * 5
 

@@ -207,6 +207,20 @@ def test_compiled_whole():
     torch.testing.assert_close(gradients(compiled(x, w, bias), x, w, bias), gradients(loss(x, w, bias), x, w, bias))
 
 
+def test_compiled_with_its_backward():
+    """By compiled autograd, which looked in vain for what had been kept beside what was saved."""
+    x, w, bias, target = tensors(torch.float32)
+
+    def loss(x, w, bias):
+        return 2 * linear_cross_entropy(x, w, target, linear_bias=bias)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(x, w, bias), (x, w, bias))
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: compiled(x, w, bias).backward(), backend="aot_eager")()
+    torch.testing.assert_close((x.grad, w.grad, bias.grad), expected)
+
+
 def test_module_has_the_state_of_torch():
     options = {"bias": True, "label_smoothing": 0.1, "weight": torch.linspace(0.5, 1, N_CLASSES)}
     ours = LinearCrossEntropyLoss(N_FEATURES, N_CLASSES, **options)
