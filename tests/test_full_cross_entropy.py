@@ -171,6 +171,22 @@ def test_z_loss_of_probabilities_that_smoothing_leaves_nothing_of(target, n_cols
     check_gradient(dlogits, expected.dlogits, 1.0, expected.upstream, "float32")
 
 
+@pytest.mark.parametrize("n_cols", [7, 4099])
+def test_z_loss_of_rows_that_smoothing_has_more_of_than_their_target(target, n_cols):
+    """Probabilities that add up to little, or to nothing, beside others in the same warp."""
+    logits, probs, _ = make("probs", n_cols, "float32")
+    probs[::3] *= np.float32(2.0**-16)
+    probs[1::3] = 0
+    weight, row_weight = weights_for(("probs", n_cols, "class", "row, some 0"), len(logits), "float32")
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "row_weight": row_weight, "weight": weight}
+    expected = oracle.full_cross_entropy(logits, probs, **options)
+    told, dlogits = everything(target, logits, probs, None, **options, reduction="none")
+    bounds = 40 * 2.0**-24 * expected.terms
+    check_rows("loss", told.loss, expected.loss, bounds)
+    check_rows("z_loss", told.z_loss, expected.z_loss, bounds)
+    check_gradient(dlogits, expected.dlogits, 1.0, expected.upstream, "float32")
+
+
 BACKWARD = {("labels", 4099), ("shares", 300), ("probs", 300)}
 """By default: a way to walk rows for each kind of target, whose two kernels are compiled for it."""
 
