@@ -23,6 +23,7 @@ import numpy as np
 
 from gpusoftmax import _checks, _memory
 from gpusoftmax.kernels import operands
+from gpusoftmax.kernels.forks import import_module
 from gpusoftmax.kernels.operands import Numbers, Place, Transform
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -265,7 +266,8 @@ def _cupy(name: str):
 
 
 def _from_numpy(x, name: str) -> Array:
-    if isinstance(x, np.ma.MaskedArray):
+    # There are none before somebody has imported numpy.ma, which NumPy does when it is first named.
+    if "numpy.ma" in sys.modules and isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill the masked logits with -inf first")
     array = np.asarray(x)
     writable = isinstance(x, np.ndarray) and array.flags.writeable
@@ -585,7 +587,7 @@ def kernels(place: Place, op: str):
 
 @functools.cache
 def _kernels(target: str, op: str):
-    return importlib.import_module(f"gpusoftmax.kernels.{target}.{op}")
+    return import_module(f"gpusoftmax.kernels.{target}.{op}")
 
 
 def array_module(device: str):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gpusoftmax import _arrays, _compilers, _recipe, _replay_cpu, _replay_torch
+from gpusoftmax.kernels.forks import import_module
 from gpusoftmax.kernels.operands import Place
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def call(function: Callable[..., Any], arrays: tuple, *options: Any) -> Any:
 @functools.cache
 def _cuda(module: str) -> Any:
     """A module of the GPU's host half, which is imported with the first array on one."""
-    return importlib.import_module(f"gpusoftmax.kernels.cuda.{module}")
+    return import_module(f"gpusoftmax.kernels.cuda.{module}")
 
 
 def _layout(function, arrays: tuple, options: tuple) -> tuple[list[Any], list[int], tuple]:

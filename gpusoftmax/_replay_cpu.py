@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from gpusoftmax import _memory, _recipe
 from gpusoftmax._arrays import numpy_dtype
 from gpusoftmax._recipe import Recipe, Start
+from gpusoftmax.kernels.forks import import_module
 from gpusoftmax.kernels.operands import SMALL
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _recipes: dict[tuple, OnCpu | None] = {}
 
 @functools.cache
 def _run() -> Any:
-    return importlib.import_module("gpusoftmax.kernels.cpu.run")
+    return import_module("gpusoftmax.kernels.cpu.run")
 
 
 def call(function: Callable[..., Any], arrays: tuple, options: tuple) -> Any:
@@ -135,7 +135,7 @@ def _on_cpu(recipe: Recipe, maker: Callable) -> OnCpu:
     """What nobody sees, if it is small, lies in the program's own memory: an array takes longer to make than to fill.
     Of what becomes a scalar nobody sees the array.
     """
-    program = importlib.import_module("gpusoftmax.kernels.cpu.program")
+    program = import_module("gpusoftmax.kernels.cpu.program")
     seen = recipe.results if isinstance(recipe.results, tuple) else (recipe.results,)
     places = {number: (number, 0) for number in range(recipe.n_given)}
     made, own_bytes = [], 0

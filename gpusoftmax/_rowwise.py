@@ -1,19 +1,19 @@
 """The shared body of operations that turn rows of logits into rows of the same shape, and of their backwards."""
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from numpy import ndarray
 
 from gpusoftmax import _arrays, _checks, _memory, _replay, _rows, _transform
+from gpusoftmax.kernels.forks import import_module
 from gpusoftmax.kernels.operands import SMALL
 
 
 @functools.cache
 def _small_kernel(op: str, char: str) -> Callable | None:
-    return importlib.import_module("gpusoftmax.kernels.cpu.small").function(op, char)
+    return import_module("gpusoftmax.kernels.cpu.small").function(op, char)
 
 
 def small(

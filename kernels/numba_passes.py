@@ -7,10 +7,11 @@ functions with inline="always" and array expressions, of which they have none. C
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 
 from numba.core.compiler_lock import global_compiler_lock
+
+from gpusoftmax.kernels.forks import forks_wait_for
 
 _UNUSED = {
     "WithLifting",
@@ -51,9 +52,4 @@ def compiling() -> Iterator[None]:
 
 # A child that is forked while another thread compiles has not got this thread: it would wait for Numba's lock for ever,
 # at the next kernel that it loads or compiles, and search for no garbage. So forks wait for compilations.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
+forks_wait_for(global_compiler_lock)

@@ -250,6 +250,38 @@ def test_fork_while_a_thread_compiles(tmp_path):
 
 
 @needs_fork
+def test_fork_while_a_thread_imports():
+    """The child finds no lock of a module taken by a thread that it has not got."""
+    program = """
+        importing = threading.Event()
+        class Slow:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "gpusoftmax.kernels.cpu.walk":
+                    importing.set()
+                    time.sleep(0.5)
+        sys.meta_path.insert(0, Slow)
+        importer = threading.Thread(target=gpusoftmax.argmax, args=(x,))
+        importer.start()
+        importing.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            code = 1
+            try:
+                gpusoftmax.argmax(x)
+                code = 0
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        assert status == 0, status
+        importer.join()
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
+@needs_fork
 def test_worker_processes_by_fork():
     program = """
         import multiprocessing
