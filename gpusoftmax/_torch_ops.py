@@ -426,9 +426,9 @@ def _fake_sample(logits, seed, step, seed_number, step_number, dim, *limits):
 
 
 @defined_as(
-    "(Tensor logits, Tensor? seed, Tensor? step, int seed_number, int step_number, int dim, Tensor? temperatures, "
-    "Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, float? temperature, int? top_k, float? top_p, float? min_p)"
-    " -> Tensor",
+    "(Tensor logits, Tensor? seed, Tensor? step, SymInt seed_number, SymInt step_number, int dim, "
+    "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, float? temperature, SymInt? top_k, "
+    "float? top_p, float? min_p) -> Tensor",
     _fake_sample,
 )
 def sample(

@@ -993,6 +993,18 @@ def test_compiled_samples():
     assert torch.equal(function(X), gpusoftmax.sample(X, 1, top_p=0.9, rng=(seeds, 2**64 - 1)))
 
 
+def test_compiled_samples_of_all_steps():
+    torch._dynamo.reset()
+    numbers = (3, 0, 2), (4, 1, 3), (5, 2, 4), (2**40, 3, 5), (-(2**63), 2**63 - 1, 6)
+    compiled = torch.compile(
+        lambda x, seed, step, k: ours.sample(x, rng=(seed, step), top_k=k), fullgraph=True, backend="aot_eager"
+    )
+    for seed, step, k in numbers:
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):  # from the second on they stand for any
+            made = compiled(X, seed, step, k)
+        assert torch.equal(made, gpusoftmax.sample(X, rng=(seed, step), top_k=k))
+
+
 def test_compiled_samples_of_requests_of_different_kinds():
     torch._dynamo.reset()
     x, options = random(3, 40).detach(), {"rng": (torch.arange(3), 0), "min_p": 0.01}
