@@ -44,6 +44,14 @@ def add_pair(a: Arithmetic, high, low, x, x_low):
     return s, finite_or_zero(a, a.add(a.add(low, x_low), error), s)
 
 
+def add_pair_normalised(a: Arithmetic, high, low, x, x_low):
+    """add_pair, with low within half a unit in the last place of high: after 10^5 additions whose errors have one sign
+    it would be so large that it is rounded itself.
+    """
+    s, error = two_sum(a, *add_pair(a, high, low, x, x_low))
+    return s, finite_or_zero(a, error, s)
+
+
 def kahan_add(a: Arithmetic, total, error, term):
     """Kahan's sum: (total, error) and one more term, where the true sum is total - error. Infinities become NaN."""
     corrected = a.sub(term, error)

@@ -1,6 +1,7 @@
 """LogSumExpState: the same bits however columns are cut, in whatever order they come; on the CPU logsumexp's own."""
 
 import doctest
+import math
 import pickle
 
 import numpy as np
@@ -149,6 +150,23 @@ def test_each_logit_is_read_once():
         whole, rest = gpu.reads(x, 0), gpu.reads(x, 1)
         assert (whole[:, : 3 * CHUNK] == 1).all() and not whole[:, 3 * CHUNK :].any()
         assert (rest[:, 3 * CHUNK :] == 1).all() and not rest[:, : 3 * CHUNK].any()
+
+
+@pytest.mark.parametrize("value", [-0.7, 0.3])
+def test_a_row_of_very_many_chunks(value):
+    """As many as 2^29 columns have: equal parts, whose rounding errors all have one sign, joined by a larger one."""
+    n_chunks = 2**29 // CHUNK
+    shift = np.float32(math.log(2**29))  # a logsumexp near 0 shows what the sum is off by
+    logits = np.full((2, CHUNK), value, np.float32) - shift
+    logits[0, 0] += 9
+    state = LogSumExpState.empty(2, like=logits)
+    state.update(logits)
+    parts = state.table
+    table = np.concatenate([parts[:1], np.broadcast_to(parts[1:], (1, n_chunks - 1, 4))], axis=1)
+    whole = LogSumExpState.from_table(table, ((0, 2**29),))
+    other = float(logits[1, 0])
+    expected = other + math.log(2**29 - 1 + math.exp(float(logits[0, 0]) - other))
+    assert abs(float(whole.logsumexp()[0]) - expected) <= 2 * 2.0**-23
 
 
 # ---------------------------------------------------------------- nothing
