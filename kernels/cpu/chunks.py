@@ -404,6 +404,7 @@ def sum_of_distances(here, largest, first, count, scale, scale_low):
     """What sum_chunk gives of a chunk's exponentials, ties apart, and beside it the sum of exponential_and_distance."""
     shift, exponent = anchor(largest, scale)
     arguments = largest, shift, exponent, floor(exponent), scale, scale_low, False, False, False
+    # Not FINITE, although they are: with a sum beside them that took a little longer (kernels/README.md).
     sums = sum_chunk(exponential_and_distance, here, arguments, first, count, ANY, True, here.zeros)
     return with_ties(sums, here, count, largest)
 
