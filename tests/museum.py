@@ -604,8 +604,8 @@ MUTANTS = [
         "logsumexp: row",
         _edit(
             f"{CPU}.chunks",
-            "if whole < count:",
-            "if whole < count - stripe:",
+            "if whole < count:\n        part,",
+            "if whole < count - stripe:\n        part,",
         ),
         (LSE,),
     ),

@@ -109,10 +109,10 @@ def _words(argument) -> list[int]:
 
 def c_function(kernel: Callable, argument: types.Type) -> int:
     """The address of the C function that a kernel is compiled to, for an argument of this type."""
-    with compiling():
+    with compiling():  # for its address, too: LLVM has a lock of its own, which no fork waits for
         kernel.compile((argument,))
-    result = kernel.overloads[argument,]
-    return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+        result = kernel.overloads[argument,]
+        return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
 
 
 _compiled: dict[tuple, int] = {}
