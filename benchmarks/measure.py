@@ -17,7 +17,7 @@ from benchmarks.providers import BESIDE, COPY, ONE_NUMBER, OURS, PROVIDERS, Call
 Report = Callable[[str], None]
 
 SIDE_BY_SIDE = 16
-"""Cases whose attempts take turns on the CPU: one or two minutes for fifteen of each, and gigabytes of arrays."""
+"""Cases whose attempts take turns on the CPU: one to four minutes for fifteen of each, and gigabytes of arrays."""
 
 
 class Effort(NamedTuple):

@@ -282,6 +282,40 @@ def test_fork_while_a_thread_imports():
 
 
 @needs_fork
+def test_fork_while_a_thread_asks_for_an_address():
+    """LLVM holds a lock while it says where a kernel is; here one that is held for longer stands for it."""
+    program = """
+        from numba.core.codegen import JITCodeLibrary
+        address, lock, asking = JITCodeLibrary.get_pointer_to_function, threading.Lock(), threading.Event()
+        def slowly(library, name):
+            if not name.startswith("cfunc."):
+                return address(library, name)
+            with lock:
+                asking.set()
+                time.sleep(0.5)
+                return address(library, name)
+        JITCodeLibrary.get_pointer_to_function = slowly
+        asker = threading.Thread(target=gpusoftmax.argmax, args=(x,))
+        asker.start()
+        asking.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            code = 1
+            try:
+                gpusoftmax.argmax(x)
+                code = 0
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        assert status == 0, status
+        asker.join()
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
+@needs_fork
 def test_worker_processes_by_fork():
     program = """
         import multiprocessing

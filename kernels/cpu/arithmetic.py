@@ -37,7 +37,7 @@ negative = formula(ieee.Arithmetic.negative)
 maximum = formula(ieee.Arithmetic.maximum)
 kahan_add = formula(formulas.kahan_add, n_results=2)
 compensated_add = formula(formulas.compensated_add, n_results=2)
-add_pair = formula(formulas.add_pair_normalised, n_results=2)
+add_pair = formula(formulas.add_pair_normalised, n_results=2)  # chunks and labels are added so, no single logits
 finite_or_zero = formula(formulas.finite_or_zero)
 where_finite = formula(formulas.where_finite)
 anchor = formula(formulas.anchor, n_results=2)
