@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import arrays, cases, gpu_timing, results, timing
 from benchmarks.cases import Case
-from benchmarks.providers import BESIDE, COPY, ONE_NUMBER, OURS, PROVIDERS, Calls
+from benchmarks.providers import APART, BESIDE, COPY, ONE_NUMBER, OURS, PROVIDERS, Calls
 
 Report = Callable[[str], None]
 
@@ -45,7 +45,7 @@ def on_cpu(cases: Sequence[Case], providers: dict[str, Calls], effort: Effort, r
     """The records of each case. The attempts of the cases take turns, so that those of one case are seconds apart."""
     with threads(effort.threads):
         calls, errors = zip(*(_calls_on_cpu(case, providers, report) for case in cases), strict=True)
-        attempts = [timing.attempts_at(of_case, effort.samples, effort.seconds) for of_case in calls]
+        attempts = [timing.attempts_at(of_case, effort.samples, effort.seconds, APART) for of_case in calls]
         taken = [[next(of_case) for of_case in attempts] for _ in range(effort.attempts)]
     timed = (timing.quietest(of_case) for of_case in zip(*taken, strict=True))
     return [

@@ -25,6 +25,11 @@ ONE_NUMBER = "one number"
 BESIDE = {"token_logprobs_and_rank": "logsumexp"}
 """op -> another one of ours that takes a part of its arguments and is timed in turns with it: what the rest costs."""
 
+APART = "SciPy", "NumPy"
+"""On the CPU they write several arrays as large as the result for one call. Of 32 MB of third-level cache these leave
+nothing but lines that have yet to be written to memory, and whoever comes next waits for that.
+"""
+
 DTYPES = "float16", "bfloat16", "float32", "float64"
 
 Calls = dict[str, Callable[[Arrays], Callable[[], Any]]]

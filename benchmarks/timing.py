@@ -1,7 +1,8 @@
 """Times calls side by side, in one process, so that whatever else the machine does hits all of them alike.
 
 One attempt times every call several times, in turns of changing order: a call finds in the caches what another one left
-there, and no call should always follow the same one. What is reported is the quietest of several attempts. A neighbour
+there, and no call should always follow the same one. Calls that leave much more there than the others do take their
+turns `apart`, after them. What is reported is the quietest of several attempts. A neighbour
 on the machine is busy for seconds or minutes: attempts that follow each other at once may all be of one such time.
 """
 
@@ -10,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 _SAMPLE_SECONDS = 300e-6
 """Shorter calls are repeated within a sample, so that reading the clock (some 50 ns) does not count."""
@@ -29,13 +30,14 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Attempt, Attempt]:
     """What `quietest` says of so many attempts."""
-    return quietest(list(itertools.islice(attempts_at(calls, samples, seconds, clock), attempts)))
+    return quietest(list(itertools.islice(attempts_at(calls, samples, seconds, clock=clock), attempts)))
 
 
 def attempts_at(
     calls: dict[str, Callable[[], object]],
     samples: int,
     seconds: float,
+    apart: Collection[str] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Attempt]:
     """One attempt after the other, each made when it is asked for.
@@ -51,10 +53,11 @@ def attempts_at(
     order = random.Random(0)
     while True:
         taken: Attempt = {name: [] for name in calls}
-        for turn in range(samples):
-            for name in order.sample(list(calls), len(calls)):
-                if turn < wanted[name]:
-                    taken[name].append(_per_call(calls[name], repeats[name], clock))
+        for together in ([name for name in calls if name not in apart], [name for name in calls if name in apart]):
+            for turn in range(samples):
+                for name in order.sample(together, len(together)):
+                    if turn < wanted[name]:
+                        taken[name].append(_per_call(calls[name], repeats[name], clock))
         yield taken
 
 

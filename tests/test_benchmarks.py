@@ -119,6 +119,17 @@ def test_every_call_is_timed_by_itself():
     assert all(set(turns[k : k + 2]) == {"a", "b"} for k in range(0, len(turns), 2))
 
 
+def test_calls_apart_take_their_turns_after_the_others():
+    clock = FakeTime()
+    calls = {name: clock.call(name, 100) for name in ("NumPy", "ours", "SciPy", "torch")}
+    attempts = timing.attempts_at(calls, 3, 1e3, ("SciPy", "NumPy"), clock)
+    for _ in range(2):
+        clock.log.clear()
+        assert next(attempts) == {name: [100] * 3 for name in calls}
+        turns = [set(clock.log[k : k + 2]) for k in range(len(clock.log) - 12, len(clock.log), 2)]
+        assert turns == [{"ours", "torch"}] * 3 + [{"SciPy", "NumPy"}] * 3
+
+
 def test_short_calls_are_repeated_within_a_sample_and_slow_ones_sampled_less():
     clock = FakeTime()
     calls = {"short": clock.call("short", 1e-6), "slow": clock.call("slow", 10.0)}
