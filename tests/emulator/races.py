@@ -138,6 +138,7 @@ class Races:
                 record.warp[granule] = warp
             else:
                 keep = (before != NOBODY) & (before != warp) & (record.phase[granule] >= phase)
+                keep &= record.arrived[granule] >= self.passed[lanes]
                 far = (before == SEVERAL_BLOCKS) | (before < SEVERAL) & (before // per_block != warp // per_block)
                 shared = np.where(far, SEVERAL_BLOCKS, SEVERAL)
                 record.warp[granule] = np.where(keep, shared, warp)

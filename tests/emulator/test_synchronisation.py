@@ -412,6 +412,18 @@ def test_distributed_shared_memory(schedule):
         run("barrier.cluster.wait;", gpu_options=schedule)
 
 
+def test_what_was_read_before_a_barrier_of_the_cluster(schedule):
+    """A warp may write what it alone has read since."""
+    body = f"""{GLOBAL_INDEX} mov.u32 %r1, s; setp.eq.u32 %p1, %r9, 0; mov.u32 %r4, 5; @%p1 st.shared.u32 [%r1], %r4;
+      bar.sync 0; ld.shared.u32 %r3, [%r1]; BARRIER setp.ge.u32 %p2, %r9, 32; @%p2 bra DONE;
+      ld.shared.u32 %r3, [%r1]; bar.warp.sync 0xffffffff; @%p1 st.shared.u32 [%r1], %r3;
+      DONE: {STORE_R3}"""
+    options = {"count": 256, "top": SHARED_WORD, "threads": 64, "blocks": 4, "cluster": 2, "gpu_options": schedule}
+    assert (run(body.replace("BARRIER", CLUSTER_BARRIER), **options) == 5).all()
+    with pytest.raises(errors.SharedRace, match="read by"):
+        run(body.replace("BARRIER", ""), **options)
+
+
 def test_ranks_outside_the_cluster():
     body = CLUSTER.replace("BEFORE", "").replace("AFTER", "")
     with pytest.raises(errors.ClusterError, match="rank 1 in a cluster of 1"):
