@@ -60,6 +60,9 @@ def test_every_access_to_a_row_is_counted(records):
         ("token_logprobs", "bfloat16", 32000, 16),
         ("token_logprobs_and_entropy", "bfloat16", 32000, 18.5),
         ("token_logprobs_and_rank", "bfloat16", 32000, 19.5),
+        ("sample", "bfloat16", 32000, 33),
+        ("sample", "float32", 32000, 35),
+        ("sample", "float32", 1000, 53),
     ],
 )
 def test_instructions_per_logit(op, dtype, n_cols, most):

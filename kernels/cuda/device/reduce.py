@@ -14,7 +14,7 @@ from gpusoftmax.kernels.cuda.device._cuda import cuda, device
 from gpusoftmax.kernels.cuda.device.arithmetic import add, add_pair, maximum
 from gpusoftmax.kernels.cuda.device.memory import number_size
 from gpusoftmax.kernels.cuda.device.shared_numbers import put, put_in_block, put_pair, put_pair_in_block
-from gpusoftmax.kernels.cuda.device.split import split_cluster
+from gpusoftmax.kernels.cuda.device.split import shifted_down, split_cluster
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
 
 FULL_WARP = 0xFFFFFFFF
@@ -228,11 +228,12 @@ def beats(one, two):
 @device
 def warp_best(best, lanes):
     """The first (high, low, column) of `lanes` neighbouring lanes in the order of `beats`."""
-    for offset in (16, 8, 4, 2, 1):
-        if offset < lanes:
-            high = cuda.shfl_xor_sync(FULL_WARP, best[0], offset)
-            low = cuda.shfl_xor_sync(FULL_WARP, best[1], offset)
-            other = high, low, cuda.shfl_xor_sync(FULL_WARP, best[2], offset)
-            if beats(other, best):
-                best = other
+    offset = shifted_down(int32(lanes), int32(1))
+    while offset > 0:  # a tuple of offsets, in a loop that is not unrolled, could be left by an IndexError
+        high = cuda.shfl_xor_sync(FULL_WARP, best[0], offset)
+        low = cuda.shfl_xor_sync(FULL_WARP, best[1], offset)
+        other = high, low, cuda.shfl_xor_sync(FULL_WARP, best[2], offset)
+        if beats(other, best):
+            best = other
+        offset = shifted_down(offset, int32(1))
     return best

@@ -2,7 +2,8 @@
 
     lane     the best column so far, as (high, low, column): its score and its number. Granule by granule, straight from
              the slots; a granule whose columns cannot be better is passed by
-    warp     the best of all lanes, after each granule that was not passed by: what the next ones are measured by
+    warp     the best of all lanes, while a granule is not passed by: what the others are measured by. Each lane scores
+             that column of its granule whose score may be the largest, until no lane has one left that may be better
     row      the best of all warps, exchanged through the shared memory of the blocks that share the row
 
 Where several rows share a warp, lanes tell each other of their best after a piece: their loops are not alike.
@@ -13,7 +14,7 @@ import math
 from numpy import int32, int64
 
 from gpusoftmax.kernels.cuda.device._cuda import device
-from gpusoftmax.kernels.cuda.device.arithmetic import maximum, number
+from gpusoftmax.kernels.cuda.device.arithmetic import maximum, minimum, number
 from gpusoftmax.kernels.cuda.device.granules import granules_with
 from gpusoftmax.kernels.cuda.device.memory import (
     integer_of,
@@ -121,16 +122,45 @@ def better_of(best, values, col, width, source, split, numbers):
     for k in range(width):
         values[k] = kept_from(values[k], limit)
         promising = promising | (not score_bound(values[k], words[k], unit, noise) < least)  # without a branch for each
-    if is_long(split):  # all lanes of the warp have the best of all
+    is_alone = split_lanes(split) == WARP_SIZE  # in its warp a row is: all lanes have the best of all
+    if is_alone:
         promising = any_lane(promising)
-    if promising:
-        for k in range(width):
-            high, low = score(values[k], words[k], unit, noise)
-            if high > best[0] or (high == best[0] and low > best[1]):
-                best = high, low, int32(col + k)
-        if is_long(split):
-            best = warp_best(best, split_lanes(split))
+    left = int32(width)  # where the temperature is none, no bound is ever below another one
+    while promising and left > 0:
+        best, others = likeliest_of(best, values, words, col, width, unit, noise)
+        if is_alone:
+            best = warp_best(best, WARP_SIZE)
+        promising = not others < maximum(lowest(unit), best[0])
+        if is_alone:
+            promising = any_lane(promising)
+        left = int32(left - 1)
     return best
+
+
+@device
+def likeliest_of(best, values, words, col, width, unit, noise):
+    """The best column so far, or that of a granule whose score may be the largest, which is taken out of the granule;
+    and what bounds the scores of the others.
+    """
+    x, word, place, top = values[0], words[0], int32(0), no_less(values[0], words[0], unit, noise)
+    others = number(unit, -math.inf)
+    for k in range(1, width):
+        bound = no_less(values[k], words[k], unit, noise)
+        others = maximum(others, minimum(top, bound))
+        if top < bound:
+            x, word, place, top = values[k], words[k], int32(k), bound
+    for k in range(width):
+        if k == place:
+            values[k] = number(unit, -math.inf)
+    high, low = score(x, word, unit, noise)
+    this = high, low, int32(col + place)
+    return this if beats(this, best) else best, others
+
+
+@device
+def no_less(x, word, unit, noise):
+    """`score_bound`, and +inf for NaN, as its score is."""
+    return minimum(number(unit, math.inf), score_bound(x, word, unit, noise))
 
 
 best_of_granules = granules_with(better_of)
