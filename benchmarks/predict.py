@@ -45,12 +45,14 @@ OTHERS = (
     "log_softmax_backward",
     "top_logprobs",
     "sample",
+    "sample_and_top_k",
     "kl_div",
     "kl_div_with_grad",
 )
 OPTIONS = {
     "token_logprobs_and_entropy": {"return_entropy": True},
     "token_logprobs_and_rank": {"return_entropy": True, "return_rank": True},
+    "sample_and_top_k": {"top_k": 50},
 }
 _REGIMES = ("short", "held", "cluster", "online")
 TYPICAL = (32000, 128256, 8192, 1000, 1048576)
@@ -173,7 +175,7 @@ def _emulated(case: Case, plan: Plan) -> tuple[Stats, int]:
             options["reduction"] = "none"
         if case.op == "top_logprobs":
             arguments.append(_imagined.TOP)
-        if case.op == "sample":
+        if case.function == "sample":
             options["rng"] = 0
         getattr(gpusoftmax, case.function)(*arguments, **options)
         return gpu.stats[-1], rows

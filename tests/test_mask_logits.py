@@ -11,6 +11,7 @@ import pytest
 
 import gpusoftmax
 from tests import inputs, oracle
+from tests.emulator import emulated_gpu
 
 F32 = np.dtype(np.float32)
 top_k, top_p = gpusoftmax.top_k_mask_logits, gpusoftmax.top_p_mask_logits
@@ -45,6 +46,27 @@ def test_top_p(target, dtype, n_cols):
     for p, temperature in ((0.9, 1.0), (0.3, 2.5)):
         masked = target.get(top_p(x, p, temperature=temperature))
         check(masked, logits, top_p=p, temperature=temperature)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("n_cols, dtype", [(5000, inputs.BFLOAT16), (20001, F32), (100_003, F32)], ids=str)
+def test_few_of_a_long_row(arch, n_cols, dtype):
+    """They are found without going over the row again: along one block, or a cluster, of few chunks or many."""
+    logits = inputs.make("spread", (2, n_cols), dtype)
+    logits[1, 2 * n_cols // 3 :] = -np.inf  # fewer chunks than are looked for, then
+    for k in (1, 50, 64):
+        with emulated_gpu(arch) as gpu:
+            check(gpu.get(top_k(gpu.array(logits), k)), logits, top_k=k)
+            assert gpu.stats[-1].warp_instructions.total() < 100 * logits.size / 32
+
+
+def test_few_where_too_many_are_equal():
+    """More than are looked at, or fewer than are wanted."""
+    logits = np.zeros((3, 5000), F32)
+    logits[1, ::2] = 1.0
+    logits[2, 40:] = -np.inf
+    with emulated_gpu() as gpu:
+        check(gpu.get(top_k(gpu.array(logits), 50)), logits, top_k=50)
 
 
 @pytest.mark.parametrize("dtype", [F32, inputs.DTYPES[1]], ids=str)

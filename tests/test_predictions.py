@@ -63,6 +63,7 @@ def test_every_access_to_a_row_is_counted(records):
         ("sample", "bfloat16", 32000, 33),
         ("sample", "float32", 32000, 35),
         ("sample", "float32", 1000, 53),
+        ("sample_and_top_k", "float32", 32000, 75),  # in a cluster whose chunks are fewer than 50
     ],
 )
 def test_instructions_per_logit(op, dtype, n_cols, most):

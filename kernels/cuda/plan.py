@@ -60,7 +60,7 @@ N_BEST, N_CANDIDATES, MOST_LARGEST = 256, 256, 64
 many as it has threads), logits that it takes into the choice, and how many are looked for in this way.
 """
 LARGEST_SCRATCH = 2 * N_CANDIDATES + N_BEST + N_CANDIDATES // 2 + 4
-"""Numbers in shared memory for that: candidates with their columns, maxima, where to look, and three more."""
+"""Numbers in shared memory for that: candidates with their columns, maxima, where to look, and four more."""
 LANE_CANDIDATES = 4
 """Of the same kernels, where rows are short: how many candidates a row has room for, for each lane that shares it."""
 WARP_CHUNKS = 4

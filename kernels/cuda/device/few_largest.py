@@ -13,10 +13,10 @@ from numpy import int32, int64
 from gpusoftmax.kernels import sorting
 from gpusoftmax.kernels.cuda.device._cuda import cuda, device, intrinsic, types
 from gpusoftmax.kernels.cuda.device.memory import n_values, numbers_on_stack
+from gpusoftmax.kernels.cuda.device.orders import of_order, order_of
 from gpusoftmax.kernels.cuda.device.pieces import col_of, has_columns
 from gpusoftmax.kernels.cuda.device.reduce import FULL_WARP
 from gpusoftmax.kernels.cuda.device.split import split_lanes
-from gpusoftmax.kernels.cuda.device.threshold import of_order, order_of
 from gpusoftmax.kernels.cuda.plan import GROUP, WARP_SIZE, values_per_lane
 
 COLUMN_BITS = (WARP_SIZE * values_per_lane("float32")).bit_length() - 1

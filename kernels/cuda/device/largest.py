@@ -9,11 +9,12 @@ reaches it are looked at again. What does is a candidate, and a candidate's plac
     entries            9.0       8.2  8.9          the columns of these lanes again, shared by all threads
     candidates    8.2  9.0  8.4  8.9               places 3 0 2 1: the last one is left out
 
-Blocks of a cluster have the maxima of all chunks of the row for a bound, if those are enough, and put their candidates
-into the memory of the first. Better is: larger, or equal and in a lower column. A masked column is no candidate: where
-there are too few others, the first columns that are not candidates follow them. Nothing here depends on the order in
-which candidates arrive. Rows of one piece are those of largest_of_short.py. Where there are too many candidates (many
-equal logits), and where rows lie side by side, tournament.py does it.
+Blocks of a cluster have the maxima of all chunks of the row for a bound, if enough of them are not masked (of 1.5 k
+about 1.65 k columns reach the k-th), and otherwise read each other's. They put their candidates into the memory of the
+first. Better is: larger, or equal and in a lower column. A masked column is no candidate: where there are too few
+others, the first columns that are not candidates follow them. Nothing here depends on the order in which candidates
+arrive. Rows of one piece are those of largest_of_short.py. Where there are too many candidates (many equal logits), and
+where rows lie side by side, tournament.py does it.
 """
 
 import math
@@ -34,6 +35,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     number_size,
     vector_bits,
 )
+from gpusoftmax.kernels.cuda.device.orders import halfway, of_order, order_of
 from gpusoftmax.kernels.cuda.device.pieces import chunk_of, part_of_block, piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import lanes_below, lanes_where, leads_block, n_lanes, warp_count
 from gpusoftmax.kernels.cuda.device.row_barriers import exchange_states
@@ -47,7 +49,9 @@ from gpusoftmax.kernels.cuda.device.shared_numbers import (
     count_up_in_block,
     get,
     get_pair,
+    number_in_block,
     put,
+    put_in_block,
     put_pair,
     put_pair_in_block,
 )
@@ -65,7 +69,6 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_cluster,
     split_piece_bits,
 )
-from gpusoftmax.kernels.cuda.device.threshold import halfway, of_order, order_of
 from gpusoftmax.kernels.cuda.device.tournament import NO_COLUMN, is_better, tournament_with
 from gpusoftmax.kernels.cuda.device.transform import left_to_read, transform
 from gpusoftmax.kernels.cuda.plan import MOST_LARGEST, N_BEST, N_CANDIDATES, WARP_SIZE
@@ -113,6 +116,11 @@ def n_candidates_place(split, like):
     return scratch_place(2 * N_CANDIDATES + N_BEST + N_ENTRIES + 2, split, like)
 
 
+@device
+def limit_place(split, like):
+    return scratch_place(2 * N_CANDIDATES + N_BEST + N_ENTRIES + 3, split, like)
+
+
 # ---------------------------------------------------------------- maxima
 
 
@@ -148,12 +156,18 @@ def keep_best(k, largest, team, split):
 
 
 @device
-def kept_max(number_of_turn, team, split, like):
-    """One of the block's maxima for each lane; -inf where there is none."""
+def is_kept(number_of_turn, block, team, split):
+    """Whether a block of the row keeps this maximum for each lane."""
     bits = turn_bits(split)
     part, turn = shifted_down(number_of_turn, bits), int32(number_of_turn & int32(n_turns(split) - 1))
-    chunk = int32(team.rank - own_part(split) + part + team.size * shifted_down(turn, split_piece_bits(split)))
-    if part >= n_parts(split) or chunk >= split_chunks(split):
+    chunk = int32(block * n_parts(split) + part + team.size * shifted_down(turn, split_piece_bits(split)))
+    return part < n_parts(split) and chunk < split_chunks(split)
+
+
+@device
+def kept_max(number_of_turn, team, split, like):
+    """One of the block's maxima for each lane; -inf where there is none."""
+    if not is_kept(number_of_turn, quotient(team.rank, n_parts(split)), team, split):
         return number(like, -math.inf)
     return get(best_place(number_of_turn * WARP_SIZE + team.lane, split, like), like)
 
@@ -164,12 +178,31 @@ def kept_max(number_of_turn, team, split, like):
 @device
 def read_maxima(maxima, k, team, split, like):
     """maxima = what the k-th largest is looked for in, N_READ numbers for each lane."""
-    if split_cluster(split) > 1 and split_chunks(split) >= k:
+    if split_cluster(split) == 1:
         for turn in range(N_READ):
-            maxima[turn] = max_of_chunks(int32(turn * WARP_SIZE + team.lane), split, like)
+            maxima[turn] = kept_max(int32(turn), team, split, like)
         return
+    n_finite = int32(0)
     for turn in range(N_READ):
-        maxima[turn] = kept_max(int32(turn), team, split, like)
+        maxima[turn] = max_of_chunks(int32(turn * WARP_SIZE + team.lane), split, like)
+        n_finite = int32(n_finite + n_lanes(lanes_where(maxima[turn] > number(like, -math.inf))))
+    if 2 * n_finite < 3 * k:
+        for turn in range(N_READ):
+            maxima[turn] = max_of_blocks(int32(turn), team, split, like)
+
+
+@device
+def max_of_blocks(turn, team, split, like):
+    """The maximum of as many of a lane's maxima as there are blocks, so that N_READ turns have those of all blocks."""
+    largest, k = number(like, -math.inf), int32(turn * split_cluster(split))
+    end = int32(k + split_cluster(split))
+    while k < end:
+        block, number_of_turn = quotient(k, int32(N_READ)), remainder(k, int32(N_READ))
+        if is_kept(number_of_turn, block, team, split):
+            at = best_place(number_of_turn * WARP_SIZE + team.lane, split, like)
+            largest = maximum(largest, number_in_block(at, block, like))
+        k = int32(k + 1)
+    return largest
 
 
 @device
@@ -349,18 +382,14 @@ def ranking_with(write):
     return write_candidates
 
 
-def largest_with(write):
-    """A device function that calls write(j, logit, column, numbers) for the k largest logits, j = 0, 1, ..., each in
-    one thread of the block that has part 0 of the row. exists: whether there is a row. Before it there were
-    `keep_none` and a first pass that told `keep_best` the maxima, and its chunks have met.
+def by_candidates_with(act):
+    """A device function that calls act(k, count, split, like, numbers) in the block that has part 0 of a long row, when
+    its candidates are there. Whether it has: nothing is done if there are too many. Before it there were `keep_none`
+    and a first pass that told `keep_best` the maxima, and the row's chunks have met, each with its maximum.
     """
-    write_by_tournament = tournament_with(write)
-    write_candidates, write_masked = ranking_with(write), masked_with(write, candidate_place)
-    write_short = short_ranking_with(write)
 
     @device
-    def write_by_candidates(source, k, n_cols, row_max, team, split, numbers):
-        """Whether it has: nothing is written if there are too many candidates."""
+    def by_candidates(source, k, n_cols, row_max, team, split, numbers):
         like = row_max
         if leads_block():
             find_entries(k, row_max, team, split)
@@ -371,12 +400,30 @@ def largest_with(write):
         if split_cluster(split) > 1:
             cluster_arrive()  # the count has been read before the first block may end
         if count <= N_CANDIDATES and team.rank < n_parts(split):
-            write_candidates(k, count, split, like, numbers)
-            if count < k:
-                write_masked(k, count, cuda.threadIdx.x, cuda.blockDim.x, split, like, numbers)
+            act(k, count, split, like, numbers)
         if split_cluster(split) > 1:
             cluster_wait()
         return count <= N_CANDIDATES
+
+    return by_candidates
+
+
+def largest_with(write):
+    """A device function that calls write(j, logit, column, numbers) for the k largest logits, j = 0, 1, ..., each in
+    one thread of the block that has part 0 of the row. exists: whether there is a row. Before it there was what
+    `by_candidates_with` asks for.
+    """
+    write_by_tournament = tournament_with(write)
+    write_candidates, write_masked = ranking_with(write), masked_with(write, candidate_place)
+    write_short = short_ranking_with(write)
+
+    @device
+    def write_all(k, count, split, like, numbers):
+        write_candidates(k, count, split, like, numbers)
+        if count < k:
+            write_masked(k, count, cuda.threadIdx.x, cuda.blockDim.x, split, like, numbers)
+
+    write_by_candidates = by_candidates_with(write_all)
 
     @device
     def largest(source, k, n_cols, exists, row_max, team, split, params, numbers):
@@ -390,3 +437,47 @@ def largest_with(write):
             write_by_tournament(source, k, n_cols, writes, team, split, params, numbers)
 
     return largest
+
+
+# ---------------------------------------------------------------- one of them
+
+
+@device
+def tell_limit(value, split):
+    """Tells all blocks of the row."""
+    at = limit_place(split, value)
+    if split_cluster(split) > 1:
+        for block in range(split_cluster(split)):
+            put_in_block(at, block, value)
+    else:
+        put(at, value)
+
+
+@device
+def tell_last(j, x, col, last):
+    k, split = last
+    if j == k - 1:
+        tell_limit(x, split)
+
+
+rank_to_the_last = ranking_with(tell_last)
+
+
+@device
+def find_last(k, count, split, like, numbers):
+    rank_to_the_last(k, count, split, like, (k, split))
+    if count < k and cuda.threadIdx.x == 0:
+        tell_limit(number(like, -math.inf), split)
+
+
+last_by_candidates = by_candidates_with(find_last)
+
+
+@device
+def kth_largest(source, k, n_cols, row_max, team, split):
+    """(the k-th largest logit of a long row, for all its threads, and whether it has been found): -inf if fewer are
+    larger than that. Before it there was what `by_candidates_with` asks for.
+    """
+    is_found = last_by_candidates(source, k, n_cols, row_max, team, split, ())
+    exchange_states(split)  # the number has arrived
+    return get(limit_place(split, row_max), row_max) if is_found else number(row_max, -math.inf), is_found

@@ -21,6 +21,7 @@ from gpusoftmax.kernels.cuda.device.memory import (
     number_size,
     piece_numbers,
 )
+from gpusoftmax.kernels.cuda.device.orders import halfway, of_order, order_of
 from gpusoftmax.kernels.cuda.device.piece_state import read_logits
 from gpusoftmax.kernels.cuda.device.pieces import col_of, has_columns
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, lanes_before, last_of_lanes, n_lanes, warp_count
@@ -28,7 +29,6 @@ from gpusoftmax.kernels.cuda.device.row_state import row_place
 from gpusoftmax.kernels.cuda.device.shared_numbers import get_pair, put_pair
 from gpusoftmax.kernels.cuda.device.split import n_parts, own_part, split_lanes
 from gpusoftmax.kernels.cuda.device.staging import staged
-from gpusoftmax.kernels.cuda.device.threshold import halfway, of_order, order_of
 from gpusoftmax.kernels.cuda.device.tournament import is_better
 from gpusoftmax.kernels.cuda.device.transform import transformed
 from gpusoftmax.kernels.cuda.plan import GROUP, LANE_CANDIDATES

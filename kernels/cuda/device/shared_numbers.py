@@ -140,20 +140,21 @@ def put_pair_in_block(typingctx, at, rank, first, second):
     return types.void(types.int64, types.int64, first, first), codegen
 
 
-def _at_block(builder, at, rank, text, constraints, *arguments):
-    """An int32 from an instruction on a place in the shared memory of the cluster's block `rank`, sm_90 and later: the
+def _at_block(builder, at, rank, text, constraints, *arguments, result=_I32):
+    """A number from an instruction on a place in the shared memory of the cluster's block `rank`, sm_90 and later: the
     text names the result $0 and the address `remote`, and the arguments from $3 on.
     """
+    constraint = {_I32: "=r", ir.FloatType(): "=f", ir.DoubleType(): "=d"}[result]
     with builder.goto_entry_block():
-        result = builder.alloca(_I32)
+        found = builder.alloca(result)
     with builder.if_then(compiled_for(builder, 90)):
         place = builder.ptrtoint(dynamic_shared(builder, at, _I32), _I32)
         arguments = place, builder.trunc(rank, _I32), *arguments
-        kind = ir.FunctionType(_I32, [argument.type for argument in arguments])
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
         text = f"{{ .reg .b32 remote; mapa.shared::cluster.u32 remote, $1, $2; {text} }}"
-        asm = ir.InlineAsm(kind, text, ",".join(["=r", "r", "r", *constraints, "~{memory}"]), True)
-        builder.store(builder.call(asm, arguments), result)
-    return builder.load(result)
+        asm = ir.InlineAsm(kind, text, ",".join([constraint, "r", "r", *constraints, "~{memory}"]), True)
+        builder.store(builder.call(asm, arguments), found)
+    return builder.load(found)
 
 
 @intrinsic
@@ -185,6 +186,17 @@ def count_in_block(typingctx, at, rank):
         return _at_block(builder, args[0], args[1], "ld.shared::cluster.u32 $0, [remote];", [])
 
     return types.int32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def number_in_block(typingctx, at, rank, like):
+    """The number at a place in the shared memory of the cluster's block `rank`."""
+
+    def codegen(context, builder, signature, args):
+        text = f"ld.shared::cluster.f{like.bitwidth} $0, [remote];"
+        return _at_block(builder, args[0], args[1], text, [], result=context.get_value_type(like))
+
+    return like(types.int64, types.int64, like), codegen
 
 
 @intrinsic

@@ -1,7 +1,8 @@
 """From which logit on a row is kept, for top-k, top-p and min-p. What is meant stands in kernels/cpu/threshold.py.
 
-After a first pass for the maximum, a row is gone over once for each halving of kernels/ordering.py: in shared memory,
-where it lies, or from global memory again if it does not fit. Counts and sums of a pass go the way of row_sum.py, chunk
+The k-th largest logit of a long row, for small k, is one of the few candidates that a first pass for the maximum leaves
+(largest.py). Otherwise a row is gone over once more for each halving of kernels/ordering.py: in shared memory, where it
+lies, or from global memory again if it does not fit. Counts and sums of a pass go the way of row_sum.py, chunk
 by chunk in a fixed tree, through two places in turn: whoever writes to one of them knows that all have read what was
 there two passes ago, since a barrier lies between.
 """
@@ -12,18 +13,20 @@ from typing import NamedTuple
 from numpy import int32, int64
 
 from gpusoftmax.kernels import ordering
-from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic, types
+from gpusoftmax.kernels.cuda.device._cuda import device, intrinsic
 from gpusoftmax.kernels.cuda.device.arithmetic import Rounded, add, add_pair, formula, maximum, mul, number
 from gpusoftmax.kernels.cuda.device.exponential import anchor, cheap_exp_from, cheap_exp_gap, lowest_of
 from gpusoftmax.kernels.cuda.device.granules import granule_sum, granules_with
-from gpusoftmax.kernels.cuda.device.memory import STORED_DTYPE, is_null, load, word_of
+from gpusoftmax.kernels.cuda.device.largest import keep_best, keep_none, kth_largest
+from gpusoftmax.kernels.cuda.device.memory import is_null, load, word_of
 from gpusoftmax.kernels.cuda.device.noise import distance_of_ratio, scale_of_temperature
+from gpusoftmax.kernels.cuda.device.orders import halfway, n_halvings, of_order, order_of, order_step
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
 from gpusoftmax.kernels.cuda.device.pieces import chunk_of, piece_of, slot_of
 from gpusoftmax.kernels.cuda.device.reduce import any_lane, any_thread, publish, warp_max, warp_sum, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
 from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, sync_slots, wait_for_piece
-from gpusoftmax.kernels.cuda.device.row_state import state_place
+from gpusoftmax.kernels.cuda.device.row_state import saved_max, state_place
 from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import (
@@ -36,7 +39,7 @@ from gpusoftmax.kernels.cuda.device.split import (
     split_piece_bits,
     split_slots,
 )
-from gpusoftmax.kernels.cuda.plan import WARP_SIZE
+from gpusoftmax.kernels.cuda.plan import MOST_LARGEST, WARP_SIZE
 
 kept_from = formula(ordering.kept_from)
 ALL = 2**62
@@ -66,8 +69,12 @@ def limit_with_own(has_own):
         limit, turn = number(largest, -math.inf), int32(1)
         needed = top_k > 0 and top_k < all_cols
         if agreed(needed, split):
-            wanted = top_k if needed else int64(ALL)
-            limit, turn = limit_of_count(source, n_cols, limit, largest, wanted, turn, team, split, None)
+            is_found = False
+            if is_long(split) and top_k <= MOST_LARGEST:
+                limit, is_found = kth_largest(source, int32(top_k), n_cols, largest, team, split)
+            if not is_found:
+                wanted = top_k if needed else int64(ALL)
+                limit, turn = limit_of_count(source, n_cols, limit, largest, wanted, turn, team, split, None)
         needed = top_p < number(largest, 1.0)
         if agreed(needed, split):
             mass, before = mass_params(largest, params), limit
@@ -147,7 +154,8 @@ largest_of_granules = granules_with(larger)
 def row_max(source, n_cols, team, split, like):
     """The first pass."""
     least = number(like, -math.inf)
-    largest = least
+    largest, last_piece = least, int32((1 << split_piece_bits(split)) - 1)
+    keep_none(split, like)
     announce(split)
     open_row((source,), n_cols, team, split, least)
     meet(split)
@@ -156,19 +164,21 @@ def row_max(source, n_cols, team, split, like):
         wait_for_piece(k, team, split)
         piece = piece_of(k, n_cols, team, split, like)
         at = slot_of(k, team, split, 1)
-        largest = largest_of_granules(largest, source, at, piece, team, split, (), like)
+        of_piece = largest_of_granules(least, source, at, piece, team, split, (), like)
+        keep_best(k, of_piece, team, split)
         stage_next(k, (source,), n_cols, team, split, least)
+        largest = of_piece if is_long(split) and k & last_piece == 0 else maximum(largest, of_piece)
+        if is_long(split) and k & last_piece == last_piece:
+            of_chunk = warp_max(largest, WARP_SIZE)
+            publish(state_place(0, chunk_of(k, team, split), split, like), of_chunk, team, split)
         k = int32(k + 1)
-    largest = warp_max(largest, split_lanes(split))
     if not is_long(split):
-        return largest
-    if team.n_pieces > 0:
-        publish(state_place(0, team.rank, split, like), largest, team, split)
+        return warp_max(largest, split_lanes(split))
     exchange_states(split)
-    part, n_parts = team.lane, min(team.size, split_chunks(split))
-    while part < n_parts:
-        largest = maximum(largest, get(state_place(0, part, split, like), like))
-        part = int32(part + WARP_SIZE)
+    largest, chunk = least, team.lane
+    while chunk < split_chunks(split):
+        largest = maximum(largest, saved_max(chunk, split, like))
+        chunk = int32(chunk + WARP_SIZE)
     return warp_max(largest, WARP_SIZE)
 
 
@@ -284,49 +294,7 @@ limit_of = limit_with_own(has_own=False)
 limit_of_each = limit_with_own(has_own=True)
 
 
-@device
-def halfway(low, high, step):
-    """Between two orders, down to a multiple of the step; low if there is nothing between them."""
-    return ((low & high) + ((low ^ high) >> 1)) & -step  # their sum may take a bit too many
-
-
 # ---------------------------------------------------------------- instructions
-
-
-def _order_step(pointer, like):
-    return 1 if like == types.float64 else ordering.STEPS[STORED_DTYPE[pointer.dtype]]
-
-
-@intrinsic
-def order_step(typingctx, pointer, like):
-    """By how much the orders of two numbers differ at least that are stored as the pointer's and widened to `like`."""
-    step = _order_step(pointer, like)
-    return types.int64(pointer, like), lambda context, builder, signature, args: context.get_constant(types.int64, step)
-
-
-@intrinsic
-def n_halvings(typingctx, pointer, like):
-    """How often the interval of all such orders can be halved."""
-    count = like.bitwidth - (_order_step(pointer, like).bit_length() - 1)
-    return types.int32(pointer, like), lambda context, builder, signature, args: context.get_constant(
-        types.int32, count
-    )
-
-
-@intrinsic
-def order_of(typingctx, x):
-    def codegen(context, builder, signature, args):
-        return ordering.order_of(Rounded(builder, args[0].type), args[0])
-
-    return types.int64(x), codegen
-
-
-@intrinsic
-def of_order(typingctx, order, like):
-    def codegen(context, builder, signature, args):
-        return ordering.of_order(Rounded(builder, args[1].type), args[0])
-
-    return like(types.int64, like), codegen
 
 
 @intrinsic
