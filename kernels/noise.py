@@ -55,14 +55,8 @@ def constant(type: ir.Type, value: int):
 # ---------------------------------------------------------------- words
 
 
-def product_of_words(builder, word, multiplier: int):
-    """(high, low) half of the product with a word of 32 bits."""
-    product = builder.mul(builder.zext(word, LONG), ir.Constant(LONG, multiplier))
-    return builder.trunc(builder.lshr(product, ir.Constant(LONG, 32)), WORD), builder.trunc(product, WORD)
-
-
 def product_of_longs(builder, long, multiplier: int):
-    """The same for a word in the low half of 64 bits, in a vector of such: no lane is packed or unpacked for it."""
+    """(high, low) half of the product with a word, all of them low halves of 64 bits, so that no vector is packed."""
     low = builder.and_(long, constant(long.type, 0xFFFFFFFF))
     product = builder.mul(low, constant(long.type, multiplier))
     return builder.lshr(product, constant(long.type, 32)), product

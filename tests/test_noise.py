@@ -70,9 +70,16 @@ def test_words_of_the_cpu(like):
         assert np.array_equal(found, oracle.words(n_cols, seed, step))
 
 
+def _product(builder, word, multiplier: int):
+    """(high, low) half of the product with a word of 32 bits."""
+    product = builder.mul(builder.zext(word, noise.LONG), ir.Constant(noise.LONG, multiplier))
+    high = builder.trunc(builder.lshr(product, ir.Constant(noise.LONG, 32)), noise.WORD)
+    return high, builder.trunc(product, noise.WORD)
+
+
 @intrinsic
 def block_of_words(typingctx, block, seed, step):
-    """As a thread of a GPU computes it."""
+    """As a thread of a GPU computes it, but for its own instruction for the product."""
 
     def codegen(context, builder, signature, args):
         halves = [
@@ -81,7 +88,7 @@ def block_of_words(typingctx, block, seed, step):
             for shift in (0, 32)
         ]
         counter = builder.trunc(args[0], noise.WORD), *halves[2:], ir.Constant(noise.WORD, 0)
-        found = noise.philox(builder, noise.product_of_words, counter, halves[:2])
+        found = noise.philox(builder, _product, counter, halves[:2])
         return context.make_tuple(builder, signature.return_type, found)
 
     return types.UniTuple(types.uint32, 4)(types.int64, types.int64, types.int64), codegen
