@@ -197,4 +197,16 @@ def contiguous(array: Array, dtype: str) -> Array:
 def copy_into(source: Array, target: Array) -> None:
     """target[...] = source, by a kernel, so that every kind of array can be copied alike."""
     copy = _arrays.kernels(source.place, "copy").copy
-    for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), [source], [target])
+    n_cols = source.shape[-1]
+    for first in range(0, n_cols, _MOST_COPIED):  # numbers of rows may be more than the columns of any
+        reads, writes = ([_columns_of(one, first, min(_MOST_COPIED, n_cols - first))] for one in (source, target))
+        for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), reads, writes)
+
+
+_MOST_COPIED = 1 << 30
+
+
+def _columns_of(array: Array, first: int, count: int) -> Array:
+    """array[..., first : first + count], for a kernel; only to be read and written through its pointer."""
+    pointer = array.pointer + first * array.strides[-1] * array.itemsize
+    return array._replace(pointer=pointer, shape=(*array.shape[:-1], count))
