@@ -154,7 +154,9 @@ def _walk(axes: tuple[int, ...], shape: tuple[int, ...], strides: tuple[tuple[in
 
 
 def _for_rows_of_copies(call, axes, reads, writes) -> None:
-    """for_rows on copies that have the reduced axes last and contiguous; what was written is copied back."""
+    """for_rows on copies that have the reduced axes last and contiguous; what was written is copied back. A result
+    takes the place of the first array's copy if it has its dtype: kernels that write rows work in place.
+    """
     full = reads[0].shape
     order = tuple(axis for axis in range(len(full)) if axis not in axes) + axes
     last = tuple(range(len(full) - len(axes), len(full)))
@@ -172,8 +174,13 @@ def _for_rows_of_copies(call, axes, reads, writes) -> None:
             copy_into(reordered(array), copy)
         return copy
 
-    targets = [copied(array, filled=False) for array in writes]
-    for_rows(call, last, [copied(array, filled=True) for array in reads], targets)
+    sources = [copied(array, filled=True) for array in reads]
+    in_place = [array.shape == full and array.dtype == reads[0].dtype for array in writes]
+    targets = [
+        sources[0] if is_in_place else copied(array, filled=False)
+        for array, is_in_place in zip(writes, in_place, strict=True)
+    ]
+    for_rows(call, last, sources, targets)
     for array, target in zip(writes, targets, strict=True):
         if array.shape == full:
             copy_into(target, reordered(array))

@@ -1,5 +1,7 @@
 """What a call on the CPU takes of memory beside its results."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -67,3 +69,18 @@ def test_very_much_memory_is_not_kept_for_the_next_call(monkeypatch):
     assert small[0].size > 0
     assert np.array_equal(gpusoftmax.logsumexp(x), expected)
     assert kept.memory is small
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_axes_that_no_stride_walks_cost_one_copy(name):
+    x, call = inputs.make("spread", (64, 33, 64), np.float32), getattr(gpusoftmax, name)
+    expected = call(np.ascontiguousarray(x.swapaxes(0, 1)), axis=(1, 2)).swapaxes(0, 1)  # and compiles
+    call(x, axis=(0, 2))
+    tracemalloc.start()
+    try:
+        result = call(x, axis=(0, 2))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.1 * x.nbytes  # the result and the copy
+    assert np.array_equal(result, expected)
