@@ -52,8 +52,8 @@ _WIDEST = np.dtype(np.float64).itemsize
 LONG_ROW_BYTES = 64 << 10
 # Of a thread. Columns whose copies would take more are gathered one by one.
 WORKSPACE_BYTES = 64 << 20
-# Of a thread, between calls. To have more of it anew takes a quarter to a third of a call's time (Zen 5, a row of 2^28
-# float16 columns in reverse: log-sum-exp 180 and 230 ms, softmax 280 and 450).
+# Of a thread, between calls. To have more of it anew at each takes time (Zen 5, a row of 2^28 float16 columns in
+# reverse: log-sum-exp 180 ms with what was kept, 230 without, softmax 280 and 450).
 KEPT_BYTES = 1 << 30
 PAGE = 4096
 
