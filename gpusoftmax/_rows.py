@@ -154,7 +154,9 @@ def _walk(axes: tuple[int, ...], shape: tuple[int, ...], strides: tuple[tuple[in
 
 
 def _for_rows_of_copies(call, axes, reads, writes) -> None:
-    """for_rows on copies that have the reduced axes last and contiguous; what was written is copied back."""
+    """for_rows on copies that have the reduced axes last and contiguous; what was written is copied back. A result
+    takes the place of the first array's copy if it has its dtype: kernels that write rows work in place.
+    """
     full = reads[0].shape
     order = tuple(axis for axis in range(len(full)) if axis not in axes) + axes
     last = tuple(range(len(full) - len(axes), len(full)))
@@ -172,8 +174,13 @@ def _for_rows_of_copies(call, axes, reads, writes) -> None:
             copy_into(reordered(array), copy)
         return copy
 
-    targets = [copied(array, filled=False) for array in writes]
-    for_rows(call, last, [copied(array, filled=True) for array in reads], targets)
+    sources = [copied(array, filled=True) for array in reads]
+    in_place = [array.shape == full and array.dtype == reads[0].dtype for array in writes]
+    targets = [
+        sources[0] if is_in_place else copied(array, filled=False)
+        for array, is_in_place in zip(writes, in_place, strict=True)
+    ]
+    for_rows(call, last, sources, targets)
     for array, target in zip(writes, targets, strict=True):
         if array.shape == full:
             copy_into(target, reordered(array))
@@ -197,4 +204,16 @@ def contiguous(array: Array, dtype: str) -> Array:
 def copy_into(source: Array, target: Array) -> None:
     """target[...] = source, by a kernel, so that every kind of array can be copied alike."""
     copy = _arrays.kernels(source.place, "copy").copy
-    for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), [source], [target])
+    n_cols = source.shape[-1]
+    for first in range(0, n_cols, _MOST_COPIED):  # numbers of rows may be more than the columns of any
+        reads, writes = ([_columns_of(one, first, min(_MOST_COPIED, n_cols - first))] for one in (source, target))
+        for_rows(lambda rows, read, write: copy(rows, read, write, source.place), (source.ndim - 1,), reads, writes)
+
+
+_MOST_COPIED = 1 << 30
+
+
+def _columns_of(array: Array, first: int, count: int) -> Array:
+    """array[..., first : first + count], for a kernel; only to be read and written through its pointer."""
+    pointer = array.pointer + first * array.strides[-1] * array.itemsize
+    return array._replace(pointer=pointer, shape=(*array.shape[:-1], count))

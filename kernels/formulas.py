@@ -320,12 +320,13 @@ def set_ties_apart(a: Arithmetic, e, x, others, max):
     return a.select(differs, e, a.number(0)), a.select(differs, a.add(others, a.number(1)), others)
 
 
-def tied_total(a: Arithmetic, ties, own_ties, own, own_max, max):
-    """(ties, joining): the ties of one more part of a row, where its maximum is the row's; else what they add, `own`
-    each, to the tail.
+def tied_total(a: Arithmetic, ties, ties_low, own_ties, own, own_max, max):
+    """(ties, ties_low, joining): the ties of one more part of a row, where its maximum is the row's; else what they
+    add, `own` each, to the tail. In float32 a number alone counts to 2^24, and loses one in 2^12 by 2^26.
     """
-    same = a.equal(own_max, max)
-    return a.select(same, a.add(ties, own_ties), ties), a.select(same, a.number(0), a.mul(own_ties, own))
+    same, zero = a.equal(own_max, max), a.number(0)
+    ties, ties_low = add_pair_normalised(a, ties, ties_low, a.select(same, own_ties, zero), zero)
+    return ties, ties_low, a.select(same, zero, a.mul(own_ties, own))
 
 
 def where_finite(a: Arithmetic, of, x, otherwise):

@@ -69,6 +69,12 @@ def test_more_columns_than_there_are_labels():
         gpusoftmax.explain("softmax", (8, 1 << 31), arch="sm_90")
 
 
+def test_more_numbers_of_rows_than_any_row_has_columns():
+    """They are copied into another format in parts, as columns of one row."""
+    explained = gpusoftmax.explain("softmax", (3 << 30, 8), dtype="bfloat16", temperature="float16", arch="sm_90")
+    assert [kernel["kernel"] for kernel in explained["kernels"]] == [*3 * ["copy.copy_rows"], "softmax.softmax_rows"]
+
+
 def test_registers_and_shared_memory_are_the_assemblers():
     (kernel,) = gpusoftmax.explain("logsumexp", (8, 1024), dtype="float32", arch="sm_90")["kernels"]
     (launch,) = _dry_run.launches("logsumexp", (8, 1024), "float32", "sm_90")

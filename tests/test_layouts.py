@@ -11,6 +11,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import gpusoftmax
+from gpusoftmax import _rows
 from tests import inputs, oracle, tolerances
 from tests.calls import CALLS, IN_PLACE, Untouched, arguments, reshaped, same_bits
 
@@ -551,6 +552,16 @@ def test_row_strides_beyond_32_bits_on_a_device():
         place = gpu.array(out)
         gpusoftmax.softmax(gpu.array(x), out=place)
         assert same_bits(gpu.get(place), expected)
+
+
+def test_numbers_of_rows_are_copied_in_parts(target, monkeypatch):
+    """As they are where there are more of them than a row has columns."""
+    monkeypatch.setattr(_rows, "_MOST_COPIED", 8)
+    x = inputs.make("spread", (21, 5), F32, seed=4)
+    temperature = np.linspace(0.5, 2, 42).astype(np.float16)[::2]
+    expected = gpusoftmax.softmax(x, temperature=temperature.astype(F32))
+    got = target.get(gpusoftmax.softmax(target.array(x), temperature=target.array(temperature)))
+    assert np.allclose(got, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "softmax_backward"])

@@ -169,6 +169,30 @@ def test_a_row_of_very_many_chunks(value):
     assert abs(float(whole.logsumexp()[0]) - expected) <= 2 * 2.0**-23
 
 
+@pytest.mark.parametrize("n_cols", [2**26, 2**31])
+def test_a_row_of_very_many_ties(n_cols):
+    """Each chunk has 2047 logits that equal the maximum: from 2^24 on, float32 does not hold every number of them."""
+    n_chunks = n_cols // CHUNK
+    logits = np.zeros((1, CHUNK), np.float32)
+    logits[0, 5] = -20
+    state = LogSumExpState.empty(1, like=logits)
+    state.update(logits)
+    table = np.broadcast_to(state.table, (1, n_chunks, 4))
+    lse = LogSumExpState.from_table(table, ((0, n_cols),)).logsumexp()
+    expected = math.log(n_chunks * (CHUNK - 1 + math.exp(-20)))
+    assert abs(float(lse[0]) - expected) <= 2 * 2.0**-19  # two units in the last place
+
+
+def test_ties_are_counted_exactly(target):
+    """More for each chunk than there are columns, so that a few chunks are enough for what many would lose."""
+    table = np.zeros((1, 128 * 32, 4), np.float32)
+    table[0, :32, 3] = 2**30  # for each lane of a GPU
+    table[0, 32:, 3] = 63  # less than half a unit in the last place of that
+    state = LogSumExpState.from_table(target.array(table), ((0, 128 * 32 * CHUNK),))
+    expected = math.log(32 * (2**30 + 127 * 63))
+    assert abs(float(target.get(state.logsumexp())[0]) - expected) <= 2 * 2.0**-19
+
+
 # ---------------------------------------------------------------- nothing
 
 

@@ -1,6 +1,7 @@
 """top_logprobs: the same tokens as a stable sort, and log_softmax's own bits for them, on every target."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -161,6 +162,23 @@ def test_more_tokens_than_the_kernels_keep(dtype):
     assert top.token.shape == (3, 101) and top.logprob.dtype == fewer.logprob.dtype
     assert np.array_equal(top.token[:, :65], fewer.token) and np.array_equal(top.token[0, 1:], largest(logits, 100)[0])
     assert np.array_equal(top.logprob[:, :65], fewer.logprob, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", inputs.DTYPES, ids=str)
+def test_rows_are_not_sorted_for_a_few_of_many(dtype):
+    """On the CPU: the results are those of rows that are, and nothing of the size of the logits is made."""
+    logits = np.concatenate([inputs.make(family, (2, 5000), dtype) for family in ("ties", "sorted", "masked")])
+    logits[1, 4] = np.nan
+    sorted_rows, top = gpusoftmax.top_logprobs(logits, 626), gpusoftmax.top_logprobs(logits, 625)
+    tracemalloc.start()
+    try:
+        gpusoftmax.top_logprobs(logits, 625)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - top.token.nbytes - top.logprob.nbytes < 4 * logits.size
+    for found, expected in zip(top, sorted_rows, strict=True):
+        assert np.array_equal(found, expected[:, :625], equal_nan=True)
 
 
 @pytest.mark.parametrize("k", [64, 100])

@@ -114,7 +114,7 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
     counters = pointer_to(job.counters, job.counters)
     ticket = atomic_add(counters, TICKETS, 1)
     slot = job.workspace + ticket * job.slot_bytes
-    copy = slot + job.stage
+    copy, second_copy = slot + job.first_copy, slot + job.second_copy
     item, share = draw_item(counters, n_items, job.n_threads, ticket, 0)
     while share < job.n_threads:
         for block in range(item * job.rows_per_item, min(n_blocks, (item + 1) * job.rows_per_item)):
@@ -124,7 +124,7 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
             n_rows = min(lanes, n_neighbours - inner)
             copy_in(first, row, n_rows, rows, copy, like)
             if job.has_second:
-                copy_in(second, row, n_rows, rows, copy + job.stage_bytes, like)
+                copy_in(second, row, n_rows, rows, second_copy, like)
             line = Line(pointer_to(copy, like), lanes, 1)
             here = Here(
                 row,
@@ -137,7 +137,7 @@ def across_rows(way, job, rows, first, second, target, prepare, measure, fold, w
                 across(number(like, -math.inf)),
                 zero,
                 line,
-                Line(pointer_to(copy + job.stage_bytes, like), lanes, 1),
+                Line(pointer_to(second_copy, like), lanes, 1),
                 line,
                 line,
                 Ahead(

@@ -69,11 +69,10 @@ ahead_of_logits = where_given("transform", _next_row, _same_row)
 @device
 def place_of(row, slot, job, rows, first, second, target, like):
     """Where a row is at work; its slot is the address of its scratch memory."""
-    stage = slot + job.stage
     zero = number(like, 0.0)
-    result = line_of(target, row, rows, stage, False)
-    logits = line_of_logits(first, first.transform, row, rows, stage + job.stage_bytes, like)
-    other = line_of(second, row, rows, stage + 2 * job.stage_bytes, job.has_second != 0)
+    result = line_of(target, row, rows, slot + job.target_copy, False)
+    logits = line_of_logits(first, first.transform, row, rows, slot + job.first_copy, like)
+    other = line_of(second, row, rows, slot + job.second_copy, job.has_second != 0)
     home = pointer_to(slot + job.scratch, like) if job.scratch != 0 else as_numbers(result.pointer, like)
     return Here(
         row,

@@ -19,7 +19,7 @@ from gpusoftmax.kernels.numba_passes import compiling
 from gpusoftmax.kernels.operands import has_address
 
 COUNTERS_AT = 96
-"""Words. The longest list of arguments, that of the loss with a transform, takes 69."""
+"""Words. The longest list of arguments, that of the loss with a transform, takes 71."""
 WORKSPACE = Job._fields.index("workspace")
 _WORD = ir.IntType(64)
 _NUMBERS = {np.float32: types.float32, np.float64: types.float64}

@@ -47,8 +47,10 @@ class Job(NamedTuple):
     partials: int  # what chunks.sum_chunk needs across rows and in blocks,
     scratch: int  # exponentials of columns (0: they stay where the result goes), so many numbers for a row,
     scratch_cols: int
-    stage: int  # and copies, of so many bytes each; in blocks, numbers of its rows
-    stage_bytes: int
+    stage: int  # in blocks, numbers of its rows; and copies of the rows of each array:
+    target_copy: int  # along, of columns that are no neighbours,
+    first_copy: int  # and of logits that are transformed; across, of all, where the result takes the place of the first
+    second_copy: int
     streamed: int  # 1: write the result past the caches
     has_second: int  # 0: the op reads one array
     has_target: int  # 0: the result is one number per row

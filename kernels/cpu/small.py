@@ -132,7 +132,7 @@ def run_on(of_rows, x, out, one):
     pointer_to(counters, counters)[TICKETS] = 0
     pointer_to(counters, counters)[NEXT] = 0
     height = lanes_of(across(one))
-    job = Job(counters, on_stack(SCRATCH), 1, n_rows, 1, height, 0, PARTIALS, 0, 0, STAGE, 0, 0, 0, 1)
+    job = Job(counters, on_stack(SCRATCH), 1, n_rows, 1, height, 0, PARTIALS, 0, 0, STAGE, 0, 0, 0, 0, 0, 1)
     rows = Rows(n_rows, n_rows, n_cols)
     logits, result = Strided(source, 0, n_cols, 1, one, None), Strided(target, 0, n_cols, 1, one, None)
     if n_cols * size_of(one) <= REGISTER_BYTES:

@@ -137,6 +137,7 @@ def fold_state(states, n_chunks, like, scale, scale_low):
     largest = row_max(states, n_chunks, like)
     shift, exponent = anchor(largest, scale)
     others, low, ties = saved(states, 0, SUM, like), saved(states, 0, LOW, like), saved(states, 0, TIES, like)
+    ties_low = like
     if n_chunks > 1:
         others, low, ties = like, like, like
         for chunk in range(n_chunks):
@@ -145,7 +146,8 @@ def fold_state(states, n_chunks, like, scale, scale_low):
             factor = ratio(own_shift, own_exponent, shift, exponent, scale, scale_low)
             own = exp_from(own_max, own_shift, own_exponent, floor(own_exponent), scale, scale_low)
             # What tied inside the chunk ties in the row too, or joins the others.
-            ties, joining = tied_total(ties, saved(states, chunk, TIES, like), own, own_max, largest)
+            own_ties = saved(states, chunk, TIES, like)
+            ties, ties_low, joining = tied_total(ties, ties_low, own_ties, own, own_max, largest)
             part, part_low = saved(states, chunk, SUM, like), saved(states, chunk, LOW, like)
             others, low = add_pair(others, low, mul(part, factor), mul(part_low, factor))
             others, low = add_pair(others, low, mul(joining, factor), like)
@@ -153,6 +155,6 @@ def fold_state(states, n_chunks, like, scale, scale_low):
     at_max = where_finite(largest, at_max, number(scale, 1.0))
     tail = div(others, at_max)
     rest = add(fma(negative(tail), at_max, others), low)
-    state = (largest, ties, tail, finite_or_zero(div(rest, at_max), tail))
-    whole, whole_low = add_pair(mul(ties, at_max), like, others, low)
+    state = (largest, ties, tail, add(finite_or_zero(div(rest, at_max), tail), ties_low))
+    whole, whole_low = add_pair(mul(ties, at_max), mul(ties_low, at_max), others, low)
     return state, Sum(shift, exponent, whole, whole_low)

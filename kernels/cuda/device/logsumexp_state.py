@@ -33,7 +33,7 @@ from gpusoftmax.kernels.cuda.device.arithmetic import (
 from gpusoftmax.kernels.cuda.device.memory import load, store
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params
 from gpusoftmax.kernels.cuda.device.pieces import own_row, team_of
-from gpusoftmax.kernels.cuda.device.reduce import warp_max, warp_sum, warp_sum_pair
+from gpusoftmax.kernels.cuda.device.reduce import warp_max, warp_sum_pair
 from gpusoftmax.kernels.cuda.device.row_state import loss_numbers_with
 from gpusoftmax.kernels.cuda.device.rows import row_of
 from gpusoftmax.kernels.cuda.plan import WARP_SIZE
@@ -96,7 +96,7 @@ def folded(states, n_chunks, lane, scale, scale_low):
         largest = maximum(largest, half_max(states, chunk, scale))
     largest = warp_max(largest, WARP_SIZE)
     shift, exponent = anchor_of_formulas(largest, scale)
-    others, low, ties = zero, zero, zero
+    others, low, ties, ties_low = zero, zero, zero, zero
     for chunk in range(lane, n_chunks, WARP_SIZE):
         own_max = half_max(states, chunk, scale)
         own_shift, own_exponent = anchor_of_formulas(own_max, scale)
@@ -106,7 +106,8 @@ def folded(states, n_chunks, lane, scale, scale_low):
             factor = ratio(own_shift, own_exponent, shift, exponent, scale, scale_low)
         place = chunk * STATE_NUMBERS
         # What tied inside the chunk ties in the row too, or joins the others.
-        ties, joining = tied_total(ties, load(states, place + TIES, scale), own, own_max, largest)
+        own_ties = load(states, place + TIES, scale)
+        ties, ties_low, joining = tied_total(ties, ties_low, own_ties, own, own_max, largest)
         part, part_low = load(states, place + SUM, scale), load(states, place + LOW, scale)
         others, low = add_pair(others, low, mul(part, factor), mul(part_low, factor))
         others, low = add_pair(others, low, mul(joining, factor), zero)
@@ -114,7 +115,8 @@ def folded(states, n_chunks, lane, scale, scale_low):
     at_max = at_maximum(largest, shift, exponent, scale, scale_low)
     tail = div(others, at_max)
     rest = add(fma(negative(tail), at_max, others), low)
-    return largest, warp_sum(ties, WARP_SIZE), tail, finite_or_zero(div(rest, at_max), tail)
+    ties, ties_low = warp_sum_pair(ties, ties_low)
+    return largest, ties, tail, add(finite_or_zero(div(rest, at_max), tail), ties_low)
 
 
 def fold_rows(rows, states, lse, scale, scale_low):
