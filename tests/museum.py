@@ -667,9 +667,9 @@ MUTANTS = [
         "logsumexp: row",
         _edit(
             FORMULAS,
-            "    return a.select(same, a.add(ties, own_ties), ties), ",
-            "    first = a.equal(ties, a.number(0))\n"
-            "    return a.select(same, a.select(first, own_ties, ties), ties), ",
+            "    ties, ties_low = add_pair_normalised(a, ties, ties_low, a.select(same, own_ties, zero), zero)\n",
+            "    is_first = a.builder.and_(same, a.equal(ties, zero))\n"
+            "    ties, ties_low = add_pair_normalised(a, ties, ties_low, a.select(is_first, own_ties, zero), zero)\n",
         ),
         (LSE,),
     ),
