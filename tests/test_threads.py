@@ -282,6 +282,34 @@ def test_fork_while_a_thread_imports():
 
 
 @needs_fork
+def test_fork_while_a_thread_asks_numba_for_its_threads():
+    """It takes locks for that, which the child would find taken by a thread that it has not got."""
+    program = """
+        from numba.np.ufunc import parallel as numba_threads
+        numba.set_num_threads(2)
+        expected, asking, asked = call(), threading.Event(), threading.Event()
+        def ask():
+            with numba_threads._backend_init_process_lock, numba_threads._backend_init_thread_lock:
+                asking.set()
+                asked.wait()
+        thread = threading.Thread(target=ask)
+        thread.start()
+        asking.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            os._exit(0 if call() == expected else 3)
+        status = os.waitpid(pid, 0)[1]
+        assert status == 0, status
+        assert call() == expected  # nor does anybody here wait
+        asked.set()
+        thread.join()
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
+@needs_fork
 def test_worker_processes_by_fork():
     program = """
         import multiprocessing
