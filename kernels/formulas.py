@@ -97,11 +97,14 @@ def scaled(a: Arithmetic, x, scale, scale_low):
 
 
 def inverse_temperature(a: Arithmetic, temperature):
-    """1 / temperature as (high, low); NaN unless it is finite and above 0."""
+    """1 / temperature as (high, low); NaN unless it is finite and above 0. As operands.scale_of, it is never infinite:
+    the product with a logit of 0 must stay 0.
+    """
     high = a.div(a.number(1), temperature)
-    low = a.div(a.fma(a.negative(temperature), high, a.number(1)), temperature)
+    low = finite_or_zero(a, a.div(a.fma(a.negative(temperature), high, a.number(1)), temperature), high)
+    high = a.minimum(high, a.number(2.0**a.format.bias * (2 - 2.0**-a.format.mantissa_bits)))
     is_good = a.builder.and_(a.less(a.number(0), temperature), a.less(temperature, a.number(math.inf)))
-    return a.select(is_good, high, a.number(math.nan)), finite_or_zero(a, low, high)
+    return a.select(is_good, high, a.number(math.nan)), low
 
 
 def is_near_cap(a: Arithmetic, x, cap):

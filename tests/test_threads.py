@@ -21,6 +21,17 @@ labels = rng.integers(0, 4096, 64)
 def call():
     loss, dlogits = gpusoftmax.cross_entropy_with_grad(x, labels)
     return gpusoftmax.softmax(x).tobytes(), gpusoftmax.logsumexp(x).tobytes(), loss, dlogits.tobytes()
+def in_a_child(check):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        code = 1
+        try:
+            code = 0 if check() else 3
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    assert status == 0, status
 """
 
 
@@ -178,19 +189,8 @@ def test_fork(layer, busy):
                 call()
         threads = [threading.Thread(target=work) for _ in range(2 if {busy} else 0)]
         [thread.start() for thread in threads]
-        def child():
-            signal.alarm(30)
-            code = 1
-            try:
-                code = 0 if call() == expected and threading.active_count() > 1 else 3
-            finally:
-                os._exit(code)
         for _ in range(5):
-            pid = os.fork()
-            if pid == 0:
-                child()
-            status = os.waitpid(pid, 0)[1]
-            assert status == 0, status
+            in_a_child(lambda: call() == expected and threading.active_count() > 1)
             assert call() == expected
         running = False
         [thread.join() for thread in threads]
@@ -231,17 +231,7 @@ def test_fork_while_a_thread_compiles(tmp_path):
         compiler.start()
         while gc.isenabled():
             time.sleep(0.01)
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(60)
-            code = 1
-            try:
-                gpusoftmax.argmax(x.astype(np.float64))
-                code = 0 if gc.isenabled() else 3
-            finally:
-                os._exit(code)
-        status = os.waitpid(pid, 0)[1]
-        assert status == 0, status
+        in_a_child(lambda: gpusoftmax.argmax(x.astype(np.float64)).any() and gc.isenabled())
         compiler.join()
         assert gc.isenabled()
         print("done")
@@ -264,17 +254,7 @@ def test_fork_while_a_thread_imports():
         importer = threading.Thread(target=gpusoftmax.argmax, args=(x,))
         importer.start()
         importing.wait()
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(60)
-            code = 1
-            try:
-                gpusoftmax.argmax(x)
-                code = 0
-            finally:
-                os._exit(code)
-        status = os.waitpid(pid, 0)[1]
-        assert status == 0, status
+        in_a_child(lambda: gpusoftmax.argmax(x).any())
         importer.join()
         print("done")
     """
@@ -298,18 +278,31 @@ def test_fork_while_a_thread_asks_for_an_address():
         asker = threading.Thread(target=gpusoftmax.argmax, args=(x,))
         asker.start()
         asking.wait()
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(60)
-            code = 1
-            try:
-                gpusoftmax.argmax(x)
-                code = 0
-            finally:
-                os._exit(code)
-        status = os.waitpid(pid, 0)[1]
-        assert status == 0, status
+        in_a_child(lambda: gpusoftmax.argmax(x).any())
         asker.join()
+        print("done")
+    """
+    assert run(program) == "done\n"
+
+
+@needs_fork
+def test_fork_while_a_thread_asks_numba_for_its_threads():
+    """It takes locks for that, which the child would find taken by a thread that it has not got."""
+    program = """
+        from numba.np.ufunc import parallel as numba_threads
+        numba.set_num_threads(2)
+        expected, asking, asked = call(), threading.Event(), threading.Event()
+        def ask():
+            with numba_threads._backend_init_process_lock, numba_threads._backend_init_thread_lock:
+                asking.set()
+                asked.wait()
+        thread = threading.Thread(target=ask)
+        thread.start()
+        asking.wait()
+        in_a_child(lambda: call() == expected)
+        assert call() == expected  # nor does anybody here wait
+        asked.set()
+        thread.join()
         print("done")
     """
     assert run(program) == "done\n"

@@ -1,5 +1,9 @@
 """top_logprobs: the same tokens as a stable sort, and log_softmax's own bits for them, on every target."""
 
+import os
+import subprocess
+import sys
+import textwrap
 import time
 import tracemalloc
 
@@ -96,6 +100,26 @@ def test_rows_of_nan(target, n_cols):
     logits[0, 7:], logits[1, n_cols - 9] = np.nan, np.nan
     top = run(target, logits, 20)
     assert (top.token == -1).all() and np.isnan(top.logprob).all()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no page that cannot be read")
+@pytest.mark.parametrize("dtype, n_cols", [("float32", 8), ("float32", 500), ("float16", 20)])
+def test_nothing_behind_a_row_of_nan_is_read(dtype, n_cols):
+    """Those that arithmetic makes on x86 have a sign and are sorted below -inf, which fills up a vector."""
+    program = f"""
+    import ctypes, mmap
+    import numpy as np
+    import gpusoftmax
+    page, row_bytes = mmap.PAGESIZE, {n_cols} * np.dtype("{dtype}").itemsize
+    memory = mmap.mmap(-1, 2 * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+    logits = np.frombuffer(memory, "{dtype}", {n_cols}, page - row_bytes)[None]
+    logits[:] = np.copysign(np.nan, -1)
+    assert (gpusoftmax.top_logprobs(logits, 8).token == -1).all()
+    assert (gpusoftmax.topk_softmax(logits, 1).indices == -1).all()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("n_cols", [300, 5000])

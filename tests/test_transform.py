@@ -185,6 +185,10 @@ def test_options_near_the_limits(target):
     capped = target.get(gpusoftmax.log_softmax(far, softcap=2e38))
     # 2e38 tanh(1.5) is 1.81e38.
     np.testing.assert_allclose(capped, [[0, -1.8103e38], [0, -INF]], rtol=1e-4)
+    # 1 / 1e-45 is infinite, and 0 times that no number.
+    level = target.array(np.array([[0, -INF, 0, -1]], np.float32))
+    probs = target.get(gpusoftmax.softmax(level, temperature=target.array(np.full(1, 1e-45, np.float32))))
+    assert (probs == [[0.5, 0, 0.5, 0]]).all()
 
 
 @pytest.mark.parametrize(

@@ -139,5 +139,6 @@ def take_few(here, values, columns, k, like):
         best = merged_keys(best, sorted_columns(here.first, col, here.n_cols - col, nothing))
     found = columns_of_lanes(best)
     for j in range(k):
-        columns[j] = found[j]
-        store(values, j, load(here.first.pointer, found[j], like))
+        at = found[j] if found[j] < here.n_cols else 0  # in a row of NaN, of which some are below -inf
+        columns[j] = at
+        store(values, j, load(here.first.pointer, at, like))

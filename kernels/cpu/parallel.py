@@ -23,8 +23,10 @@ def thread_count() -> int:
     """What numba.set_num_threads asked for, else what Numba would use; 1 where there are no POSIX threads to wait."""
     if os.name != "posix":
         return 1
-    # get_num_threads starts Numba's own threads, which nothing here needs and a fork would not survive.
-    return numba.get_num_threads() if numba_threads._is_initialized else numba.config.NUMBA_NUM_THREADS
+    # Not by numba.get_num_threads: it starts Numba's own threads, which nothing here needs and a fork would not
+    # survive, and takes two locks at every call. A child that was forked meanwhile would wait for one of them for ever,
+    # and its parent for the other, which processes share.
+    return numba_threads._get_num_threads() if numba_threads._is_initialized else numba.config.NUMBA_NUM_THREADS
 
 
 class _Threads:
