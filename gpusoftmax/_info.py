@@ -6,6 +6,7 @@
 import argparse
 import json
 import os
+import pkgutil
 import platform
 import re
 import signal
@@ -15,13 +16,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import gpusoftmax
 
 HELP = "versions, devices, caches, and whether the GPU is used"
-_PROBE = Path(__file__).with_name("_probe.py")
 _PROBE_SECONDS = 30.0
 _REQUIRED = ("numpy", "numba", "llvmlite", "ml-dtypes", "array-api-compat", "platformdirs")
 _FOR_GPUS = ("numba-cuda", "cuda-core", "cuda-bindings")
@@ -156,9 +155,10 @@ def _probe(probes: dict[str, tuple[str, ...]]) -> dict[str, dict]:
     """The answers of child processes that run side by side. None of them can take this process down or hold it up."""
     # The children find the modules that this process would.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    program = pkgutil.get_data("gpusoftmax", "_probe.py").decode()  # no file to be run where we are in a zip archive
     children: dict[str, subprocess.Popen | OSError] = {}
     for name, arguments in probes.items():
-        command = [sys.executable, "-P", str(_PROBE), *arguments]
+        command = [sys.executable, "-P", "-c", program, *arguments]
         try:
             children[name] = subprocess.Popen(
                 command,

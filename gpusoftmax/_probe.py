@@ -1,6 +1,6 @@
 """What `gpusoftmax info` tries in a child process, because a broken installation may crash or hang there.
 
-    python -P _probe.py driver | compiler | arrays | import NAME
+    python -P -c "the text of this file" driver | compiler | arrays | import NAME
 
 prints one JSON object: {"error": null or a text, ...}. Standard library only, and nothing of gpusoftmax at the top.
 """

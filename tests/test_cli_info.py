@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -414,6 +415,28 @@ def test_as_a_program_in_a_bare_environment(tmp_path):
     assert child.returncode == 0, child.stderr
     assert child.stdout.startswith(f"gpusoftmax {gpusoftmax.__version__}\n") and "Traceback" not in child.stderr
     assert "broken" not in child.stdout
+
+
+def test_in_a_zip_archive(tmp_path):
+    """There the children have no file to run."""
+    package = Path(gpusoftmax.__file__).parent
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        for path in package.glob("*.py"):
+            archive.write(path, f"gpusoftmax/{path.name}")
+        for path in cache_directory.KERNELS.rglob("*.py"):
+            archive.write(path, f"gpusoftmax/kernels/{path.relative_to(cache_directory.KERNELS)}")
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "gpusoftmax", "info", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "archive.zip")},
+        timeout=60,
+    )
+    assert child.returncode == 0, child.stderr
+    facts = json.loads(child.stdout)
+    assert facts["broken"] == {} and facts["path"]["device"] in ("cpu", "cuda")
+    assert "ended Python" not in child.stdout
 
 
 # ---------------------------------------------------------------- the command line itself

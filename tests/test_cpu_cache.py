@@ -497,6 +497,30 @@ print(toy.combine(3, 4))
     assert run(program, toy).splitlines() == ["17.0", "3.0", "False", "1 1", "17"]
 
 
+def test_an_interrupt_while_an_entry_is_loaded(toy):
+    """It comes as LLVM asks for the code, where exceptions are dropped."""
+    warm(toy)
+    program = """
+import signal
+import toy
+from numba.core.registry import cpu_target
+
+engine = cpu_target.target_context.codegen()._engine._ee
+ask = engine._object_cache_getbuffer
+def interrupted(module):
+    engine._object_cache_getbuffer = ask
+    signal.raise_signal(signal.SIGINT)
+    return ask(module)
+engine._object_cache_getbuffer = interrupted
+try:
+    toy.combine(3.0, 4.0)
+except KeyboardInterrupt:
+    print("interrupted")
+print(toy.combine(3.0, 4.0), len(toy.combine.stats.cache_hits))
+"""
+    assert run(program, toy).splitlines() == ["interrupted", "17.0 1"]
+
+
 def test_symbols_that_only_all_of_numba_registers():
     class Context:
         refreshed = 0

@@ -24,9 +24,11 @@ import os
 import pickle
 import platform
 import shutil
+import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -88,6 +90,27 @@ def device(function):
     return numba.njit(nogil=True, **HELPER_OPTIONS)(function)
 
 
+@contextlib.contextmanager
+def _interrupts_wait():
+    """Ctrl-C counts behind the block.
+
+    LLVM asks for the machine code of an entry by a callback. An exception in it is dropped, and with it the code: Numba
+    would write to address 0.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):  # it runs there alone
+        yield
+        return
+    came = []
+    try:
+        signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for arguments in came:
+            handler(*arguments)
+
+
 class _KernelCache(_Cache):
     """The entries of one kernel. Numba calls it with its compiler lock held."""
 
@@ -118,6 +141,7 @@ class _KernelCache(_Cache):
         for path in directory.glob(f"{self._stem}-*.bin") if directory else ():
             _delete(path)
 
+    @_interrupts_wait()
     def load_overload(self, sig, target_context):
         """Return the compiled result for `sig`, None if it has to be compiled."""
         path = self._path(sig, target_context.codegen())
