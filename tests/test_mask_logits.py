@@ -60,6 +60,20 @@ def test_few_of_a_long_row(arch, n_cols, dtype):
             assert gpu.stats[-1].warp_instructions.total() < 100 * logits.size / 32
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("n_cols, dtype", [(20001, inputs.BFLOAT16), (32000, F32)], ids=str)
+def test_a_mass_of_few(arch, n_cols, dtype):
+    """Where it ends is found among the largest logits, and confirmed by two passes; a larger mass takes more."""
+    logits = inputs.make("spread", (2, n_cols), dtype)
+    logits[1, :100] = logits[1].max()  # more of one kind than are looked at
+    with emulated_gpu(arch) as gpu:
+        x = gpu.array(logits[:1])
+        for p, most in ((0.3, 100), (0.9, 100), (0.9999, np.inf)):
+            check(gpu.get(top_p(x, p)), logits[:1], top_p=p, temperature=1.0)
+            assert gpu.stats[-1].warp_instructions.total() < most * n_cols / 32
+        check(gpu.get(top_p(gpu.array(logits), 0.9)), logits, top_p=0.9, temperature=1.0)
+
+
 def test_few_where_too_many_are_equal():
     """More than are looked at, or fewer than are wanted."""
     logits = np.zeros((3, 5000), F32)

@@ -439,13 +439,12 @@ def largest_with(write):
     return largest
 
 
-# ---------------------------------------------------------------- one of them
+# ---------------------------------------------------------------- in the order of their size
 
 
 @device
-def tell_limit(value, split):
-    """Tells all blocks of the row."""
-    at = limit_place(split, value)
+def tell(at, value, split):
+    """Puts a number to a place in all blocks of the row."""
     if split_cluster(split) > 1:
         for block in range(split_cluster(split)):
             put_in_block(at, block, value)
@@ -454,30 +453,42 @@ def tell_limit(value, split):
 
 
 @device
-def tell_last(j, x, col, last):
-    k, split = last
+def put_in_order(j, x, col, numbers):
+    k, split = numbers
+    put(entry_place(j, split, x), x)
     if j == k - 1:
-        tell_limit(x, split)
+        tell(limit_place(split, x), x, split)
 
 
-rank_to_the_last = ranking_with(tell_last)
+rank_in_order = ranking_with(put_in_order)
 
 
 @device
-def find_last(k, count, split, like, numbers):
-    rank_to_the_last(k, count, split, like, (k, split))
+def put_all_in_order(k, count, split, like, numbers):
+    rank_in_order(k, count, split, like, (k, split))
     if count < k and cuda.threadIdx.x == 0:
-        tell_limit(number(like, -math.inf), split)
+        tell(limit_place(split, like), number(like, -math.inf), split)
+    j = int32(count + cuda.threadIdx.x)
+    while j < k:
+        put(entry_place(j, split, like), number(like, -math.inf))
+        j = int32(j + cuda.blockDim.x)
 
 
-last_by_candidates = by_candidates_with(find_last)
+order_by_candidates = by_candidates_with(put_all_in_order)
 
 
 @device
 def kth_largest(source, k, n_cols, row_max, team, split):
     """(the k-th largest logit of a long row, for all its threads, and whether it has been found): -inf if fewer are
-    larger than that. Before it there was what `by_candidates_with` asks for.
+    larger than that. `ordered` then gives the block of part 0 all k of them. Before it there was what
+    `by_candidates_with` asks for.
     """
-    is_found = last_by_candidates(source, k, n_cols, row_max, team, split, ())
+    is_found = order_by_candidates(source, k, n_cols, row_max, team, split, ())
     exchange_states(split)  # the number has arrived
     return get(limit_place(split, row_max), row_max) if is_found else number(row_max, -math.inf), is_found
+
+
+@device
+def ordered(j, split, like):
+    """The logit of rank j."""
+    return get(entry_place(j, split, like), like)

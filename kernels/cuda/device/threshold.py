@@ -1,10 +1,11 @@
 """From which logit on a row is kept, for top-k, top-p and min-p. What is meant stands in kernels/cpu/threshold.py.
 
 The k-th largest logit of a long row, for small k, is one of the few candidates that a first pass for the maximum leaves
-(largest.py). Otherwise a row is gone over once more for each halving of kernels/ordering.py: in shared memory, where it
-lies, or from global memory again if it does not fit. Counts and sums of a pass go the way of row_sum.py, chunk
-by chunk in a fixed tree, through two places in turn: whoever writes to one of them knows that all have read what was
-there two passes ago, since a barrier lies between.
+(largest.py), and where the mass of top-p ends among these, two passes confirm it (nucleus.py). Otherwise a row is gone
+over once more for each halving of kernels/ordering.py: in shared memory, where it lies, or from global memory again if
+it does not fit. Counts and sums of a pass go the way of row_sum.py, chunk by chunk in a fixed tree, through two places
+in turn: whoever writes to one of them knows that all have read what was there two passes ago, since a barrier lies
+between.
 """
 
 import math
@@ -20,6 +21,7 @@ from gpusoftmax.kernels.cuda.device.granules import granule_sum, granules_with
 from gpusoftmax.kernels.cuda.device.largest import keep_best, keep_none, kth_largest
 from gpusoftmax.kernels.cuda.device.memory import is_null, load, word_of
 from gpusoftmax.kernels.cuda.device.noise import distance_of_ratio, scale_of_temperature
+from gpusoftmax.kernels.cuda.device.nucleus import nucleus_with
 from gpusoftmax.kernels.cuda.device.orders import halfway, n_halvings, of_order, order_of, order_step
 from gpusoftmax.kernels.cuda.device.piece_state import gap_params, halved, is_near, of_cheap
 from gpusoftmax.kernels.cuda.device.pieces import chunk_of, piece_of, slot_of
@@ -67,21 +69,31 @@ def limit_with_own(has_own):
         top_k, top_p, from_max = limits
         largest = row_max(source, n_cols, team, split, from_max)
         limit, turn = number(largest, -math.inf), int32(1)
-        needed = top_k > 0 and top_k < all_cols
-        if agreed(needed, split):
-            is_found = False
-            if is_long(split) and top_k <= MOST_LARGEST:
-                limit, is_found = kth_largest(source, int32(top_k), n_cols, largest, team, split)
-            if not is_found:
-                wanted = top_k if needed else int64(ALL)
-                limit, turn = limit_of_count(source, n_cols, limit, largest, wanted, turn, team, split, None)
-        needed = top_p < number(largest, 1.0)
-        if agreed(needed, split):
+        needed, needs_mass = top_k > 0 and top_k < all_cols, top_p < number(largest, 1.0)
+        few, are_found = int32(MOST_LARGEST), False
+        if is_long(split) and (needed or needs_mass):
+            if needed and top_k < MOST_LARGEST:
+                few = int32(top_k)
+            kth, are_found = kth_largest(source, few, n_cols, largest, team, split)
+            if needed and top_k == few:
+                limit = kth
+        if agreed(needed, split) and not (are_found and top_k == few):
+            wanted, low = top_k if needed else int64(ALL), order_of(limit)
+            limit, turn = limit_of_count(source, n_cols, limit, largest, wanted, turn, team, split, None, low, low)
+        if agreed(needs_mass, split):
             mass, before = mass_params(largest, params), limit
             total, low = mass_reaching(source, n_cols, limit, turn, team, split, mass)
             wanted_mass, turn = mul(top_p, add(total, low)), int32(turn + 1)
-            limit, turn = limit_of_mass(source, n_cols, limit, largest, wanted_mass, turn, team, split, mass)
-            if not needed:
+            guess = above = order_of(limit)
+            if are_found:
+                end, next_larger = nucleus(few, wanted_mass, mass, team, split)
+                if end < number(end, math.inf):
+                    guess = order_of(end)
+                    above = min(order_of(next_larger), order_of(largest) + order_step(source.pointer, largest))
+            limit, turn = limit_of_mass(
+                source, n_cols, limit, largest, wanted_mass, turn, team, split, mass, guess, above
+            )
+            if not needs_mass:
                 limit = before
         return maximum(limit, add(largest, from_max))
 
@@ -244,6 +256,18 @@ mass_reaching = sum_reaching_with(add_mass)
 
 
 @device
+def mass_of(x, mass):
+    """The exponential of one logit, as `add_mass` adds them up."""
+    half, exponent, lowest, scale, scale_low, c, c_low = mass
+    if is_near(exponent):
+        return cheap_exp_from(x, exponent, lowest, c, c_low)
+    return cheap_exp_gap(x, half, scale, scale_low, c, c_low)
+
+
+nucleus = nucleus_with(mass_of)
+
+
+@device
 def mass_params(largest, params):
     """What the exponentials of a row refer to."""
     scale, scale_low, c, c_low = of_cheap(params)
@@ -255,16 +279,24 @@ def mass_params(largest, params):
 
 
 def limit_with(sum_reaching, surplus):
-    """A device function that finds the largest number whose sum is wanted or more; any, where it is exactly that."""
+    """A device function that finds the largest number whose sum is wanted or more; any, where it is exactly that.
+
+    guess, above: orders of what is probably that number and of the next larger logit of the row, which are tried first;
+    that of the limit where there is no guess.
+    """
 
     @device
-    def limit_with_sum(source, n_cols, limit, largest, wanted, turn, team, split, mass):
+    def limit_with_sum(source, n_cols, limit, largest, wanted, turn, team, split, mass, guess, above):
         step = order_step(source.pointer, largest)
         low, high = order_of(limit), order_of(largest) + step
-        left = n_halvings(source.pointer, largest)
+        left = int32(n_halvings(source.pointer, largest) + 2)
         # Rows that share a warp, or a block that fills its slots together, are gone over until the last one is done.
         while left > 0 and (is_columns(split) or any_lane(halfway(low, high, step) != low)):
             middle = halfway(low, high, step)
+            if low < guess and guess < high:
+                middle = guess
+            elif low < above and above < high:
+                middle = above
             total, total_low = sum_reaching(source, n_cols, of_order(middle, largest), turn, team, split, mass)
             if middle != low:
                 more = surplus(total, total_low, wanted)
@@ -272,6 +304,8 @@ def limit_with(sum_reaching, surplus):
                     low = middle
                 if more <= 0:
                     high = middle + step if more == 0 else middle
+            if low == guess and high == above:  # there is no logit between them
+                high = low + step
             left, turn = int32(left - 1), int32(turn + 1)
         return of_order(low, largest), turn
 
