@@ -10,7 +10,6 @@ from gpusoftmax.kernels.cuda.device.arithmetic import add
 from gpusoftmax.kernels.cuda.device.memory import VECTOR_BYTES, element_size, granule_numbers, vector_bits
 from gpusoftmax.kernels.cuda.device.slots import is_granule, read_columns
 from gpusoftmax.kernels.cuda.device.split import split_lanes
-from gpusoftmax.kernels.cuda.device.staging import hidden
 from gpusoftmax.kernels.cuda.device.transform import transform
 
 
@@ -26,8 +25,8 @@ def granules_with(act):
         bits, lanes = vector_bits(source.pointer), split_lanes(split)
         place = int32(at + source.shift * element_size(source.pointer) + team.lane * VECTOR_BYTES)
         as_granule = is_granule(source, place, 1 << bits)
-        first, count = int32(0), hidden(piece.count)  # or it would be computed again at each granule
-        while first < count:
+        first = int32(0)
+        while first < piece.count:
             read_columns(values, source, place, 1 << bits, as_granule)
             col = piece.first + first + (team.lane << bits)
             transform(values, col, 1 << bits, source.through)

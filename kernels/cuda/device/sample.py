@@ -37,9 +37,10 @@ from gpusoftmax.kernels.cuda.device.reduce import any_lane, beats, publish, warp
 from gpusoftmax.kernels.cuda.device.row_barriers import announce, exchange_states, meet
 from gpusoftmax.kernels.cuda.device.row_staging import open_row, stage_next, wait_for_piece
 from gpusoftmax.kernels.cuda.device.row_state import state_place
-from gpusoftmax.kernels.cuda.device.rows import row_of
+from gpusoftmax.kernels.cuda.device.rows import Piece, row_of
 from gpusoftmax.kernels.cuda.device.shared_numbers import get
 from gpusoftmax.kernels.cuda.device.split import is_long, split_chunks, split_lanes
+from gpusoftmax.kernels.cuda.device.staging import hidden
 from gpusoftmax.kernels.cuda.device.threshold import (
     BEST_PLACE,
     kept_from,
@@ -176,6 +177,7 @@ def best_of_row(source, n_cols, team, split, draw, limit):
     while k < team.n_pieces:
         wait_for_piece(k, team, split)
         piece = piece_of(k, n_cols, team, split, unit)
+        piece = Piece(piece.first, hidden(piece.count), piece.left)  # or each granule would count them again
         at = slot_of(k, team, split, 1)
         best = best_of_granules(best, source, at, piece, team, split, (draw, limit), unit)
         if not is_long(split):
